@@ -1,0 +1,35 @@
+"""Every error that Adaptra raises on purpose. Each message says what happened, with numbers, and what to change."""
+
+from __future__ import annotations
+
+
+class AdaptraError(Exception):
+    """Base of all errors raised by adaptra_plugin."""
+
+
+class ConfigError(AdaptraError, ValueError):
+    """The "adaptra" block is wrong; the message has one line per mistake."""
+
+
+class UnsupportedError(AdaptraError, RuntimeError):
+    """A host version, or a combination of settings, that Adaptra refuses to run with."""
+
+
+class PlanError(AdaptraError, ValueError):
+    """A profile, a schedule or a plan that is invalid or infeasible."""
+
+
+class TransportError(AdaptraError, RuntimeError):
+    """Bytes could not be moved between ranks."""
+
+
+class PeerLostError(TransportError):
+    """The process at the other end of a link is gone."""
+
+
+class TransferTimeout(TransportError, TimeoutError):
+    """A transfer did not complete within its deadline."""
+
+
+class HandshakeError(TransportError):
+    """A connection did not prove knowledge of the job's secret, or speaks another protocol version."""
