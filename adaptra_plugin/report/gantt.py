@@ -1,0 +1,128 @@
+"""Gantt pictures of timelines, in the colours of the zero-bubble papers: F blue, I (backward input) teal, W green."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.schedule.actions import Kind
+from adaptra_plugin.schedule.timeline import Timeline
+
+COLOURS = {Kind.F: "#4C78C8", Kind.I: "#3FB5AE", Kind.W: "#7CB85C", Kind.B: "#3FA08C"}
+LABELS = {Kind.F: "forward", Kind.I: "backward input", Kind.W: "backward weight", Kind.B: "backward (fused)"}
+BUBBLES = {"dependency": "#E9E9E9", "link": "#F3B0A8", "blocking": "#E8833A"}
+BUBBLE_LABELS = {"dependency": "idle: input not computed", "link": "idle: on the link", "blocking": "idle: link busy"}
+SLOW = "#C8291E"
+
+
+def draw_gantt(
+    timelines: Sequence[tuple[str, Timeline]],
+    path: str | Path,
+    slow_links: Iterable[tuple[int, int]] = (),
+) -> None:
+    """Draws one panel per titled timeline, all on one time axis, into a PNG or SVG (by the suffix of ``path``).
+
+    One row a rank, microbatch numbers where they fit, bubbles by cause; ``slow_links`` are pairs of ranks whose link
+    is marked between their rows. Raises UnsupportedError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError("pictures need matplotlib: pip install 'adaptra-plugin[plots]'") from error
+    if not timelines:
+        raise ValueError("nothing to draw: no timelines given")
+    longest = max(timeline.makespan_ms for _, timeline in timelines) or 1.0
+    heights = [timeline.ranks * 0.34 + 0.5 for _, timeline in timelines]
+    figure = Figure(figsize=(16, sum(heights) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    marked = sorted({(min(pair), max(pair)) for pair in slow_links})
+    for axes, (title, timeline) in zip(panels, timelines, strict=True):
+        _panel(axes, title, timeline, longest, marked)
+    panels[-1].set_xlabel("time, ms")
+    figure.legend(
+        handles=_legend([timeline for _, timeline in timelines], bool(marked)),
+        loc="outside lower center",
+        ncols=8,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.savefig(Path(path), dpi=130)
+
+
+def _panel(axes: Any, title: str, timeline: Timeline, longest: float, marked: Sequence[tuple[int, int]]) -> None:
+    for idle in timeline.idle:
+        axes.broken_barh(
+            [(idle.start_ms, idle.end_ms - idle.start_ms)],
+            (idle.rank - 0.42, 0.84),
+            facecolor=BUBBLES[idle.cause],
+            hatch="///" if idle.cause == "link" else None,
+            edgecolor="white" if idle.cause == "link" else "none",
+            linewidth=0,
+        )
+    for kind, colour in COLOURS.items():
+        for rank in range(timeline.ranks):
+            mine = [s for s in timeline.spans if s.rank == rank and s.action.kind is kind]
+            if mine:
+                axes.broken_barh(
+                    [(s.start_ms, s.end_ms - s.start_ms) for s in mine],
+                    (rank - 0.42, 0.84),
+                    facecolor=colour,
+                    edgecolor="white",
+                    linewidth=0.5,
+                )
+    for span in timeline.spans:
+        width = (span.end_ms - span.start_ms) / longest
+        text = str(span.action.microbatch)
+        if width > 0.0048 * len(text):
+            axes.text(
+                (span.start_ms + span.end_ms) / 2,
+                span.rank,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+                clip_on=True,
+            )
+    for low, high in marked:
+        if high < timeline.ranks:
+            axes.axhline((low + high) / 2, color=SLOW, linewidth=1.6, linestyle=(0, (5, 2)), zorder=3)
+            axes.annotate(
+                f" slow {low}–{high}",
+                (1, (low + high) / 2),
+                xycoords=("axes fraction", "data"),
+                color=SLOW,
+                fontsize=9,
+                va="center",
+                annotation_clip=False,
+            )
+    axes.axvline(timeline.makespan_ms, color="#222222", linewidth=1)
+    busy = sum(s.end_ms - s.start_ms for s in timeline.spans)
+    idle_share = 1 - busy / (timeline.ranks * timeline.makespan_ms) if timeline.makespan_ms else 0.0
+    axes.set_title(f"{title}: {timeline.makespan_ms:.1f} ms, {idle_share:.0%} idle", loc="left", fontsize=11)
+    axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)])
+    axes.set_ylim(timeline.ranks - 0.5, -0.5)
+    axes.set_xlim(0, longest * 1.002)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _legend(timelines: Sequence[Timeline], marked: bool) -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    kinds = {span.action.kind for timeline in timelines for span in timeline.spans}
+    causes = {idle.cause for timeline in timelines for idle in timeline.idle}
+    handles: list[Any] = [Patch(color=COLOURS[k], label=f"{k} {LABELS[k]}") for k in COLOURS if k in kinds]
+    for cause, colour in BUBBLES.items():
+        if cause in causes:
+            hatch = "///" if cause == "link" else None
+            handles.append(Patch(facecolor=colour, edgecolor="white", hatch=hatch, label=BUBBLE_LABELS[cause]))
+    if marked:
+        handles.append(Line2D([], [], color=SLOW, linewidth=1.6, linestyle=(0, (5, 2)), label="slow link"))
+    return handles

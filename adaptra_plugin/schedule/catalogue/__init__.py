@@ -1,0 +1,1 @@
+"""Schedules that are built by a rule, one algorithm a file."""

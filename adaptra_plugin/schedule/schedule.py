@@ -1,0 +1,224 @@
+"""Schedules: a tuple of actions per rank, immutable and validated. A schedule that exists can be run."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptra_plugin.errors import PlanError
+from adaptra_plugin.schedule.actions import CODE, Action, intern
+
+F, I, W, B = range(4)  # noqa: E741  codes of the kinds, see actions.KINDS
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Per rank, the actions it runs, in order.
+
+    Rules, checked on construction; PlanError says which rank, which step and which rule:
+    every stage lives on one rank; every microbatch has on every stage one F and either one B or one I and one W;
+    I (or B) after F and W after I; each kind in order of microbatches on every stage; no deadlock.
+    """
+
+    ranks: tuple[tuple[Action, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(tuple(actions) for actions in self.ranks))
+        self._check_places()
+        self._check_order()
+        self._check_progress()
+
+    @classmethod
+    def from_text(cls, ranks: Iterable[Iterable[str]]) -> Schedule:
+        """From lists of printed actions, as in the PLAN format."""
+        return cls(tuple(tuple(Action.parse(text) for text in actions) for actions in ranks))
+
+    @classmethod
+    def from_words(cls, words: Iterable[Iterable[int]]) -> Schedule:
+        """From one word of kind codes (0 F, 1 I, 2 W, 3 B) per rank, one stage a rank, microbatches in order."""
+        ranks = []
+        for stage, word in enumerate(words):
+            count = [0, 0, 0, 0]
+            actions = []
+            for code in word:
+                actions.append(intern(stage, int(code), count[code]))
+                count[code] += 1
+            ranks.append(tuple(actions))
+        return cls(tuple(ranks))
+
+    def to_text(self) -> list[list[str]]:
+        """Lists of printed actions, one per rank."""
+        return [[str(action) for action in actions] for actions in self.ranks]
+
+    def to_csv(self) -> str:
+        """One line per rank, actions separated by commas: torch.distributed.pipelining's ``compute_only`` format."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(self.to_text())
+        return out.getvalue()
+
+    @classmethod
+    def from_csv(cls, text: str) -> Schedule:
+        """Reads what ``to_csv`` wrote; empty cells are skipped. Raises PlanError for invalid schedules."""
+        return cls.from_text([cell for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text)) if row)
+
+    # -- shape ---------------------------------------------------------------------------------------------------
+    @cached_property
+    def stage_rank(self) -> tuple[int, ...]:
+        """The rank that holds each stage."""
+        owner: dict[int, int] = {}
+        for rank, actions in enumerate(self.ranks):
+            for action in actions:
+                owner.setdefault(action.stage, rank)
+        return tuple(owner.get(stage, -1) for stage in range(max(owner, default=-1) + 1))
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages."""
+        return len(self.stage_rank)
+
+    @cached_property
+    def microbatches(self) -> int:
+        """Number of microbatches."""
+        return 1 + max((action.microbatch for actions in self.ranks for action in actions), default=-1)
+
+    @cached_property
+    def split_backward(self) -> bool:
+        """Whether any backward is split into I and W."""
+        return any(CODE[action.kind] == I for actions in self.ranks for action in actions)
+
+    @cached_property
+    def warmup(self) -> tuple[int, ...]:
+        """Forwards of each rank before its first backward."""
+        return tuple(
+            next((n for n, action in enumerate(actions) if CODE[action.kind] != F), len(actions))
+            for actions in self.ranks
+        )
+
+    @cached_property
+    def peak_activations(self) -> tuple[int, ...]:
+        """Per rank, the most activations held at once (start of F to end of W or B, over all its stages)."""
+        peaks = []
+        for actions in self.ranks:
+            held = peak = 0
+            for action in actions:
+                code = CODE[action.kind]
+                held += (code == F) - (code >= W)
+                peak = max(peak, held)
+            peaks.append(peak)
+        return tuple(peaks)
+
+    @cached_property
+    def table(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Offsets per rank ``[ranks + 1]`` and actions ``[actions, 3]`` (stage, kind code, microbatch), for kernels."""
+        offsets = np.zeros(len(self.ranks) + 1, np.int64)
+        offsets[1:] = np.cumsum([len(actions) for actions in self.ranks])
+        rows = [(a.stage, CODE[a.kind], a.microbatch) for actions in self.ranks for a in actions]
+        return offsets, np.array(rows, np.int64).reshape(-1, 3)
+
+    def grid(self, mark: dict[int, int] | None = None, most: int = 40) -> str:
+        """The rank-by-step grid as text; ``mark[rank]`` is a step to point at. Long ranks show the steps around it."""
+        lines = []
+        for rank, actions in enumerate(self.ranks):
+            at = None if mark is None else mark.get(rank)
+            first = 0 if at is None else max(0, at - most // 2)
+            cells = [f">{a}<" if n == at else str(a) for n, a in enumerate(actions) if first <= n < first + most]
+            if at is not None and at >= len(actions):
+                cells.append(">end<")
+            head = f"rank {rank}" + (f" from step {first}" if first else "")
+            lines.append(f"{head}: {' '.join(cells)}{' ...' if first + most < len(actions) else ''}")
+        return "\n".join(lines)
+
+    # -- rules ---------------------------------------------------------------------------------------------------
+    def _fail(self, rank: int, step: int, rule: str) -> None:
+        action = self.ranks[rank][step] if step < len(self.ranks[rank]) else "end"
+        raise PlanError(f"rank {rank}, step {step} ({action}): {rule}\n{self.grid({rank: step})}")
+
+    def _check_places(self) -> None:
+        if not any(self.ranks):
+            raise PlanError("the schedule has no actions")
+        for rank, actions in enumerate(self.ranks):
+            if not actions:
+                raise PlanError(f"rank {rank} has no actions: every rank holds at least one stage")
+            for step, action in enumerate(actions):
+                owner = self.stage_rank[action.stage]
+                if owner != rank:
+                    self._fail(rank, step, f"stage {action.stage} already lives on rank {owner}")
+        if -1 in self.stage_rank:
+            raise PlanError(f"stage {self.stage_rank.index(-1)} of {self.stages} lives on no rank\n{self.grid()}")
+
+    def _check_order(self) -> None:
+        for rank, actions in enumerate(self.ranks):
+            done = {stage: [0, 0, 0] for stage, owner in enumerate(self.stage_rank) if owner == rank}
+            for step, action in enumerate(actions):
+                code, count = CODE[action.kind], done[action.stage]
+                after = "F" if code in (I, B) else "I"
+                name = "backward" if code in (I, B) else f"{action.kind}"
+                slot = I if code == B else code
+                if action.microbatch != count[slot]:
+                    again = action.microbatch < count[slot]
+                    self._fail(
+                        rank,
+                        step,
+                        f"{name} of microbatch {action.microbatch} on stage {action.stage} "
+                        + ("is there twice" if again else f"is out of order: microbatch {count[slot]} is next"),
+                    )
+                if code != F and action.microbatch >= count[slot - 1]:
+                    self._fail(rank, step, f"{name} before {after} of the same microbatch")
+                if code == B and count[W] != count[I]:
+                    self._fail(rank, step, f"a fused backward while W of microbatch {count[W]} is outstanding")
+                count[slot] += 1
+                if code == B:
+                    count[W] += 1
+            for stage, count in done.items():
+                for name, number in zip(("F", "backward", "W"), count, strict=True):
+                    if number != self.microbatches:
+                        self._fail(
+                            rank,
+                            len(actions),
+                            f"{name} of microbatch {number} on stage {stage} is missing: every microbatch of "
+                            f"{self.microbatches} needs F and B, or F, I and W",
+                        )
+
+    def _check_progress(self) -> None:
+        last = self.stages - 1
+        forward, backward = [0] * self.stages, [0] * self.stages
+        at = [0] * len(self.ranks)
+        ready = list(range(len(self.ranks)))
+        while ready:
+            rank = ready.pop()
+            actions = self.ranks[rank]
+            step = at[rank]
+            woken = set()
+            while step < len(actions):
+                action = actions[step]
+                stage, code = action.stage, CODE[action.kind]
+                if code == F:
+                    if stage and forward[stage - 1] <= action.microbatch:
+                        break
+                    forward[stage] += 1
+                    if stage < last:
+                        woken.add(self.stage_rank[stage + 1])
+                elif code != W:
+                    if stage < last and backward[stage + 1] <= action.microbatch:
+                        break
+                    backward[stage] += 1
+                    if stage:
+                        woken.add(self.stage_rank[stage - 1])
+                step += 1
+            at[rank] = step
+            ready.extend(woken - {rank})
+        stuck = {rank: step for rank, step in enumerate(at) if step < len(self.ranks[rank])}
+        if stuck:
+            rank, step = min(stuck.items(), key=lambda item: item[1])
+            action = self.ranks[rank][step]
+            needs = action.stage - 1 if CODE[action.kind] == F else action.stage + 1
+            raise PlanError(
+                f"deadlock: rank {rank}, step {step} ({action}) waits for stage {needs}, and every unfinished rank "
+                f"waits like it\n{self.grid(stuck)}"
+            )

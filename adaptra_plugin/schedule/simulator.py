@@ -1,0 +1,121 @@
+"""Replays a schedule on a profile: when every action runs, why ranks are idle, and what the makespan hangs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from adaptra_plugin.errors import PlanError
+from adaptra_plugin.schedule.actions import Action
+from adaptra_plugin.schedule.profile import Profile
+from adaptra_plugin.schedule.replay import replay
+from adaptra_plugin.schedule.schedule import Schedule
+from adaptra_plugin.schedule.tables import NS, Ints, Tables, consumer, per_microbatch, tabulate
+from adaptra_plugin.schedule.timeline import Span, Timeline, Transfer
+
+LINK_MODELS = ("delegated", "blocking")
+
+
+def simulate(
+    schedule: Schedule,
+    profile: Profile,
+    link_model: str = "delegated",
+    *,
+    duplex: str | None = None,
+    durations: Mapping[Action, float] | None = None,
+) -> Timeline:
+    """Event-driven replay; every stage runs its list in order and waits for inputs that have not arrived.
+
+    *delegated*: a transfer arrives ``transfer_ms + latency_ms`` after it got the link, and holds the link for
+    ``transfer_ms`` only. *blocking*: it holds the link for all of that, as send and recv kernels of one NCCL queue do
+    (METHOD: what explains the measured columns of 1F1B and ZB). ``duplex`` says whether the two directions of a
+    link share one queue (``half``) or not (``full``); by default ``half`` for a blocking link under a split backward,
+    whose sends and recvs are not paired, else ``full``. ``durations`` replaces the milliseconds of single actions.
+
+    Raises PlanError for unknown models and for schedules that do not fit the profile.
+    """
+    if link_model not in LINK_MODELS:
+        raise PlanError(f"unknown link model {link_model!r}: expected one of {', '.join(LINK_MODELS)}")
+    if duplex is None:
+        duplex = "half" if link_model == "blocking" and schedule.split_backward else "full"
+    if duplex not in ("full", "half"):
+        raise PlanError(f"unknown duplex mode {duplex!r}: expected full or half")
+    if schedule.microbatches != profile.microbatches:
+        raise PlanError(f"the schedule has {schedule.microbatches} microbatches, the profile {profile.microbatches}")
+    tables = tabulate(profile, schedule.stage_rank)
+    result = run(schedule, tables, per_microbatch(tables, durations), link_model, duplex)
+    return _timeline(schedule, tables, result)
+
+
+def run(
+    schedule: Schedule, tables: Tables, duration: Ints, link_model: str, duplex: str
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The kernel's ``start, end, moved, cause`` in nanoseconds, one row an action in the order of Schedule.table."""
+    offsets, actions = schedule.table
+    ranks = len(schedule.ranks)
+    latency, transfer, queue = tables.latency, tables.transfer, tables.link
+    if link_model == "blocking":
+        latency, transfer = np.zeros_like(latency), latency + transfer
+    if duplex == "half":
+        low, high = np.minimum(queue // ranks, queue % ranks), np.maximum(queue // ranks, queue % ranks)
+        queue = np.where(queue < 0, queue, low * ranks + high)
+    count = len(actions)
+    start, end = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    moved, cause = np.zeros((count, 2), np.int64), np.zeros((count, 2), np.int64)
+    done = replay(
+        offsets,
+        actions,
+        tables.stage_rank,
+        duration,
+        latency,
+        transfer,
+        queue,
+        ranks * ranks,
+        start,
+        end,
+        moved,
+        cause,
+    )
+    assert done == count, "a validated schedule cannot deadlock"
+    return start, end, moved, cause
+
+
+def _timeline(schedule: Schedule, tables: Tables, result: tuple[Ints, Ints, Ints, Ints]) -> Timeline:
+    flat = [action for actions in schedule.ranks for action in actions]
+    owner = [rank for rank, actions in enumerate(schedule.ranks) for _ in actions]
+    start, end, moved, cause = result
+    starts, ends, moves = (start / NS).tolist(), (end / NS).tolist(), (moved / NS).tolist()
+    spans = tuple(map(Span, owner, flat, starts, ends))
+    transfers = []
+    for n, action in enumerate(flat):
+        target = consumer(action, schedule.stages)
+        if target is not None:
+            to = int(tables.stage_rank[target[1]])
+            if to != owner[n]:
+                transfers.append(Transfer(owner[n], to, action, ends[n], moves[n][0], moves[n][1]))
+    path = critical_path(schedule.table[0], start, end, moved, cause)
+    return Timeline(len(schedule.ranks), spans, tuple(transfers), tuple(flat[n] for n in path))
+
+
+def critical_path(offsets: Ints, start: Ints, end: Ints, moved: Ints, cause: Ints) -> list[int]:
+    """Rows of the actions that the makespan hangs on, first to last.
+
+    Each begins when the one before it ends, or when the one before it has been transferred (possibly after waiting
+    for an earlier transfer on the same link).
+    """
+    firsts = set(offsets[:-1].tolist())
+    n = int(np.argmax(end))
+    path = [n]
+    while start[n] > 0:
+        source = int(cause[n, 0])
+        if source >= 0 and moved[source, 1] == start[n]:
+            while cause[source, 1] >= 0:  # the link was held by an earlier transfer
+                source = int(cause[source, 1])
+            n = source
+        elif n not in firsts:
+            n -= 1
+        else:
+            break
+        path.append(n)
+    return path[::-1]
