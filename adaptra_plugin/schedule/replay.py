@@ -29,9 +29,9 @@ def replay(
 
     ``offsets [ranks + 1]``, ``actions [n, 3]``: see Schedule.table. ``duration [stage, kind, microbatch]``;
     ``latency, transfer, queue [2, stage]``: see Tables; transfers of one queue occupy it one after another, in the
-    order in which they became ready. Written, one entry an action: ``start, end [n]``; ``moved [n, 2]``, when the transfer
-    of its output got the link and when it arrived; ``cause [n, 2]``, the action whose output it waited for and the
-    action whose transfer held the link before its own (-1: none).
+    order in which they became ready. Written, one entry an action: ``start, end [n]``; ``moved [n, 2]``, when the
+    transfer of its output got the link and when it arrived; ``cause [n, 2]``, the action whose output it waited for
+    and the action whose transfer held the link before its own (-1: none).
 
     Events are taken in order of time: an action that is started later never ends before the one taken now, so the
     queues see transfers in the order in which they become ready.

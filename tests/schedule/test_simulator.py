@@ -95,9 +95,8 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_real_run_is_a_timeline_too():
-    timeline = Timeline.from_spans(
-        [Span(0, Action.parse("0F0"), 105.0, 107.0), Span(0, Action.parse("0B0"), 108.0, 110.0)]
-    )
+    first, second = Action.parse("0F0"), Action.parse("0B0")
+    timeline = Timeline.from_spans([Span(0, first, 105.0, 107.0), Span(0, second, 108.0, 110.0)])
     assert timeline.makespan_ms == 5.0
     assert timeline.peak_activations == (1,)
     assert timeline.idle_ms["dependency"] == 1.0
