@@ -1,0 +1,92 @@
+"""The present best estimate of stage times and link delays, as the profile that planning needs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from adaptra_plugin.config import DetectorConfig
+from adaptra_plugin.detect.detector import Detector
+from adaptra_plugin.detect.samples import IterationReport, StageTimes
+from adaptra_plugin.detect.window import median
+from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
+
+
+class Estimator:
+    """Robust recent medians.
+
+    Stage times: the median over the window, from the change on for a stage that turned slow or healed. Links: the
+    median since the change for a slow one, the baseline for a healthy one. It judges by a `Detector` of its own, so
+    both see every change in the same iteration.
+    """
+
+    def __init__(self, config: DetectorConfig, stages: int) -> None:
+        """
+        Args:
+            config: as for the detector.
+            stages: pipeline stages of every replica.
+        """
+        self._config = config
+        self._stages = stages
+        self._detector = Detector(config, stages)
+        self._recent: dict[
+            tuple[int, int], deque[tuple[int, StageTimes]]
+        ] = {}  # (replica, stage) -> (iteration, times)
+
+    def observe(self, reports: Sequence[IterationReport]) -> None:
+        """Takes the reports of all stages of one replica for one iteration; iterations come in order.
+
+        Raises:
+            ValueError: as `Detector.observe`.
+        """
+        findings = self._detector.observe(reports)
+        for report in reports:
+            recent = self._recent.setdefault((report.replica, report.stage), deque(maxlen=self._config.window))
+            if recent and (recent[-1][1].backward_weight_ms > 0) != (report.times.backward_weight_ms > 0):
+                recent.clear()  # the backward is split now, or no longer is: parts of the two must not be mixed
+            recent.append((report.iteration, report.times))
+        for finding in findings:
+            if finding.kind == "stage":
+                recent = self._recent[finding.replica, finding.stages[0]]
+                while recent and recent[0][0] < finding.since_iteration:
+                    recent.popleft()
+
+    def profile(self, microbatches: int, max_activations: Sequence[int | None], replica: int = 0) -> Profile | None:
+        """The profile to plan the next iterations of a replica with; both directions of every link are listed.
+
+        Args:
+            microbatches: microbatches of the iterations to plan.
+            max_activations: per stage, how many microbatches it may hold; None: no limit.
+            replica: pipeline replica; each has its own links.
+
+        Returns:
+            None until every stage and link has the history that the detector asks for.
+
+        Raises:
+            ValueError: if `max_activations` does not have one entry per stage.
+            PlanError: if the profile is refused (microbatches or limits out of range).
+        """
+        if len(max_activations) != self._stages:
+            raise ValueError(f"{len(max_activations)} limits of activations for {self._stages} stages")
+        if not self._detector.warm(replica):
+            return None
+        stages = []
+        for stage, limit in enumerate(max_activations):
+            times = [item for _, item in self._recent[replica, stage]]
+            forward = median(item.forward_ms for item in times)
+            backward_input = median(item.backward_input_ms for item in times)
+            backward_weight = median(item.backward_weight_ms for item in times)
+            stages.append(StageProfile(forward, backward_input, backward_weight, limit))
+        links = [
+            LinkProfile(src, dst, self._delay(replica, src, dst), 0.0)
+            for low in range(self._stages - 1)
+            for src, dst in ((low, low + 1), (low + 1, low))
+        ]
+        return Profile(microbatches=microbatches, stages=tuple(stages), links=tuple(links), virtual_stages=1)
+
+    def _delay(self, replica: int, src: int, dst: int) -> float:
+        """Delay of one direction (ms); a direction without any message takes that of the other one."""
+        delay = self._detector.link_delay(replica, src, dst)
+        if delay is None:
+            delay = self._detector.link_delay(replica, dst, src)
+        return max(0.0, delay or 0.0)  # clocks of two machines may differ by more than a healthy link takes

@@ -1,0 +1,292 @@
+"""One subject (a link or a stage) and its way from healthy to slow and back.
+
+A subject has one series of samples per key: a link one per direction, a stage one for its compute. In each iteration
+every key gets a score,
+
+    score = (sample - baseline median) / (threshold - baseline median),
+
+so that 1 is the threshold and 0 the baseline; the worst key speaks for the subject.
+
+* healthy -> slow: `confirm` consecutive iterations with a score above 1.
+* slow -> healed: `heal` consecutive iterations with a score below `release`.
+* slow -> slow at another level: the extra delay moved by more than half up (for `confirm` iterations) or by a third
+  down (for `heal` iterations), and by more than its own noise: worth another plan.
+
+Only iterations of a healthy subject that stay under the threshold enter its baseline. A subject that turns slow again
+soon after it healed needs twice as many good iterations the next time, four times after that, and so on up to
+`2 ** MAX_RELAPSES`: a link that flaps ends up being treated as slow, which costs little, instead of causing a new plan
+every few iterations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from adaptra_plugin.config import DetectorConfig
+from adaptra_plugin.detect.window import Window, median
+
+LEVEL_RATIO = 1.5
+"""A slow subject whose extra time changes by more than this ratio, either way, is reported again."""
+MAX_RELAPSES = 5
+"""The good iterations asked of a flapping subject double at most this often."""
+RELAPSE_WINDOWS = 2
+"""Slow again within this many windows after healing counts as a relapse."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A subject that turned slow, changed its level while slow, or healed. Times are ms."""
+
+    kind: Literal["link", "stage"]
+    replica: int
+    stages: tuple[int, ...]
+    """A link: (lower, higher) stage. A stage: (stage,)."""
+    state: Literal["slow", "healed"]
+    since_iteration: int
+    """First iteration over the threshold (slow), at the new level, or under the release threshold (healed)."""
+    found_iteration: int
+    """Iteration whose reports confirmed it."""
+    before_ms: float
+    """Link: one-way delay of the worst direction before; stage: compute time of a microbatch before."""
+    after_ms: float
+    """The same now."""
+    threshold_ms: float
+    """What `after_ms` exceeds (slow) or stays under (healed)."""
+    directions: tuple[tuple[int, int, float], ...] = ()
+    """Links only: (source stage, destination stage, delay now) of each direction."""
+
+    @property
+    def name(self) -> str:
+        """`2-3` for a link, `2` for a stage."""
+        return "-".join(map(str, self.stages))
+
+
+Key = tuple[int, int]
+"""(source, destination) stage of a direction; a stage's own series has the key (stage, stage)."""
+Samples = Mapping[Key, float]
+Margin = Callable[[Window], float]
+
+
+class Monitor:
+    """State machine of one subject; see the module's description."""
+
+    def __init__(
+        self, kind: Literal["link", "stage"], replica: int, stages: tuple[int, ...], config: DetectorConfig
+    ) -> None:
+        self.kind: Literal["link", "stage"] = kind
+        self.replica = replica
+        self.stages = stages
+        self.slow: Finding | None = None
+        """The latest `slow` finding while the subject is slow."""
+        self.baseline: dict[Key, Window] = {}
+        self.iterations: deque[int] = deque(maxlen=config.window)
+        """Iterations that the baseline holds."""
+        self._config = config
+        self._level: dict[Key, Window] = {}  # samples at the present slow level
+        self._streak: list[tuple[int, Samples]] = []  # consecutive iterations that argue for a change of state
+        self._shift: list[tuple[int, Samples]] = []  # consecutive iterations that argue for another slow level
+        self._shift_up = False
+        self._healthy_for = 0  # iterations since it healed
+        self._relapses = 0
+        self._healed_before = False
+
+    @property
+    def mature(self) -> bool:
+        """Whether there is enough history to judge by."""
+        ready = (len(window) >= self._config.min_history for window in self.baseline.values())
+        return bool(self.baseline) and all(ready)
+
+    def current(self, key: Key) -> float | None:
+        """Best present estimate (ms): the median since the change while slow, the baseline median otherwise."""
+        window = (self._level if self.slow else self.baseline).get(key)
+        return window.median if window else None
+
+    def observe(
+        self, iteration: int, samples: Samples, margin: Margin, common: float = 1.0, learn: bool = True
+    ) -> Finding | None:
+        """Takes the samples (ms) of one iteration.
+
+        Args:
+            iteration: its number.
+            samples: one per key; a key without a message is left out.
+            margin: threshold minus median (ms) for a baseline window.
+            common: ratio by which all subjects of this kind are slower in this iteration; taken out of the score.
+            learn: whether the iteration may enter the baseline if it is healthy.
+
+        Returns:
+            A finding if the state or the level changed with this iteration.
+        """
+        if not samples:
+            return None
+        if self.slow is not None:
+            return self._observe_slow(iteration, samples, margin, common)
+        self._healthy_for += 1
+        scores = self._scores(samples, margin, common)
+        if not scores or max(scores.values()) <= 1:
+            self._streak.clear()
+            if learn:
+                self._learn(iteration, samples)
+            return None
+        self._streak.append((iteration, samples))
+        if len(self._streak) < self._config.confirm:
+            return None
+        streak, self._streak = self._streak, []
+        relapse = self._healed_before and self._healthy_for <= RELAPSE_WINDOWS * self._config.window
+        self._relapses = min(self._relapses + 1, MAX_RELAPSES) if relapse else 0
+        before = {key: window.median for key, window in self.baseline.items() if window}
+        return self._turn_slow(streak, before, margin)
+
+    def turn_slow_from_start(self, references: Mapping[Key, float], margin: Margin) -> Finding | None:
+        """Declares slow a subject that has been slow since it was first seen, judged by its peers.
+
+        The peers' delays (`references`, ms per key) stand in for the baseline until the subject heals.
+
+        Returns:
+            The finding; None while fewer than `confirm` of the latest samples are over the threshold.
+        """
+        history = {key: list(window) for key, window in self.baseline.items()}
+        streak: list[tuple[int, Samples]] = []
+        for back, iteration in enumerate(reversed(self.iterations), start=1):
+            sample = {key: values[-back] for key, values in history.items() if back <= len(values)}
+            if all(value <= references[key] + margin(self.baseline[key]) for key, value in sample.items()):
+                break
+            streak.insert(0, (iteration, sample))
+        if len(streak) < self._config.confirm:
+            return None
+        for key, reference in references.items():
+            self.baseline[key] = Window(self._config.window, [reference])
+        return self._turn_slow(streak, dict(references), margin)
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies all history: the workload changed, the subject did not."""
+        for window in (*self.baseline.values(), *self._level.values()):
+            window.scale(factor)
+        self._streak = [(iteration, _scaled(sample, factor)) for iteration, sample in self._streak]
+        self._shift.clear()
+
+    def _learn(self, iteration: int, samples: Samples) -> None:
+        self.iterations.append(iteration)
+        for key, value in samples.items():
+            self.baseline.setdefault(key, Window(self._config.window)).add(value)
+
+    def _scores(self, samples: Samples, margin: Margin, common: float) -> dict[Key, float]:
+        """Score per key; a healthy subject's keys with too little history have none."""
+        scores = {}
+        for key, value in samples.items():
+            window = self.baseline.get(key)
+            if window is None or (self.slow is None and len(window) < self._config.min_history):
+                continue
+            centre = window.median
+            scores[key] = (value / common - centre) / max(margin(window), 1e-9)
+        return scores
+
+    def _turn_slow(self, streak: Sequence[tuple[int, Samples]], before: Mapping[Key, float], margin: Margin) -> Finding:
+        # The first iteration of a change is often half in the old state: the later half of the streak tells the level.
+        keys = {key for _, sample in streak for key in sample}
+        for key in keys:
+            values = [sample[key] for _, sample in streak[len(streak) // 2 :] if key in sample]
+            values = values or [sample[key] for _, sample in streak if key in sample]
+            self._level[key] = Window(self._config.window, values)
+        worst = self._worst(margin)
+        base = self.baseline[worst]
+        self.slow = self._finding(
+            "slow", streak, before.get(worst, base.median), self._level[worst].median, base.median + margin(base)
+        )
+        self._shift.clear()
+        return self.slow
+
+    def _observe_slow(self, iteration: int, samples: Samples, margin: Margin, common: float) -> Finding | None:
+        scores = self._scores(samples, margin, common)
+        if not scores:
+            return None
+        if max(scores.values()) < self._config.release:
+            self._shift.clear()
+            self._streak.append((iteration, samples))
+            return self._heal(margin) if len(self._streak) >= self._config.heal << self._relapses else None
+        self._streak.clear()
+        return self._observe_level(iteration, samples, margin, common)
+
+    def _observe_level(self, iteration: int, samples: Samples, margin: Margin, common: float) -> Finding | None:
+        worst = self._worst(margin)
+        level, base = self._level[worst], self.baseline[worst]
+        present = max(samples[key] / common - self.baseline[key].median for key in samples if key in self.baseline)
+        known = level.median - base.median
+        noise = max(margin(base), self._config.spread_factor * level.spread)
+        up = present > known * LEVEL_RATIO and present - known > noise
+        down = present < known / LEVEL_RATIO and known - present > noise
+        if not up and not down:
+            self._shift.clear()
+            for key, value in samples.items():
+                self._level.setdefault(key, Window(self._config.window)).add(value)
+            return None
+        if up != self._shift_up:
+            self._shift.clear()
+        self._shift_up = up
+        self._shift.append((iteration, samples))
+        if len(self._shift) < (self._config.confirm if up else self._config.heal):
+            return None
+        before = {key: window.median for key, window in self._level.items()}
+        shift, self._shift = self._shift, []
+        return self._turn_slow(shift, before, margin)
+
+    def _heal(self, margin: Margin) -> Finding:
+        worst = self._worst(margin)
+        before, base = self._level[worst].median, self.baseline[worst]
+        after = median(sample[worst] for _, sample in self._streak if worst in sample) if self._streak else before
+        limit = base.median + self._config.release * margin(base)
+        finding = self._finding("healed", self._streak, before, after, limit)
+        streak, self._streak = self._streak, []
+        if not self.mature:
+            # Slow from the start, so far without history of its own: the good iterations are its first.
+            self.iterations.clear()
+            self.baseline.clear()
+        for iteration, sample in streak:
+            self._learn(iteration, sample)
+        self.slow = None
+        self._level.clear()
+        self._healed_before, self._healthy_for = True, 0
+        return finding
+
+    def _worst(self, margin: Margin) -> Key:
+        """The key that speaks for the subject while it is slow: the highest score at the present level."""
+
+        def score(key: Key) -> float:
+            base = self.baseline.get(key)
+            return (self._level[key].median - base.median) / max(margin(base), 1e-9) if base else float("-inf")
+
+        return max(self._level, key=score)
+
+    def _finding(
+        self,
+        state: Literal["slow", "healed"],
+        streak: Sequence[tuple[int, Samples]],
+        before: float,
+        after: float,
+        threshold: float,
+    ) -> Finding:
+        latest: dict[Key, float] = {}
+        if self.kind == "link":
+            for key in sorted({key for _, sample in streak for key in sample}):
+                if state == "slow":
+                    latest[key] = self._level[key].median
+                else:
+                    latest[key] = median(sample[key] for _, sample in streak if key in sample)
+        return Finding(
+            kind=self.kind,
+            replica=self.replica,
+            stages=self.stages,
+            state=state,
+            since_iteration=streak[0][0],
+            found_iteration=streak[-1][0],
+            before_ms=before,
+            after_ms=after,
+            threshold_ms=threshold,
+            directions=tuple((src, dst, delay) for (src, dst), delay in latest.items()),
+        )
+
+
+def _scaled(sample: Samples, factor: float) -> Samples:
+    return {key: value * factor for key, value in sample.items()}
