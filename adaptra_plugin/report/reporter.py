@@ -1,0 +1,107 @@
+"""One object that knows where news goes: the log, the JSONL file of the rank, W&B."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from adaptra_plugin.config import ReportConfig
+from adaptra_plugin.report.event import StragglerEvent
+from adaptra_plugin.report.jsonl import JsonlWriter
+from adaptra_plugin.report.wandb_sink import WandbSink
+
+
+class Reporter:
+    """Reports events and metrics of one rank. Nothing here blocks training or raises because a sink is broken.
+
+    Every JSONL record has `type`, `time` (seconds since the epoch) and `rank`:
+    `iteration` the metrics as given, `event` the fields of a `StragglerEvent`, any other type those of `message`.
+    """
+
+    def __init__(
+        self,
+        config: ReportConfig,
+        rank: int,
+        *,
+        wandb_here: bool,
+        clock: Callable[[], float] = time.time,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        """
+        Args:
+            config: the `report` block.
+            rank: world rank.
+            wandb_here: whether this rank is the one that feeds W&B (the rank that owns the host's run).
+            clock: seconds since the epoch.
+            logger: for lines that people read; `adaptra` by default.
+        """
+        self._config = config
+        self._rank = rank
+        self._clock = clock
+        self._logger = logger or logging.getLogger("adaptra")
+        self._jsonl: JsonlWriter | None = None
+        self._wandb: WandbSink | None = None
+        if config.directory is not None:
+            self._jsonl = JsonlWriter(
+                config.directory,
+                rank,
+                max_file_mib=config.max_file_mib,
+                queue_records=config.queue_records,
+                clock=clock,
+                logger=self._logger,
+            )
+        if wandb_here and config.wandb != "off":
+            self._wandb = WandbSink(config, logger=self._logger)
+
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics of one iteration, every `metrics_every` iterations.
+
+        Args:
+            metrics: `iteration` (0-based) and any of numbers, texts, lists (one entry per stage) and mappings (one
+                entry per link, say); times in ms. The values must not be changed afterwards.
+        """
+        if int(metrics.get("iteration", 0)) % self._config.metrics_every:
+            return
+        metrics = dict(metrics)
+        self._record("iteration", metrics)
+        if self._wandb is not None:
+            self._wandb.iteration(metrics)
+
+    def event(self, event: StragglerEvent) -> None:
+        """Logs the event's sentence, writes its record, and hands it to W&B (table and alert)."""
+        self._logger.log(logging.INFO if event.state == "healed" else logging.WARNING, "%s", event.sentence())
+        self._record("event", {**event.to_json(), "text": event.sentence()})
+        if self._wandb is not None:
+            self._wandb.event(event)
+
+    def message(self, kind: str, text: str | None = None, *, level: int = logging.INFO, **fields: Any) -> None:
+        """Anything else worth keeping.
+
+        Args:
+            kind: `type` of the record, such as `plan`, `ring_full`, `refused_connection`.
+            text: a line for the log, and `text` of the record; None: only the record is written.
+            level: of the line.
+            fields: of the record.
+        """
+        if text is not None:
+            self._logger.log(level, "%s", text)
+            fields["text"] = text
+        self._record(kind, fields)
+
+    def files(self) -> list[str]:
+        """Paths of the JSONL files that exist."""
+        return [str(path) for path in self._jsonl.files()] if self._jsonl is not None else []
+
+    def close(self, deadline_s: float = 10.0) -> None:
+        """Writes what is queued and ends the threads; what takes longer than `deadline_s` in all is given up."""
+        end = time.monotonic() + deadline_s
+        for sink in (self._jsonl, self._wandb):
+            if sink is not None and not sink.close(max(0.0, end - time.monotonic())):
+                self._logger.warning("report: %s did not finish within %g s", type(sink).__name__, deadline_s)
+
+    def _record(self, kind: str, fields: Mapping[str, Any]) -> None:
+        if self._jsonl is not None:
+            header = {"type": kind, "time": self._clock(), "rank": self._rank}
+            self._jsonl.write({**header, **fields, **header})  # first in the line, and not to be overwritten
