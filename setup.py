@@ -19,6 +19,7 @@ setup(
         "torch>=2.4",
         "pydantic>=2.5",  # the typed configuration
         "numpy>=1.24",  # samples, windows, the simulator's tables
+        "packaging>=23",  # version ranges of the hosts
         "rich>=13",  # tables and progress of the command line and the demo
     ],
     extras_require={

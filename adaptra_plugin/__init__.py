@@ -1,0 +1,48 @@
+"""Slack-adaptive pipeline schedules and delegated p2p for DeepSpeed and Megatron-core.
+
+    import adaptra_plugin
+    adaptra_plugin.activate()      # usually not needed: done when torch and DeepSpeed are imported
+    adaptra_plugin.status()        # what is patched, which plan runs
+    adaptra_plugin.deactivate()    # every name of every module is the stock one again
+
+Nothing heavy is imported here: torch calls `adaptra_plugin._autoload` at the end of `import torch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "activate", "deactivate", "status"]
+
+
+def activate(config: str | Path | Mapping[str, Any] | None = None) -> None:
+    """Opens the gate: engines that DeepSpeed builds from now on follow the `"adaptra"` block of their configuration.
+
+    Args:
+        config: a JSON file, or a mapping, with the block's content (with or without the key `"adaptra"` around it), for
+            hosts whose own configuration has no such block; a block in the host's configuration wins.
+
+    Raises:
+        ConfigError: `config` is wrong; one line per mistake.
+        UnsupportedError: the installed host is of a version that Adaptra does not know.
+    """
+    from adaptra_plugin import _activation
+
+    _activation.activate(config)
+
+
+def deactivate() -> None:
+    """Ends all sessions and restores every name that was patched. Engines that exist go on with stock schedules."""
+    from adaptra_plugin import _activation
+
+    _activation.deactivate()
+
+
+def status() -> dict[str, Any]:
+    """What is active: patches (applied or skipped, with the reason) and one entry per running session."""
+    from adaptra_plugin import _activation
+
+    return _activation.status()

@@ -88,6 +88,8 @@ class ReportConfig(_Block):
     """At most one W&B alert per link or stage within this time."""
     metrics_every: int = Field(1, ge=1, le=1_000_000)
     """Write per-iteration metrics every so many iterations."""
+    spans: bool = False
+    """Write start and end of every action too (about 60 bytes each): what measured timelines are drawn from."""
 
 
 class SlowLink(_Block):

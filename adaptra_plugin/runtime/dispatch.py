@@ -1,0 +1,32 @@
+"""What a rank runs next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from adaptra_plugin.schedule.actions import Action, Kind
+
+
+def in_order(actions: Sequence[Action]) -> Iterator[Action]:
+    """The plan's order. A generator: the caller asks for the next action when it has finished the last one."""
+    yield from actions
+
+
+def forward_only(stage: int, microbatches: int) -> tuple[Action, ...]:
+    """The actions of an evaluation."""
+    return tuple(Action(stage, Kind.F, microbatch) for microbatch in range(microbatches))
+
+
+def buffers_needed(actions: Sequence[Action]) -> int:
+    """Slots a host needs so that slot `microbatch % slots` is free when its forward starts.
+
+    A slot is taken from F until I or B has ended; microbatches run in order, so the largest number of taken slots suffices.
+    """
+    taken = most = 0
+    for action in actions:
+        if action.kind is Kind.F:
+            taken += 1
+            most = max(most, taken)
+        elif action.kind in (Kind.I, Kind.B):
+            taken -= 1
+    return max(1, most)

@@ -1,0 +1,141 @@
+"""Patches are declared, applied with a reason, listed, and all restored."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from adaptra_plugin.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One name of a host that is replaced.
+
+    Attributes:
+        id: for people, `deepspeed.engine`.
+        target: `module:attribute`.
+        host: distribution whose version counts.
+        versions: accepted versions, a PEP 440 specifier.
+        reason: why it is patched.
+        replace: builds the replacement from the original.
+    """
+
+    id: str
+    target: str
+    host: str
+    versions: str
+    reason: str
+    replace: Callable[[Any], Any]
+
+
+@dataclass
+class _Applied:
+    patch: Patch
+    original: Any
+    replacement: Any
+
+
+class PatchSet:
+    """The patches that are applied. `apply` twice is once; `restore` puts back every name, in reverse order."""
+
+    def __init__(self) -> None:
+        self._applied: dict[str, _Applied] = {}
+        self._skipped: dict[str, tuple[Patch, str]] = {}
+
+    def apply(self, patch: Patch) -> None:
+        """Replaces the target, and every other module's name that is bound to the same object.
+
+        Raises:
+            UnsupportedError: the host's version is outside of `patch.versions`, or the target is missing.
+        """
+        if patch.id in self._applied:
+            return
+        try:
+            self._check_version(patch)
+            module, name, original = _resolve(patch)
+        except UnsupportedError as error:
+            self._skipped[patch.id] = (patch, str(error))
+            raise
+        replacement = patch.replace(original)
+        setattr(module, name, replacement)
+        _rebind(original, replacement)
+        self._applied[patch.id] = _Applied(patch, original, replacement)
+        self._skipped.pop(patch.id, None)
+
+    def restore(self, patch_id: str | None = None) -> None:
+        """Puts back the originals of one patch, or of all."""
+        for key in [patch_id] if patch_id else list(reversed(self._applied)):
+            applied = self._applied.pop(key, None)
+            if applied is None:
+                continue
+            module, name, current = _resolve(applied.patch)
+            if current is applied.replacement:
+                setattr(module, name, applied.original)
+            _rebind(applied.replacement, applied.original)
+
+    def original(self, patch_id: str) -> Any:
+        """What a patched name was bound to."""
+        return self._applied[patch_id].original
+
+    def describe(self) -> list[dict[str, str]]:
+        """One entry per patch: id, target, state and reason."""
+        rows = [
+            {"id": a.patch.id, "target": a.patch.target, "state": "applied", "reason": a.patch.reason}
+            for a in self._applied.values()
+        ]
+        rows += [
+            {"id": patch.id, "target": patch.target, "state": "skipped", "reason": why}
+            for patch, why in self._skipped.values()
+        ]
+        return rows
+
+    @staticmethod
+    def _check_version(patch: Patch) -> None:
+        try:
+            version = metadata.version(patch.host)
+        except metadata.PackageNotFoundError:
+            raise UnsupportedError(f"{patch.id}: {patch.host} is not installed; install {patch.host}{patch.versions}") from None
+        if not SpecifierSet(patch.versions, prereleases=True).contains(version):
+            raise UnsupportedError(
+                f"{patch.id}: {patch.host} {version} is installed, {patch.versions} is supported; "
+                f"install a supported version or set adaptra.enabled to false"
+            )
+
+
+def _resolve(patch: Patch) -> tuple[ModuleType, str, Any]:
+    module_name, name = patch.target.split(":")
+    try:
+        module = importlib.import_module(module_name)
+        return module, name, getattr(module, name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(
+            f"{patch.id}: {patch.target} does not exist in this {patch.host} ({error}); expected a version {patch.versions}"
+        ) from None
+
+
+def _rebind(old: Any, new: Any) -> None:
+    """Names in other modules that are bound to `old` (`from host import name`) are bound to `new`."""
+    for module, name in _names_bound_to(old):
+        setattr(module, name, new)
+
+
+def _names_bound_to(value: Any) -> Iterator[tuple[ModuleType, str]]:
+    for module in list(sys.modules.values()):
+        # `vars` and not `getattr`: reading an attribute of a lazy module would import it
+        if not isinstance(module, ModuleType) or (module.__name__ or "").startswith("adaptra_plugin"):
+            continue
+        for name, bound in list(vars(module).items()):
+            if bound is value:
+                yield module, name
+
+
+PATCHES = PatchSet()
+"""The patches of this process."""
