@@ -16,6 +16,7 @@ a pipeline is the subject of arXiv 2504.19232, sec. 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -204,9 +205,15 @@ class Detector:
             return changed
         factor = median(state.common[len(state.common) // 2 :])
         state.common.clear()
-        for monitor in state.stages.values():
-            monitor.rescale(factor)
+        for stage, monitor in state.stages.items():
+            if _nearer(ratios.get(stage, factor), factor):  # one without a ratio is slow already, and goes along
+                monitor.rescale(factor)
         return False
+
+
+def _nearer(ratio: float, factor: float) -> bool:
+    """Whether a ratio of times is nearer to a factor than to no change."""
+    return ratio > 0 and abs(math.log(ratio / factor)) < abs(math.log(ratio))
 
 
 def _ratios(state: _Replica, reports: Sequence[IterationReport]) -> dict[int, float]:

@@ -12,10 +12,11 @@ so that 1 is the threshold and 0 the baseline; the worst key speaks for the subj
 * slow -> slow at another level: the extra delay moved by more than half up (for `confirm` iterations) or by a third
   down (for `heal` iterations), and by more than its own noise: worth another plan.
 
-Only iterations of a healthy subject that stay under the threshold enter its baseline. A subject that turns slow again
-soon after it healed needs twice as many good iterations the next time, four times after that, and so on up to
-`2 ** MAX_RELAPSES`: a link that flaps ends up being treated as slow, which costs little, instead of causing a new plan
-every few iterations.
+Iterations over the threshold do not enter the baseline, but for a single one that passed at once: that is noise, which
+the median bears and the spread must know of. A subject with two or more such spikes in its recent past needs as many
+more iterations to confirm a change that is not clearly higher than they were. A subject that turns slow again soon after
+it healed needs twice as many good iterations the next time, four times after that, and so on up to `2 ** MAX_RELAPSES`:
+a link that flaps ends up being treated as slow, which costs little, instead of causing a new plan every few iterations.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ LEVEL_RATIO = 1.5
 """A slow subject whose extra time changes by more than this ratio, either way, is reported again."""
 MAX_RELAPSES = 5
 """The good iterations asked of a flapping subject double at most this often."""
+SPIKE_WINDOWS = 4
+"""Spikes are remembered for this many windows."""
+SPIKE_RATIO = 2 / 3
+"""A spike of this share of a present excess makes it suspect; higher changes are confirmed as quickly as ever."""
 RELAPSE_WINDOWS = 2
 """Slow again within this many windows after healing counts as a relapse."""
 
@@ -89,6 +94,9 @@ class Monitor:
         self._streak: list[tuple[int, Samples]] = []  # consecutive iterations that argue for a change of state
         self._shift: list[tuple[int, Samples]] = []  # consecutive iterations that argue for another slow level
         self._shift_up = False
+        self._heights: list[float] = []  # scores of the streak of a healthy subject
+        self._spikes: deque[tuple[int, float]] = deque()  # (count of healthy iterations, score) of changes that passed
+        self._seen = 0
         self._healthy_for = 0  # iterations since it healed
         self._relapses = 0
         self._healed_before = False
@@ -124,20 +132,41 @@ class Monitor:
         if self.slow is not None:
             return self._observe_slow(iteration, samples, margin, common)
         self._healthy_for += 1
+        self._seen += 1
         scores = self._scores(samples, margin, common)
         if not scores or max(scores.values()) <= 1:
-            self._streak.clear()
+            self._end_streak()
             if learn:
                 self._learn(iteration, samples)
             return None
         self._streak.append((iteration, samples))
-        if len(self._streak) < self._config.confirm:
+        self._heights.append(max(scores.values()))
+        if len(self._streak) < self._needed():
             return None
-        streak, self._streak = self._streak, []
+        streak, self._streak, self._heights = self._streak, [], []
         relapse = self._healed_before and self._healthy_for <= RELAPSE_WINDOWS * self._config.window
         self._relapses = min(self._relapses + 1, MAX_RELAPSES) if relapse else 0
         before = {key: window.median for key, window in self.baseline.items() if window}
         return self._turn_slow(streak, before, margin)
+
+    def _needed(self) -> int:
+        """Iterations over the threshold that confirm a change: more where as much has often come and gone at once."""
+        oldest = self._seen - SPIKE_WINDOWS * self._config.window
+        while self._spikes and self._spikes[0][0] < oldest:
+            self._spikes.popleft()
+        height = median(self._heights)
+        alike = sum(spike > SPIKE_RATIO * height for _, spike in self._spikes)
+        return self._config.confirm + (alike if alike >= 2 else 0)
+
+    def _end_streak(self) -> None:
+        """The threshold was exceeded for a moment: noise of a healthy subject."""
+        if self._streak:
+            self._spikes.append((self._seen, max(self._heights)))
+        if len(self._streak) == 1:
+            # Median and MAD bear it, and a baseline without its own noise would find ever more iterations unusual.
+            self._learn(*self._streak[0])
+        self._streak.clear()
+        self._heights.clear()
 
     def turn_slow_from_start(self, references: Mapping[Key, float], margin: Margin) -> Finding | None:
         """Declares slow a subject that has been slow since it was first seen, judged by its peers.
