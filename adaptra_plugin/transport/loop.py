@@ -1,0 +1,141 @@
+"""The proxy's event loop: sockets, timers, and a doorbell that other threads ring."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+
+
+class _Doorbell:
+    """Wakes the loop; rung many times between two looks it costs one system call."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "eventfd"):
+            self.fd = self._ring_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        else:
+            self.fd, self._ring_fd = os.pipe()
+            os.set_blocking(self.fd, False)
+            os.set_blocking(self._ring_fd, False)
+        self._rung = False
+        self._lock = threading.Lock()  # against a ring after `close`, into a descriptor that is somebody else's by then
+
+    def ring(self) -> None:
+        if self._rung:
+            return
+        with self._lock:
+            if not self._rung:
+                self._rung = True
+                os.write(self._ring_fd, (1).to_bytes(8, "little"))
+
+    def hush(self) -> None:
+        try:
+            os.read(self.fd, 4096)
+        except BlockingIOError:
+            pass
+        # cleared before the caller looks at its queue, so that a ring in between is not lost
+        self._rung = False
+
+    def close(self) -> None:
+        # with a limit, because a fork may have copied the lock while another thread held it, for ever
+        self._lock.acquire(timeout=1.0)
+        self._rung = True
+        self._lock.release()
+        for fd in {self.fd, self._ring_fd}:
+            os.close(fd)
+
+
+class Timer:
+    __slots__ = ("cancelled", "run", "when")
+
+    def __init__(self, when: float, run: Callable[[], None]) -> None:
+        self.when = when
+        self.run = run
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Loop:
+    """Single-threaded, except for `post` and `stop`, which any thread may call. `clock` in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._bell = _Doorbell()
+        self._selector.register(self._bell.fd, READ, None)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._stopped = self._closed = False
+
+    def post(self, run: Callable[[], None]) -> None:
+        """Runs `run` on the loop's thread, soon."""
+        self._posted.append(run)
+        self._bell.ring()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._bell.ring()
+
+    def call_at(self, when: float, run: Callable[[], None]) -> Timer:
+        timer = Timer(when, run)
+        heapq.heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    def call_later(self, delay_s: float, run: Callable[[], None]) -> Timer:
+        return self.call_at(self.clock() + delay_s, run)
+
+    def watch(self, sock: socket.socket, events: int, handler: Callable[[int], None]) -> None:
+        """Calls `handler(mask)` when `sock` is ready for one of `events`; 0 stops watching. Idempotent."""
+        if self._closed:
+            return
+        known = self._selector.get_map().get(sock.fileno())
+        if known is None:
+            if events:
+                self._selector.register(sock, events, handler)
+        elif not events:
+            self._selector.unregister(sock)
+        elif known.events != events or known.data != handler:
+            self._selector.modify(sock, events, handler)
+
+    def run(self) -> None:
+        """Until `stop`. An exception of a handler ends the loop and is the caller's."""
+        while not self._stopped:
+            for key, mask in self._selector.select(self._patience()):
+                if key.data is None:
+                    self._bell.hush()
+                elif self._selector.get_map().get(key.fd) is key:  # an earlier handler may have closed this one
+                    key.data(mask)
+            for _ in range(len(self._posted)):
+                self._posted.popleft()()
+            # timers last: what has already come counts before a timeout does
+            now = self.clock()
+            while self._timers and self._timers[0][0] <= now:
+                _, _, timer = heapq.heappop(self._timers)
+                if not timer.cancelled:
+                    timer.run()
+
+    def _patience(self) -> float | None:
+        if self._posted:
+            return 0.0
+        while self._timers and self._timers[0][2].cancelled:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        return max(0.0, self._timers[0][0] - self.clock())
+
+    def close(self) -> None:
+        self._closed = True
+        self._selector.close()
+        self._bell.close()

@@ -1,0 +1,139 @@
+"""What a caller holds while a transfer is under way, and how it learns that it failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaptra_plugin.errors import TransferTimeout, TransportError
+from adaptra_plugin.transport.types import Key, Message
+
+if TYPE_CHECKING:
+    from adaptra_plugin.transport.lanes import Arrived, Lane, RecvLane, SendLane
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why nothing more goes to, or comes from, a peer."""
+
+    error: type[TransportError]
+    reason: str
+    remedy: str
+
+    def about(self, key: Key, verb: str, peer: object, waited_s: float) -> TransportError:
+        return self.error(f"{key} cannot {verb} {peer}: {self.reason} (waited {waited_s:.1f} s). {self.remedy}")
+
+
+class Fate:
+    """The error that ended the whole endpoint, if any: every wait raises it, whatever else has happened."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class _Pending:
+    """Something to wait for. The lock starts taken and is released once, when the matter is settled."""
+
+    __slots__ = ("_gate", "_loss", "_settled", "key")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._settled = False
+        self._loss: Loss | None = None
+
+    def settle(self, loss: Loss | None = None) -> bool:
+        """Ends the wait, well or with `loss`; the lane calls it under its lock. False if it was settled before."""
+        if self._settled:
+            return False
+        self._loss = loss
+        self._settled = True
+        self._gate.release()
+        return True
+
+    def _await(self, lane: Lane, deadline_s: float | None, verb: str, timeout_text: str) -> None:
+        lane.fate.check()
+        limit = lane.deadline_s if deadline_s is None else deadline_s
+        started = time.monotonic()
+        if not self._settled:
+            if not self._gate.acquire(timeout=max(0.0, min(limit, threading.TIMEOUT_MAX))):
+                raise TransferTimeout(
+                    f"{self.key} {timeout_text} {lane.peer} within {limit:g} s. {lane.situation()} That rank is stuck "
+                    "or its host is unreachable: look at the end of its log; if transfers may take this long, raise "
+                    "adaptra.transport.deadline_s"
+                )
+            self._gate.release()
+            lane.fate.check()
+        if self._loss is not None:
+            raise self._loss.about(self.key, verb, lane.peer, time.monotonic() - started)
+
+
+class Ticket(_Pending):
+    """A send under way."""
+
+    __slots__ = ("_lane",)
+
+    def __init__(self, key: Key, lane: SendLane) -> None:
+        super().__init__(key)
+        self._lane = lane
+
+    def ready(self) -> bool:
+        """True when `wait` would not block."""
+        return self._settled or self._lane.fate.error is not None
+
+    def wait(self, deadline_s: float | None = None) -> None:
+        """Returns when all bytes have left this process for the peer (seconds; None: `transport.deadline_s`).
+
+        Raises:
+            TransferTimeout: names the transfer, the peer and what to do.
+            PeerLostError: the peer is gone; so it says why.
+            TransportError: the connection or the endpoint has failed.
+        """
+        self._await(self._lane, deadline_s, "be sent to", "was not taken by")
+
+
+class RecvTicket(_Pending):
+    """A posted receive."""
+
+    __slots__ = ("_arrived", "_lane", "_message")
+
+    def __init__(self, key: Key, lane: RecvLane) -> None:
+        super().__init__(key)
+        self._lane = lane
+        self._arrived: Arrived | None = None
+        self._message: Message | None = None
+
+    def arrive(self, arrived: Arrived) -> bool:
+        """The proxy has the whole message; the lane calls it under its lock. False if the wait has already failed."""
+        if self._settled:
+            return False
+        self._arrived = arrived
+        return self.settle()
+
+    def ready(self) -> bool:
+        """True when `wait` would not block."""
+        return self._settled or self._lane.fate.error is not None
+
+    def wait(self, deadline_s: float | None = None) -> Message:
+        """The message, copied out of the staging ring on this thread at the first call (seconds; None:
+        `transport.deadline_s`).
+
+        Raises:
+            TransferTimeout: names the transfer, the peer and what to do.
+            PeerLostError: the peer is gone and the message had not arrived.
+            TransportError: the connection or the endpoint has failed.
+        """
+        self._await(self._lane, deadline_s, "arrive from", "did not arrive from")
+        with self._gate:  # settled, so it is a plain mutex now: one thread copies
+            if self._message is None:
+                assert self._arrived is not None
+                self._message = self._lane.take(self._arrived)
+                self._arrived = None
+            return self._message
