@@ -1,0 +1,65 @@
+"""How the ranks of a job find each other: a secret and everybody's address, through the launcher's store."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import timedelta
+from typing import Any
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.transport import Address, PeerInfo
+
+SECRET_BYTES = 32
+
+
+class Rendezvous:
+    """Wraps the store for one session.
+
+    Args:
+        store: a c10d store (`set`, `get`, `wait`) that all ranks share; keys are put under `prefix`.
+        prefix: unique to the session within the job.
+        deadline_s: longest wait for another rank.
+    """
+
+    def __init__(self, store: Any, prefix: str, deadline_s: float) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._deadline = timedelta(seconds=deadline_s)
+
+    def secret(self, topology: Topology) -> bytes:
+        """The job's secret: made by rank 0, never written anywhere but the store."""
+        if topology.rank == 0:
+            self._store.set(self._key("secret"), secrets.token_hex(SECRET_BYTES))
+        return bytes.fromhex(self._get("secret", "rank 0 has not started its session"))
+
+    def exchange(self, topology: Topology, host: str, address: Address) -> dict[int, tuple[PeerInfo, Address]]:
+        """Publishes this rank's address and returns those of all ranks.
+
+        Raises:
+            TransportError: a rank did not publish its address within the deadline.
+        """
+        self._store.set(
+            self._key(f"address/{topology.rank}"), json.dumps({"host": host, "address": address.to_text()})
+        )
+        peers = {}
+        for rank in range(topology.world_size):
+            data = json.loads(self._get(f"address/{rank}", f"rank {rank} has not started its session"))
+            info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
+            peers[rank] = (info, Address.parse(data["address"]))
+        return peers
+
+    def _key(self, name: str) -> str:
+        return f"adaptra/{self._prefix}/{name}"
+
+    def _get(self, name: str, why: str) -> str:
+        key = self._key(name)
+        try:
+            self._store.wait([key], self._deadline)
+            return self._store.get(key).decode()
+        except RuntimeError as error:  # what c10d stores raise for a timeout or a lost server
+            raise TransportError(
+                f"{why} within {self._deadline.total_seconds():.0f} s ({error}): is every rank started with the same "
+                '"adaptra" configuration?'
+            ) from None

@@ -1,0 +1,394 @@
+"""One per rank and engine: wires measuring, planning, agreement, transport and reports, and owns their threads."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import itertools
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adaptra_plugin import _activation
+from adaptra_plugin.config import AdaptraConfig
+from adaptra_plugin.detect import IterationReport
+from adaptra_plugin.errors import AdaptraError, ConfigError, PeerLostError, PlanError, TransportError
+from adaptra_plugin.report import Reporter, StragglerEvent
+from adaptra_plugin.runtime.coordinator import Coordinator
+from adaptra_plugin.runtime.dispatch import forward_only
+from adaptra_plugin.runtime.iteration import Iteration, Links
+from adaptra_plugin.runtime.pacing import Pacer
+from adaptra_plugin.runtime.plans import PlanBook, Proposal
+from adaptra_plugin.runtime.rendezvous import Rendezvous
+from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
+from adaptra_plugin.runtime.stopwatch import stopwatch_for
+from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.plan import Plan
+from adaptra_plugin.schedule.profile import Profile, StageProfile
+from adaptra_plugin.transport import Endpoint, PeerInfo
+
+logger = logging.getLogger("adaptra")
+COORDINATOR = 0
+EXIT_PEER_LOST = 70
+_numbers = itertools.count()
+
+
+class Session:
+    """Everything Adaptra does on one rank.
+
+    Args:
+        config: the effective configuration.
+        topology: the pipelines of the job.
+        store: the launcher's c10d store.
+        module: this rank's part of the model; its linear layers are split if the configuration says so.
+        device: on which it computes.
+
+    Raises:
+        ConfigError: `max_activations` or an injected link does not fit the number of stages.
+        TransportError: a peer cannot be reached.
+    """
+
+    def __init__(
+        self, config: AdaptraConfig, topology: Topology, store: Any, module: torch.nn.Module, device: torch.device
+    ) -> None:
+        self.config = config
+        self.topology = topology
+        self.device = device
+        self.queue = WeightQueue()
+        self.failure: Exception | None = None
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._noticed = threading.Event()
+        self._iteration = 0
+        self._epoch = 0
+        self._stopwatch = stopwatch_for(device)
+        self._pacer = Pacer(config.simulate.compute)
+        self._limits = _limits(config, topology.stages)
+        _check_links(config, topology.stages)
+        unknown = Profile(
+            microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
+        )
+        self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
+        self._reporter = Reporter(config.report, topology.rank, wandb_here=topology.rank == COORDINATOR)
+        host = socket.gethostname()
+        rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
+        self._me = PeerInfo(rank=topology.rank, stage=topology.stage, host=host)
+        self._endpoint = Endpoint(
+            self._me, config.transport, rendezvous.secret(topology), simulate_links=config.simulate.links
+        )
+        try:
+            self._endpoint.on_control = self._control
+            self._endpoint.on_peer_lost = self._peer_lost
+            peers = rendezvous.exchange(topology, host, self._endpoint.address)
+            self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
+            self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
+            self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
+        except BaseException:
+            self._endpoint.close(linger_s=0.0)
+            self._reporter.close(1.0)
+            raise
+        self._links = Links(
+            previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
+            next=None if topology.next is None else self._endpoint.channel(topology.next),
+        )
+        self._split = SplitLinears(module, self.queue) if config.split_backward else None
+        if self._split is not None:
+            self.queue.watch(self._split.weights)
+        if self._coordinator is not None:
+            self._coordinator.start()
+            logger.info("effective configuration: %s", config.model_dump_json())
+        self._reporter.message("session", **self.status())
+        _activation.add_session(self)
+        atexit.register(self.close)
+
+    def _make_coordinator(self) -> Coordinator:
+        return Coordinator(
+            self.topology,
+            self.config,
+            self._hosts,
+            send=self._send,
+            on_event=self._reporter.event,
+            on_plan=self._plan_committed,
+            current=self._book.plan_for,
+            begun=lambda: self._book.begun,
+            limits=self._limits,
+        )
+
+    # --- iterations
+
+    @property
+    def splits(self) -> bool:
+        """True if linear layers of this rank can run split."""
+        return self._split is not None and self._split.report.split > 0
+
+    def begin(self, microbatches: int) -> Iteration:
+        """A training iteration begins: decides on the plan, posts all receives.
+
+        Raises:
+            PlanError: the limits cannot be kept with this number of microbatches.
+        """
+        self._endpoint.set_iteration(self._iteration)
+        version, plan = self._book.begin(self._iteration, microbatches)
+        return self._begin(version, plan.schedule.ranks[self.topology.stage], microbatches, training=True)
+
+    def begin_evaluation(self, microbatches: int) -> Iteration:
+        """A forward-only schedule begins."""
+        actions = forward_only(self.topology.stage, microbatches)
+        return self._begin(0, actions, microbatches, training=False)
+
+    def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
+        if self.failure is not None:
+            self._noticed.set()
+            raise self.failure
+        self._epoch += 1
+        return Iteration(
+            index=self._iteration,
+            epoch=self._epoch,
+            version=version,
+            actions=tuple(actions),
+            microbatches=microbatches,
+            topology=self.topology,
+            links=self._links,
+            stopwatch=self._stopwatch,
+            pacer=self._pacer,
+            training=training,
+        )
+
+    def end(self, iteration: Iteration) -> None:
+        """The iteration has been executed: measures are sent to the coordinator and reported."""
+        if not iteration.training:
+            return
+        iteration.finish()
+        if self._iteration == 0:
+            self.queue.unwatch()
+        self._iteration += 1
+        topology = self.topology
+        report = IterationReport(
+            replica=topology.replica,
+            stage=topology.stage,
+            rank=topology.rank,
+            host=self._me.host,
+            iteration=iteration.index,
+            microbatches=iteration.microbatches,
+            iteration_ms=iteration.total_ms,
+            plan_version=iteration.version,
+            times=iteration.stage_times(),
+            links=iteration.link_delays(),
+            wait_ms=iteration.wait_ms,
+            compute_ms=iteration.compute_ms(),
+        )
+        if self.config.detector.enabled:
+            self._send(COORDINATOR, {"type": "report", "report": report.to_json()})
+        self._reporter.iteration(self._metrics(report, iteration))
+
+    def _metrics(self, report: IterationReport, iteration: Iteration) -> dict[str, Any]:
+        metrics: dict[str, Any] = {
+            "iteration": report.iteration,
+            "stage": report.stage,
+            "replica": report.replica,
+            "microbatches": report.microbatches,
+            "plan_version": report.plan_version,
+            "iteration_ms": round(report.iteration_ms, 3),
+            "forward_ms": round(report.times.forward_ms, 3),
+            "backward_input_ms": round(report.times.backward_input_ms, 3),
+            "backward_weight_ms": round(report.times.backward_weight_ms, 3),
+            "wait_ms": round(report.wait_ms, 3),
+            "bubble_ms": round(report.bubble_ms, 3),
+            "link_delay_ms": {f"{link.src}-{link.dst}": round(link.delay_ms, 3) for link in report.links},
+        }
+        if self.config.report.spans:
+            metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)
+            metrics["spans"] = iteration.spans()
+        return metrics
+
+    # --- agreement
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        if rank == self.topology.rank:
+            self._control(rank, message)
+        elif self.failure is None and not self._closed:
+            try:
+                self._endpoint.send_control(rank, message)
+            except TransportError as error:  # the endpoint has ended meanwhile: whoever waits on it hears why
+                logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
+
+    def _control(self, sender: int, message: dict[str, Any]) -> None:
+        """A control message has arrived (on the proxy's thread, or on the caller's for messages to oneself)."""
+        kind = message.get("type")
+        if kind in ("report", "answer"):
+            if self._coordinator is not None:
+                self._coordinator.post(sender, message)
+        elif kind == "lost":
+            self._lose(PeerInfo(int(message["rank"]), int(message["stage"]), str(message["host"])), str(message["why"]))
+        elif sender != COORDINATOR:
+            logger.warning("control message %r of rank %d ignored: only the coordinator may send it", kind, sender)
+        elif kind == "propose":
+            self._answer(message)
+        elif kind == "decide":
+            self._book.decide(int(message["version"]), bool(message["commit"]))
+
+    def _answer(self, message: dict[str, Any]) -> None:
+        version = int(message["version"])
+        try:
+            proposal = Proposal(
+                version=version,
+                profile=Profile.from_json(message["profile"]),
+                plan=Plan.from_json(message["plan"]),
+                first_iteration=int(message["first_iteration"]),
+            )
+        except (PlanError, KeyError) as error:
+            logger.warning("plan v%d is refused: %s", version, error)
+            return  # the vote then runs into its deadline and nobody switches
+        ok = self._book.propose(proposal)
+        self._send(COORDINATOR, {"type": "answer", "version": version, "ok": ok, "begun": self._book.begun})
+
+    def _plan_committed(self, version: int, first_iteration: int, plan: Plan, profile: Profile, reason: str) -> None:
+        warmups = " ".join(map(str, plan.warmup))
+        self._reporter.message(
+            "plan",
+            f"plan v{version} runs from iteration {first_iteration} on ({reason}): warm-ups {warmups}, "
+            f"predicted {plan.makespan_ms:.1f} ms an iteration",
+            version=version,
+            first_iteration=first_iteration,
+            reason=reason,
+            plan=plan.to_json(),
+            profile=profile.to_json(),
+        )
+
+    # --- failures
+
+    def _peer_lost(self, peer: PeerInfo, why: str) -> None:
+        """The transport has noticed that a peer is gone (on the proxy's thread)."""
+        if self.topology.rank != COORDINATOR and peer.rank != COORDINATOR:
+            self._send(COORDINATOR, _loss_message(peer, why))
+        self._lose(peer, why)
+
+    def _lose(self, peer: PeerInfo, why: str) -> None:
+        if self.failure is not None or self._closed:
+            return
+        error = PeerLostError(
+            f"{peer} is lost: {why}. This rank ({self._me}) cannot go on without it: restart the job from its last checkpoint"
+        )
+        if self._coordinator is not None:
+            # before the endpoint fails: the other ranks must hear of it
+            for rank in range(self.topology.world_size):
+                if rank not in (peer.rank, self.topology.rank):
+                    self._send(rank, _loss_message(peer, why))
+        self.failure = error
+        self._endpoint.fail(error)
+        self._book.fail(error)
+        logger.error("%s", error)
+        self._reporter.event(
+            StragglerEvent(
+                time_unix=time.time(),
+                kind="peer",
+                state="lost",
+                replica=self.topology.place(peer.rank)[0],
+                link=None,
+                stages=(peer.stage,),
+                ranks=(peer.rank,),
+                hosts=(peer.host,),
+                since_iteration=self._iteration,
+                found_iteration=self._iteration,
+                delay_before_ms=0.0,
+                delay_after_ms=0.0,
+                action=f"this rank ends: {why}",
+                predicted_iteration_ms_before=None,
+                predicted_iteration_ms_after=None,
+                predicted_gain=None,
+                plan_version=self._book.version,
+            )
+        )
+        threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True).start()
+
+    def _end_if_stuck(self) -> None:
+        """Nobody can interrupt a rank that waits in a collective for a peer that is gone; ending it is all that is left."""
+        grace = self.config.peer_exit_grace_s
+        if self._noticed.wait(grace) or self._closed:
+            return
+        logger.critical("%s; this rank has not noticed for %.0f s and ends now", self.failure, grace)
+        self._reporter.close(2.0)
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        os._exit(EXIT_PEER_LOST)
+
+    def explain(self, error: Exception, patience_s: float = 3.0) -> Exception:
+        """The cause of an error that a host raised: the loss of a peer, if that is what happened.
+
+        A collective of the host may fail a moment before the news of the loss arrives, hence the patience.
+        """
+        if isinstance(error, AdaptraError) or not isinstance(error, RuntimeError):
+            self._noticed.set()
+            return error
+        until = time.monotonic() + patience_s
+        while self.failure is None and time.monotonic() < until and not self._closed:
+            time.sleep(0.02)
+        if self.failure is None:
+            return error
+        self._noticed.set()
+        return self.failure
+
+    # --- end
+
+    def close(self) -> None:
+        """Ends all threads, restores the model's layers. Idempotent; also run at the exit of the process."""
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._noticed.set()
+        atexit.unregister(self.close)
+        _activation.remove_session(self)
+        if self._coordinator is not None:
+            self._coordinator.close()
+        if self._split is not None:
+            self._split.remove()
+        self.queue.unwatch()
+        self._endpoint.close(linger_s=0.0 if self.failure is not None else 5.0)
+        self._reporter.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def status(self) -> dict[str, Any]:
+        """Plan version, split layers, transport counters, files: plain values."""
+        return {
+            "rank": self.topology.rank,
+            "stage": self.topology.stage,
+            "stages": self.topology.stages,
+            "iteration": self._iteration,
+            "plan_version": self._book.version,
+            "split_layers": self._split.report.split if self._split else 0,
+            "fused_layers": dict(self._split.report.fused) if self._split else {},
+            "transport": self._endpoint.stats(),
+            "files": self._reporter.files(),
+            "failure": None if self.failure is None else str(self.failure),
+        }
+
+
+def _loss_message(peer: PeerInfo, why: str) -> dict[str, Any]:
+    return {"type": "lost", "rank": peer.rank, "stage": peer.stage, "host": peer.host, "why": why}
+
+
+def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:
+    limits = config.max_activations
+    if limits is None or isinstance(limits, int):
+        return [limits] * stages
+    if len(limits) != stages:
+        raise ConfigError(f"adaptra.max_activations has {len(limits)} entries for {stages} stages: give one per stage")
+    return list(limits)
+
+
+def _check_links(config: AdaptraConfig, stages: int) -> None:
+    for link in config.simulate.links:
+        if max(link.src, link.dst) >= stages or abs(link.src - link.dst) != 1:
+            raise ConfigError(
+                f"adaptra.simulate.links: {link.src}-{link.dst} is not a link between neighbours of {stages} stages"
+            )

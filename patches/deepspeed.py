@@ -1,0 +1,281 @@
+"""DeepSpeed: a pipeline engine that runs Adaptra's plans.
+
+`deepspeed.PipelineEngine`, the global that `deepspeed.initialize` builds engines from, is rebound to a subclass. No stock class is
+changed: the subclass replaces the schedule in `_exec_schedule` and has an instruction map of its own, whose entries time
+the computations, keep what several microbatches in flight need, and move tensors through the session's channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import deepspeed
+import torch
+from deepspeed.runtime.pipe import schedule as stock
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+
+from adaptra_plugin.config import AdaptraConfig
+from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.patches import deepspeed_support as support
+from adaptra_plugin.patches.deepspeed_gate import effective_config
+from adaptra_plugin.patches.registry import PATCHES, Patch
+from adaptra_plugin.runtime.iteration import Iteration
+from adaptra_plugin.runtime.session import Session
+from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.actions import Action, Kind
+from adaptra_plugin.transport import Direction
+
+VERSIONS = ">=0.16,<0.20"
+"""DeepSpeed versions whose pipeline engine has the seams used here."""
+
+
+def install(model: Any, host_config: Mapping[str, Any], config: AdaptraConfig) -> None:
+    """Makes `deepspeed.initialize` build `AdaptraPipelineEngine`s, if this job is supported.
+
+    Raises:
+        UnsupportedError: the DeepSpeed version, the model, or a combination of settings is refused.
+    """
+    dual = getattr(deepspeed, "DualPipeVModule", None)
+    support.check_model(model, PipelineModule, dual)
+    support.check_config(host_config)
+    PATCHES.apply(
+        Patch(
+            id="deepspeed.engine",
+            target="deepspeed:PipelineEngine",
+            host="deepspeed",
+            versions=VERSIONS,
+            reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
+            replace=lambda engine: AdaptraPipelineEngine,
+        )
+    )
+
+
+class BackwardInput(stock.BufferOpInstruction):
+    """The backward pass with respect to the stage's input (action I)."""
+
+
+class BackwardWeight(stock.BufferOpInstruction):
+    """The deferred weight gradients of a microbatch (action W)."""
+
+
+class PlanSchedule(stock.PipeSchedule):
+    """DeepSpeed's view of a plan: each action becomes one step of instructions."""
+
+    def __init__(self, iteration: Iteration, micro_batches: int, stages: int, stage_id: int) -> None:
+        super().__init__(micro_batches=micro_batches, stages=stages, stage_id=stage_id)
+        self.iteration = iteration
+
+    def num_pipe_buffers(self) -> int:
+        return self.iteration.buffers
+
+    def steps(self) -> Iterator[list[stock.PipeInstruction]]:
+        for action in self.iteration.dispatch():
+            yield self._instructions(action)
+        if self.iteration.training:
+            yield [stock.ReduceTiedGrads(), stock.ReduceGrads(), stock.OptimizerStep()]
+
+    def _instructions(self, action: Action) -> list[stock.PipeInstruction]:
+        microbatch = action.microbatch
+        at = {"buffer_id": microbatch % self.num_pipe_buffers(), "microbatch": microbatch}
+        commands: list[stock.PipeInstruction] = []
+        if action.kind is Kind.W:
+            return [BackwardWeight(**at)]
+        if action.kind is Kind.F:
+            if not self.is_first_stage:
+                commands.append(stock.RecvActivation(**at))
+            if self.is_first_stage or self.is_last_stage:
+                commands.append(stock.LoadMicroBatch(at["buffer_id"]))
+            commands.append(stock.ForwardPass(**at))
+            if not self.is_last_stage:
+                commands.append(stock.SendActivation(**at))
+            return commands
+        if not self.is_last_stage:
+            commands.append(stock.RecvGrad(**at))
+        commands.append(BackwardInput(**at) if action.kind is Kind.I else stock.BackwardPass(**at))
+        if not self.is_first_stage:
+            commands.append(stock.SendGrad(**at))
+        return commands
+
+
+class AdaptraPipelineEngine(PipelineEngine):
+    """A `PipelineEngine` whose training and evaluation schedules run through an Adaptra session."""
+
+    _session: Session | None = None
+    _running: Iteration | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.is_pipe_parallel:
+            return  # one stage: nothing to schedule, nothing to send
+        support.check_engine(self)
+        self._losses: dict[int, Any] = {}
+        store = torch.distributed.distributed_c10d._get_default_store()
+        self._session = Session(
+            effective_config(self._config._param_dict),
+            Topology.of(self.global_rank, self._pipelines()),
+            store,
+            self.module,
+            torch.device(self.device),
+        )
+
+    def _pipelines(self) -> list[list[int]]:
+        """World ranks of the stages of every pipeline."""
+        return [list(ranks) for ranks in self.grid._topo.get_axis_comm_lists("pipe")]
+
+    @property
+    def adaptra(self) -> Session | None:
+        """The session of this engine; None with one stage or after `adaptra_plugin.deactivate()`."""
+        session = self._session
+        return None if session is None or session.closed else session
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
+        if self.adaptra is not None:
+            raise UnsupportedError(
+                "torch.compile traces the linear layers whole, so their backward cannot be split: "
+                'do not call engine.compile(), or set "adaptra": {"enabled": false}'
+            )
+        return super().compile(*args, **kwargs)
+
+    def train_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return self._explained(super().train_batch, *args, **kwargs)
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return self._explained(super().eval_batch, *args, **kwargs)
+
+    def _explained(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Errors of a collective that are due to a lost peer are raised as what they are."""
+        session = self.adaptra
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            cause = session.explain(error) if session is not None else error
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _exec_schedule(self, pipe_schedule: Any) -> None:
+        session = self.adaptra
+        kind = type(pipe_schedule)
+        if session is None or kind not in (stock.TrainSchedule, stock.InferenceSchedule):
+            self._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
+            super()._exec_schedule(pipe_schedule)
+            del self._INSTRUCTION_MAP
+            return
+        microbatches = pipe_schedule.micro_batches
+        training = kind is stock.TrainSchedule
+        iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
+        self._running = iteration
+        try:
+            super()._exec_schedule(
+                PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id)
+            )
+        finally:
+            self._running = None
+            self._losses.clear()
+            self.grad_layer = None
+            session.queue.clear()
+        session.end(iteration)
+
+    # --- computations
+
+    def _adaptra_forward(self, buffer_id: int, microbatch: int) -> None:
+        iteration, session = self._running, self._session
+        assert iteration is not None and session is not None
+        with iteration.compute(Kind.F, microbatch), session.queue.recording() if iteration.splits() else nullcontext():
+            PipelineEngine._exec_forward_pass(self, buffer_id)
+        if iteration.training and self.is_last_stage():
+            # the stock engine has one slot for the loss; here several forwards may run before the first backward
+            self._losses[buffer_id] = self.loss
+
+    def _adaptra_backward(self, buffer_id: int, microbatch: int) -> None:
+        iteration = self._running
+        assert iteration is not None
+        with iteration.compute(Kind.B, microbatch):
+            self._stock_backward(buffer_id)
+
+    def _adaptra_backward_input(self, buffer_id: int, microbatch: int) -> None:
+        iteration, session = self._running, self._session
+        assert iteration is not None and session is not None
+        queue = session.queue
+        # recording again: activation checkpointing runs forwards inside the backward
+        with iteration.compute(Kind.I, microbatch), queue.recording(), queue.collect(microbatch):
+            self._stock_backward(buffer_id)
+
+    def _stock_backward(self, buffer_id: int) -> None:
+        if self.is_last_stage():
+            self.loss = self._losses.pop(buffer_id)
+        PipelineEngine._exec_backward_pass(self, buffer_id)
+
+    def _adaptra_backward_weight(self, buffer_id: int, microbatch: int) -> None:
+        iteration, session = self._running, self._session
+        assert iteration is not None and session is not None
+        with iteration.compute(Kind.W, microbatch):
+            # BF16_Optimizer adds low-precision gradients to its fp32 copies after each backward of the engine; W is
+            # one more. With immediate_grad_update hooks on the parameters do it.
+            manual = self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update
+            if manual:
+                self.optimizer.clear_lp_grads()
+            before = getattr(self, "_running_engine_backward", False)
+            self._running_engine_backward = True  # tells DeepSpeed's hooks that this is no stray tensor.backward()
+            try:
+                session.queue.run(microbatch)
+            finally:
+                self._running_engine_backward = before
+            if manual:
+                self.optimizer.update_hp_grads(clear_lp_grads=False)
+
+    # --- transfers
+
+    def _adaptra_send_activations(self, buffer_id: int, microbatch: int) -> None:
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        self._send(Direction.ACTIVATION, microbatch, outputs)
+
+    def _adaptra_receive_activations(self, buffer_id: int, microbatch: int) -> None:
+        tensors, is_tuple = self._receive(Direction.ACTIVATION, microbatch)
+        for tensor in tensors:
+            tensor.requires_grad_(tensor.is_floating_point())
+        self.pipe_buffers["inputs"][buffer_id] = tensors if is_tuple else tensors[0]
+
+    def _adaptra_send_grads(self, buffer_id: int, microbatch: int) -> None:
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        is_tuple = isinstance(inputs, tuple)
+        gradients = []
+        for index, tensor in enumerate(inputs if is_tuple else (inputs,)):
+            if tensor.is_floating_point():
+                if tensor.grad is None:
+                    raise RuntimeError(
+                        f"input {index} of stage {self.stage_id} has no gradient: a stage must use every "
+                        "floating-point tensor that the stage before it returns"
+                    )
+                gradients.append(tensor.grad)
+        self._send(Direction.GRADIENT, microbatch, tuple(gradients) if is_tuple else gradients[0])
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _adaptra_receive_grads(self, buffer_id: int, microbatch: int) -> None:
+        tensors, is_tuple = self._receive(Direction.GRADIENT, microbatch)
+        self.grad_layer = list(tensors) if is_tuple else tensors[0]
+
+    def _send(self, direction: Direction, microbatch: int, value: Any) -> None:
+        assert self._running is not None
+        is_tuple = isinstance(value, tuple)
+        self._running.send(direction, microbatch, value if is_tuple else (value,), is_tuple=is_tuple)
+
+    def _receive(self, direction: Direction, microbatch: int) -> tuple[tuple[torch.Tensor, ...], bool]:
+        assert self._running is not None
+        tensors, is_tuple = self._running.receive(direction, microbatch)
+        return tuple(tensor.to(self.device) for tensor in tensors), is_tuple
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        stock.ForwardPass: _adaptra_forward,
+        stock.BackwardPass: _adaptra_backward,
+        BackwardInput: _adaptra_backward_input,
+        BackwardWeight: _adaptra_backward_weight,
+        stock.SendActivation: _adaptra_send_activations,
+        stock.RecvActivation: _adaptra_receive_activations,
+        stock.SendGrad: _adaptra_send_grads,
+        stock.RecvGrad: _adaptra_receive_grads,
+    }

@@ -1,0 +1,129 @@
+"""What DeepSpeed jobs Adaptra refuses, each with a reason and a remedy. Checked before and after the engine is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from adaptra_plugin.errors import UnsupportedError
+
+Check = tuple[Callable[[Mapping[str, Any]], bool], str, str]
+
+
+def _on(config: Mapping[str, Any], *path: str) -> bool:
+    """True if the (nested) key is present and switched on (`{"enabled": true}`, `true`, a non-empty value)."""
+    value: Any = config
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    if isinstance(value, Mapping):
+        return bool(value.get("enabled", False))
+    return bool(value)
+
+
+def _optimizer(config: Mapping[str, Any]) -> str:
+    return str((config.get("optimizer") or {}).get("type", "")).lower()
+
+
+def _fp16(config: Mapping[str, Any]) -> bool:
+    return _on(config, "fp16") or _on(config, "amp")
+
+
+def _zero_stage(config: Mapping[str, Any]) -> int:
+    return int((config.get("zero_optimization") or {}).get("stage", 0) or 0)
+
+
+REFUSED: tuple[Check, ...] = (
+    (
+        lambda c: _optimizer(c) in ("onebitadam", "zerooneadam", "onebitlamb"),
+        "1-bit optimizers compress gradients inside their own step and replace the engine's gradient reduction",
+        'use "Adam", "AdamW" or "Lamb"',
+    ),
+    (
+        lambda c: _on(c, "activation_checkpointing", "partition_activations")
+        or _on(c, "activation_checkpointing", "cpu_checkpointing"),
+        "partitioned or offloaded activation checkpoints keep one buffer that assumes the stock order of microbatches",
+        'set "activation_checkpointing": {"partition_activations": false, "cpu_checkpointing": false}',
+    ),
+    (
+        lambda c: _on(c, "compile") or _on(c, "compile", "deepcompile"),
+        "torch.compile traces the linear layers whole, so their backward cannot be split",
+        'remove the "compile" block',
+    ),
+    (_fp16, "fp16 loss scaling has not been verified with a split backward", 'use "bf16": {"enabled": true} or fp32'),
+    (
+        lambda c: _zero_stage(c) > 1,
+        "ZeRO-2 and ZeRO-3 do not work with pipeline parallelism (DeepSpeed refuses them too)",
+        'set "zero_optimization": {"stage": 1}',
+    ),
+    (
+        lambda c: bool((c.get("zero_optimization") or {}).get("offload_optimizer"))
+        or bool((c.get("zero_optimization") or {}).get("zenflow")),
+        "offloaded or asynchronous optimizer states copy gradients on hooks that assume an unsplit backward",
+        'remove "offload_optimizer" and "zenflow" from "zero_optimization"',
+    ),
+    (
+        lambda c: _on(c, "progressive_layer_drop") or _on(c, "eigenvalue") or _on(c, "quantize_training"),
+        "progressive layer drop, eigenvalue and quantized training call into the stock backward pass",
+        "switch them off",
+    ),
+    (
+        lambda c: _on(c, "hybrid_engine") or _on(c, "autotuning"),
+        "the hybrid engine and the autotuner run the engine in ways the schedule does not know",
+        "switch them off for this job",
+    ),
+    (
+        lambda c: _on(c, "sparse_gradients"),
+        "sparse gradients have not been verified with a split backward",
+        'set "sparse_gradients": false',
+    ),
+)
+"""(predicate on DeepSpeed's configuration, reason, remedy)."""
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses a DeepSpeed configuration that cannot run with Adaptra.
+
+    Raises:
+        UnsupportedError: one line per reason, each with its remedy.
+    """
+    _refuse([(reason, remedy) for predicate, reason, remedy in REFUSED if predicate(config)])
+
+
+def check_model(model: Any, pipeline_module: type, dual_pipe_module: type | None) -> None:
+    """Refuses a model that Adaptra cannot schedule.
+
+    Raises:
+        UnsupportedError: not a `PipelineModule`, or DualPipeV.
+    """
+    if dual_pipe_module is not None and isinstance(model, dual_pipe_module):
+        _refuse([("DualPipeV brings a schedule of its own", "build the model as a PipelineModule")])
+    if not isinstance(model, pipeline_module):
+        name = type(model).__name__
+        _refuse([(f"the model is a {name}: there is no pipeline to schedule", "build it as a PipelineModule")])
+
+
+def check_engine(engine: Any) -> None:
+    """Refuses an engine whose features show only once it is built.
+
+    Raises:
+        UnsupportedError: tensor parallelism, partitioned pipeline buffers, or a compiled module.
+    """
+    found = []
+    if engine.is_model_parallel:
+        found.append(
+            (
+                f"tensor (slice) parallelism of {engine.grid.model_parallel_size} is not verified with DeepSpeed pipelines",
+                "use a topology of pipeline and data parallelism only",
+            )
+        )
+    if getattr(engine, "is_compiled", False):
+        found.append(("the module is compiled", "do not call engine.compile()"))
+    _refuse(found)
+
+
+def _refuse(found: list[tuple[str, str]]) -> None:
+    if found:
+        lines = "\n".join(f"  - {reason}: {remedy}" for reason, remedy in found)
+        raise UnsupportedError(f'Adaptra cannot run this job (or set "adaptra": {{"enabled": false}}):\n{lines}')

@@ -1,0 +1,179 @@
+"""Models and runs for parity tests on real DeepSpeed engines."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+HIDDEN = 32
+VOCABULARY = 17
+SEQUENCE = 6
+
+
+class Embed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.word = nn.Embedding(VOCABULARY, HIDDEN)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.word.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.word(tokens)
+
+
+class Block(nn.Module):
+    """Attention, convolution, dropout, layer norm: split and fused layers mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.drop(self.out(mixed))
+        return x + self.conv(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+class WithMask(nn.Module):
+    """Passes a tuple on: a float tensor, a bool mask and integers."""
+
+    def __init__(self, first: bool = False, last: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, value: Any) -> Any:
+        if self.first:
+            x = nn.functional.one_hot(value % HIDDEN, HIDDEN).to(self.linear.weight.dtype)
+            mask, steps = value > 2, torch.arange(value.shape[-1])
+        else:
+            x, mask, steps = value
+        x = torch.tanh(self.linear(x) * mask.unsqueeze(-1) + steps.unsqueeze(-1) * 0.01)
+        return x if self.last else (x, mask, steps)
+
+
+def head_forward(embed: Embed, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, embed.weight)
+
+
+def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    width = logits.shape[-1]
+    return nn.functional.cross_entropy(logits.reshape(-1, width).float(), labels.reshape(-1) % width)
+
+
+def build(kind: str, stages: int, **kwargs: Any) -> Any:
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    if kind == "tied":
+        blocks = [LayerSpec(Block) for _ in range(max(4, 2 * stages - 2))]
+        layers = [
+            TiedLayerSpec("embed", Embed, tied_weight_attr="weight"),
+            *blocks,
+            TiedLayerSpec("embed", Embed, forward_fn=head_forward, tied_weight_attr="weight"),
+        ]
+    elif kind == "mask":
+        count = 2 * stages
+        layers = [LayerSpec(WithMask, first=i == 0, last=i == count - 1) for i in range(count)]
+    else:
+        raise ValueError(kind)
+    return PipelineModule(
+        layers=layers,
+        num_stages=stages,
+        loss_fn=loss_fn,
+        partition_method="uniform",
+        seed_layers=True,
+        base_seed=7,
+        **kwargs,
+    )
+
+
+def batches(count: int, micro: int, seed: int, sequence: int = SEQUENCE) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randint(0, VOCABULARY, (micro, sequence), generator=generator),
+            torch.randint(0, VOCABULARY, (micro, sequence), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+BASE_CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 8,
+    "steps_per_print": 1000,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
+}
+
+QUIET = {"report": {"directory": None, "wandb": "off"}}
+
+
+def train(
+    config: dict[str, Any],
+    adaptra: dict[str, Any] | None,
+    steps: list[int],
+    *,
+    stages: int,
+    kind: str = "tied",
+    evaluate_after: tuple[int, ...] = (),
+    model_kwargs: dict[str, Any] | None = None,
+    during: Any = None,
+) -> dict[str, Any]:
+    """Trains one engine. `steps`: microbatches of each `train_batch`. Losses, parameters, and what Adaptra says of it."""
+    import deepspeed
+
+    import adaptra_plugin
+
+    config = copy.deepcopy({**BASE_CONFIG, **config})
+    if adaptra is not None:
+        config["adaptra"] = {**QUIET, **adaptra}
+        adaptra_plugin.activate()
+    deepspeed.init_distributed()
+    model = build(kind, stages, **(model_kwargs or {}))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=[p for p in model.parameters()], config=config)
+    torch.manual_seed(11)
+    replica = engine.grid.get_data_parallel_rank()
+    losses, norms, evaluations = [], [], []
+    micro = engine.train_micro_batch_size_per_gpu()
+    for step, count in enumerate(steps):
+        if count != engine.gradient_accumulation_steps():
+            engine.set_train_batch_size(count * micro * engine.dp_world_size)
+        loss = engine.train_batch(iter(batches(count, micro, seed=100 * step + replica)))
+        losses.append(loss.item())
+        norms.append(float(engine.get_global_grad_norm() or 0.0))
+        if step in evaluate_after:
+            evaluations.append(engine.eval_batch(iter(batches(count, micro, seed=9))).item())
+        if during is not None:
+            during(engine, step)
+    result = {
+        "losses": losses,
+        "norms": norms,
+        "evaluations": evaluations,
+        "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "engine": type(engine).__name__,
+        "status": adaptra_plugin.status() if adaptra is not None else None,
+    }
+    adaptra_plugin.deactivate()
+    return result
+
+
+def assert_same(stock: dict[str, Any], ours: dict[str, Any]) -> None:
+    """To the bit: losses, gradient norms, evaluations and parameters."""
+    assert ours["engine"] == "AdaptraPipelineEngine" and stock["engine"] == "PipelineEngine"
+    assert ours["losses"] == stock["losses"]
+    assert ours["norms"] == stock["norms"]
+    assert ours["evaluations"] == stock["evaluations"]
+    assert ours["parameters"].keys() == stock["parameters"].keys()
+    different = [n for n, p in stock["parameters"].items() if not torch.equal(p, ours["parameters"][n])]
+    assert different == []

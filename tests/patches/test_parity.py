@@ -1,0 +1,73 @@
+"""Losses and parameters are those of stock DeepSpeed, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.forked import import_deepspeed, run_ranks
+from tests.patches.models import assert_same, train
+
+import_deepspeed()
+pytestmark = pytest.mark.multiprocess
+
+EAGER = {"warmup_iterations": 1, "min_history": 2, "confirm": 1, "heal": 1}
+SLOW = {
+    "detector": EAGER,
+    "simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5, "to_iteration": 9}]},
+}
+MICROBATCHES = [5, 8, 13, 5, 8, 13, 8, 8, 8, 5, 13, 8, 8]
+
+
+def both(rank, config, adaptra, steps, **kwargs):
+    stock = train(config, None, steps, **kwargs)
+    ours = train(config, adaptra, steps, **kwargs)
+    assert_same(stock, ours)
+    return {"losses": ours["losses"], "status": ours["status"]}
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("adaptra", [{}, SLOW], ids=["healthy", "slow"])
+def test_fp32_dropout_tied_clipped(stages, adaptra):
+    """5, 8 and 13 microbatches, evaluations in between; slow: the plan changes twice in the run."""
+    results = run_ranks(both, stages, {}, adaptra, MICROBATCHES, stages=stages, evaluate_after=(1, 4))
+    sessions = [result["status"]["sessions"][0] for result in results]
+    assert all(session["split_layers"] > 0 for session in sessions)
+    assert len({session["plan_version"] for session in sessions}) == 1
+    if adaptra:
+        assert sessions[0]["plan_version"] >= 2, "the slow link led to another plan"
+    assert results[0]["losses"][-1] < results[0]["losses"][0]
+
+
+def test_data_parallel_replicas():
+    run_ranks(both, 4, {}, SLOW, MICROBATCHES[:10], stages=2, evaluate_after=(3,))
+
+
+VARIANTS = {
+    "bf16": ({"bf16": {"enabled": True}}, {}),
+    "bf16-immediate": ({"bf16": {"enabled": True, "immediate_grad_update": True}}, {}),
+    "zero1": ({"zero_optimization": {"stage": 1}}, {}),
+    "zero1-bf16": ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, {}),
+    "checkpointing": ({}, {"model_kwargs": {"activation_checkpoint_interval": 1}}),
+    "checkpointing-non-reentrant": (
+        {"pipeline": {"use_reentrant": False}},
+        {"model_kwargs": {"activation_checkpoint_interval": 1}},
+    ),
+    "tuple-with-bool-mask": ({}, {"kind": "mask"}),
+    "wall-clock-breakdown": ({"wall_clock_breakdown": True, "steps_per_print": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    config, kwargs = VARIANTS[variant]
+    run_ranks(both, 2, config, SLOW, [5, 8, 5, 8, 5, 8, 8, 8], stages=2, **{"evaluate_after": (1,), **kwargs})
+
+
+@pytest.mark.parametrize("config", [{"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, {}], ids=["zero1-bf16", "fp32"])
+def test_variants_with_data_parallelism(config):
+    run_ranks(both, 4, config, {}, [5, 8, 8], stages=2)
+
+
+@pytest.mark.parametrize("adaptra", [{"schedule": "1f1b"}, {"schedule": "zb-h1"}, {"split_backward": False}, {"max_activations": 4}])
+def test_other_settings(adaptra):
+    run_ranks(both, 4, {}, adaptra, [5, 8], stages=4)
