@@ -14,9 +14,9 @@ so that 1 is the threshold and 0 the baseline; the worst key speaks for the subj
 
 Iterations over the threshold do not enter the baseline, but for a single one that passed at once: that is noise, which
 the median bears and the spread must know of. A subject with two or more such spikes in its recent past needs as many
-more iterations to confirm a change that is not clearly higher than they were. A subject that turns slow again soon after
-it healed needs twice as many good iterations the next time, four times after that, and so on up to `2 ** MAX_RELAPSES`:
-a link that flaps ends up being treated as slow, which costs little, instead of causing a new plan every few iterations.
+more iterations to confirm a change that is not clearly higher than they were. A subject that turns slow again soon
+after it healed needs twice as many good iterations the next time, four times after that, up to `2 ** MAX_RELAPSES`: a
+link that flaps ends up being treated as slow, which costs little, instead of causing a new plan every few iterations.
 """
 
 from __future__ import annotations
@@ -247,9 +247,11 @@ class Monitor:
         up = present > known * LEVEL_RATIO and present - known > noise
         down = present < known / LEVEL_RATIO and known - present > noise
         if not up and not down:
+            single = [sample for _, sample in self._shift] if len(self._shift) == 1 else []  # noise, as in the baseline
             self._shift.clear()
-            for key, value in samples.items():
-                self._level.setdefault(key, Window(self._config.window)).add(value)
+            for sample in (*single, samples):
+                for key, value in sample.items():
+                    self._level.setdefault(key, Window(self._config.window)).add(value)
             return None
         if up != self._shift_up:
             self._shift.clear()
@@ -268,10 +270,6 @@ class Monitor:
         limit = base.median + self._config.release * margin(base)
         finding = self._finding("healed", self._streak, before, after, limit)
         streak, self._streak = self._streak, []
-        if not self.mature:
-            # Slow from the start, so far without history of its own: the good iterations are its first.
-            self.iterations.clear()
-            self.baseline.clear()
         for iteration, sample in streak:
             self._learn(iteration, sample)
         self.slow = None

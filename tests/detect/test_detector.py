@@ -135,6 +135,21 @@ def test_a_much_larger_or_smaller_delay_is_reported_again() -> None:
     assert round(found[1].before_ms) == 30
 
 
+def test_the_level_is_taken_after_a_first_iteration_that_was_half_slow() -> None:
+    (found,) = findings(40, noise_ms=0.0, extra=lambda link, i: (0.0, 10.0, 30.0)[(i >= 20) + (i > 20)] * (link == 1))
+    assert (found.since_iteration, round(found.after_ms, 1)) == (20, 30.4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_very_noisy_slowness_settles(seed: int) -> None:
+    """N(30, 10) ms from one iteration to the next, as in the published experiments: a level guessed from the first
+    samples may be corrected; then it stays."""
+    noise = Pipeline(seed=seed).random
+    found = findings(400, seed=seed, extra=lambda link, i: max(8, noise.gauss(30, 10)) if link == 2 and i >= 20 else 0)
+    assert {(finding.name, finding.state) for finding in found} == {("2-3", "slow")}
+    assert found[-1].found_iteration < 50
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_noisy_slowness_is_one_event(seed: int) -> None:
@@ -201,6 +216,21 @@ def test_slow_iterations_never_enter_the_baseline() -> None:
 @pytest.mark.parametrize("ratio", [2.0, 0.4])
 def test_a_changed_workload_is_nobodys_fault(ratio: float) -> None:
     assert findings(80, factor=lambda stage, i: ratio if i >= 30 else 1.0) == []
+
+
+def test_a_stage_just_above_the_others_in_a_busy_time_is_not_slow() -> None:
+    assert findings(80, factor=lambda stage, i: (1.3 if stage == 1 else 1.2) if i >= 30 else 1.0) == []
+
+
+def test_the_history_is_right_at_once_after_a_changed_workload() -> None:
+    config = DetectorConfig(confirm=4)
+    (found,) = findings(
+        20,
+        config,
+        noise_compute=0.0,
+        factor=lambda stage, i: (2.0 if i >= 6 else 1.0) * (1.5 if stage == 1 and i >= 10 else 1.0),
+    )
+    assert found.before_ms == pytest.approx(56.0) and found.since_iteration == 10
 
 
 def test_a_slow_stage_is_found_within_a_changed_workload() -> None:
