@@ -79,8 +79,8 @@ def finish_ranks(started: list[Any], timeout: float = 100.0) -> list[Outcome]:
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 100.0, **kwargs: Any) -> list[Any]:
     """Return values of all ranks. Fails with the first rank's traceback if one raises."""
     outcomes = finish_ranks(start_ranks(function, world, *args, **kwargs), timeout)
-    for outcome in outcomes:
-        assert outcome.error is None, f"rank {outcome.rank}: {outcome.error}"
+    errors = [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error is not None]
+    assert not errors, "\n".join(errors)
     return [outcome.value for outcome in outcomes]
 
 

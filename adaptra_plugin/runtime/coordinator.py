@@ -121,6 +121,7 @@ class Coordinator:
         self._profiled = False
         self._owed: list[Finding] = []
         self._vote: _Vote | None = None
+        self._last_first = 0  # first iteration of the newest committed plan
         self._stopped = False
         self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -234,7 +235,8 @@ class Coordinator:
         )
 
     def _next_iteration(self, margin: int) -> int:
-        return max(self._newest, self._begun()) + margin
+        # after the newest committed plan's, so that plans begin in the order of their versions
+        return max(self._newest + margin, self._begun() + margin, self._last_first + 1)
 
     def _vote_deadline(self) -> float:
         return self._clock() + self._config.transport.deadline_s
@@ -262,6 +264,7 @@ class Coordinator:
         if all(ok for ok, _ in vote.answers.values()):
             self._verdict(commit=True)
             self._vote = None
+            self._last_first = vote.first_iteration
             reason = "first profile" if not vote.findings else ", ".join(sorted({subject(f) for f in vote.findings}))
             self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
             warmups = " ".join(map(str, vote.plan.warmup))

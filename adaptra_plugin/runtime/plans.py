@@ -55,8 +55,8 @@ class PlanBook:
         self._version = 0
         self._profile = profile
         self._cache: dict[int, Plan] = {}
-        self._pending: Proposal | None = None
-        self._committed: Proposal | None = None
+        self._pending: list[Proposal] = []
+        self._committed: set[int] = set()
         self._begun = -1
         self._failure: Exception | None = None
 
@@ -70,23 +70,23 @@ class PlanBook:
         return self._begun
 
     def propose(self, proposal: Proposal) -> bool:
-        """Stores a proposal. True if this rank can still run it from its first iteration on."""
+        """Stores a proposal. True if this rank can still run it from its first iteration on.
+
+        An earlier proposal that is committed but has not begun stays in force until the later one begins.
+        """
         with self._condition:
             if proposal.first_iteration <= self._begun:
                 return False
-            self._pending = proposal
+            self._pending.append(proposal)
             return True
 
     def decide(self, version: int, commit: bool) -> None:
         """The verdict on a proposal."""
         with self._condition:
-            pending = self._pending
-            if pending is None or pending.version != version:
-                return
             if commit:
-                self._committed = pending
+                self._committed.add(version)
             else:
-                self._pending = None
+                self._pending = [proposal for proposal in self._pending if proposal.version != version]
             self._condition.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -103,16 +103,17 @@ class PlanBook:
         """
         with self._condition:
             until = self._clock() + self._deadline_s
-            while self._pending is not None and self._pending.first_iteration <= iteration:
-                if self._committed is self._pending:
-                    self._switch(self._pending)
-                    break
+            while self._pending and self._pending[0].first_iteration <= iteration:
+                due = self._pending[0]
+                if due.version in self._committed:
+                    self._switch(due)
+                    continue
                 if self._failure is not None:
                     raise self._failure
                 left = until - self._clock()
                 if left <= 0:
                     raise TransferTimeout(
-                        f"no verdict on plan v{self._pending.version} for iteration {iteration} within "
+                        f"no verdict on plan v{due.version} for iteration {iteration} within "
                         f"{self._deadline_s:.0f} s: the coordinator (rank 0) does not answer"
                     )
                 self._condition.wait(min(left, 1.0))
@@ -131,5 +132,5 @@ class PlanBook:
         self._version = proposal.version
         self._profile = proposal.profile
         self._cache = {proposal.profile.microbatches: proposal.plan}
-        self._pending = None
-        self._committed = None
+        self._pending.remove(proposal)
+        self._committed.discard(proposal.version)

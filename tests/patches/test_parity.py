@@ -42,18 +42,18 @@ def test_data_parallel_replicas():
     run_ranks(both, 4, {}, SLOW, MICROBATCHES[:10], stages=2, evaluate_after=(3,))
 
 
+CHECKPOINTED = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
 VARIANTS = {
     "bf16": ({"bf16": {"enabled": True}}, {}),
     "bf16-immediate": ({"bf16": {"enabled": True, "immediate_grad_update": True}}, {}),
     "zero1": ({"zero_optimization": {"stage": 1}}, {}),
     "zero1-bf16": ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, {}),
-    "checkpointing": ({}, {"model_kwargs": {"activation_checkpoint_interval": 1}}),
+    "checkpointing": ({}, {"model_kwargs": CHECKPOINTED}),
     "checkpointing-non-reentrant": (
         {"pipeline": {"use_reentrant": False}},
-        {"model_kwargs": {"activation_checkpoint_interval": 1}},
+        {"model_kwargs": CHECKPOINTED},
     ),
     "tuple-with-bool-mask": ({}, {"kind": "mask"}),
-    "wall-clock-breakdown": ({"wall_clock_breakdown": True, "steps_per_print": 2}, {}),
 }
 
 

@@ -1,0 +1,54 @@
+"""The faults and paced compute of `adaptra.simulate`, for runs of the stock engine: what the demo and benchmarks compare with.
+
+Nothing of Adaptra's runtime takes part. A transfer over a slow link occupies it for the whole delay and blocks both
+ends, as NCCL's send and receive do: the sender waits out the delay, then the rendezvous send runs, and the receiver waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from adaptra_plugin.config import SimulateConfig
+from adaptra_plugin.runtime.pacing import Pacer
+from adaptra_plugin.schedule.actions import Kind
+
+
+class StockSimulation:
+    """Slow links and paced compute on one stock `PipelineEngine`."""
+
+    def __init__(self, engine: Any, config: SimulateConfig) -> None:
+        from deepspeed.runtime.pipe import p2p, schedule
+
+        self._links = config.links
+        self._stage = engine.stage_id
+        self._iteration = 0
+        self._stock_send = p2p.send
+        p2p.send = self._send
+        pacer = Pacer(config.compute)
+        kinds = {schedule.ForwardPass: Kind.F, schedule.BackwardPass: Kind.B}
+        engine._INSTRUCTION_MAP = {
+            command: _paced(function, pacer, kinds[command]) if command in kinds else function
+            for command, function in engine._INSTRUCTION_MAP.items()
+        }
+
+    def set_iteration(self, iteration: int) -> None:
+        self._iteration = iteration
+
+    def _send(self, tensor: Any, dest_stage: int, async_op: bool = False) -> Any:
+        ends = {self._stage, dest_stage}
+        for link in self._links:
+            if {link.src, link.dst} == ends and link.active(self._iteration):
+                time.sleep(link.latency_ms / 1e3)
+        return self._stock_send(tensor, dest_stage, async_op)
+
+
+def _paced(function: Callable[..., None], pacer: Pacer, kind: Kind) -> Callable[..., None]:
+    @functools.wraps(function)
+    def instruction(engine: Any, **kwargs: Any) -> None:
+        with pacer.pace(kind):
+            function(engine, **kwargs)
+
+    return instruction
