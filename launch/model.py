@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor, nn
 
 VOCABULARY = 256
@@ -76,10 +77,13 @@ def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.reshape(-1, VOCABULARY), labels.reshape(-1))
 
 
-def build_pipeline(size: GptSize, stages: int, seed: int) -> Any:
-    """The GPT as a DeepSpeed `PipelineModule`; stages of about equal numbers of parameters."""
-    from deepspeed.pipe import LayerSpec, PipelineModule
+def _seed(seed: int) -> None:
+    # DeepSpeed passes a numpy integer with this partition method, which Python's own generator refuses
+    set_random_seed(int(seed))
 
+
+def build_pipeline(size: GptSize, stages: int, seed: int) -> PipelineModule:
+    """The GPT as a DeepSpeed `PipelineModule`; stages of about equal numbers of parameters."""
     layers = [LayerSpec(Embedding, size), *(LayerSpec(Block, size) for _ in range(size.blocks)), LayerSpec(Head, size)]
     return PipelineModule(
         layers=layers,
@@ -88,4 +92,5 @@ def build_pipeline(size: GptSize, stages: int, seed: int) -> Any:
         partition_method="parameters",
         seed_layers=True,
         base_seed=seed,
+        seed_fn=_seed,
     )
