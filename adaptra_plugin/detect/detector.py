@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from adaptra_plugin.config import DetectorConfig
 from adaptra_plugin.detect.monitor import Finding, Key, Margin, Monitor
 from adaptra_plugin.detect.samples import IterationReport
-from adaptra_plugin.detect.window import Window, low_median, median
+from adaptra_plugin.detect.window import Window, low_median, low_medians_of_others, median
 
 MIN_PEERS = 3
 """Links (or stages) needed before one is compared with the others."""
@@ -154,10 +154,11 @@ class Detector:
         worst = {
             link: max(monitor.baseline[key].median for key in monitor.baseline) for link, monitor in state.links.items()
         }
+        references = low_medians_of_others(worst)
         findings: list[Finding | None] = []
         for link in sorted(state.unscreened):
             monitor = state.links[link]
-            reference = low_median(delay for other, delay in worst.items() if other != link)
+            reference = references[link]
             over = any(window.median > reference + margin(window) for window in monitor.baseline.values())
             found = None
             if over and monitor.slow is None:
@@ -174,11 +175,12 @@ class Detector:
                 state.stages[report.stage] = Monitor("stage", replica, (report.stage,), self._config)
         pending = self._follow_workload(state, _ratios(state, reports))
         ratios = _ratios(state, reports)  # again: the history may have been rescaled
+        others = low_medians_of_others(ratios) if len(ratios) >= MIN_PEERS else {}
+        overall = low_median(ratios.values()) if others else 1.0  # for a slow stage, which has no ratio itself
         findings = []
         for report in sorted(reports, key=lambda report: report.stage):
-            others = [ratio for stage, ratio in ratios.items() if stage != report.stage]
             # Only slowness is taken out: when the others got faster, a stage that did not is no slower than before.
-            common = max(1.0, low_median(others)) if len(others) >= MIN_PEERS - 1 else 1.0
+            common = max(1.0, others.get(report.stage, overall))
             sample = {(report.stage, report.stage): report.times.total_ms}
             monitor = state.stages[report.stage]
             findings.append(monitor.observe(iteration, sample, self._stage_margin, common, learn=not pending))

@@ -247,11 +247,9 @@ class Monitor:
         up = present > known * LEVEL_RATIO and present - known > noise
         down = present < known / LEVEL_RATIO and known - present > noise
         if not up and not down:
-            single = [sample for _, sample in self._shift] if len(self._shift) == 1 else []  # noise, as in the baseline
             self._shift.clear()
-            for sample in (*single, samples):
-                for key, value in sample.items():
-                    self._level.setdefault(key, Window(self._config.window)).add(value)
+            for key, value in samples.items():
+                self._level.setdefault(key, Window(self._config.window)).add(value)
             return None
         if up != self._shift_up:
             self._shift.clear()

@@ -15,11 +15,11 @@ from tests.report.wandb_files import Run
 pytest.importorskip("wandb")
 
 PRELUDE = """
-import os, sys, time
 import wandb
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report import Reporter
 from tests.report.events import HEALED, SLOW
+from tests.report.settle import settle
 
 def metrics(i):
     return {"iteration": i, "iteration_ms": 300.0 + i, "bubble_ms": [1.0, 2.0], "link_delay_ms": {"2-3": 0.4}}
@@ -27,10 +27,6 @@ def metrics(i):
 def reporter(mode):
     return Reporter(ReportConfig(directory=None, wandb=mode, wandb_alert_interval_s=0), 0, wandb_here=True)
 
-def taken(report):  # training iterations take longer than the sink needs; wait for the same here
-    deadline = time.monotonic() + 20
-    while (report._wandb._worker._records or report._wandb._waiting) and time.monotonic() < deadline:
-        time.sleep(0.002)
 """
 
 
@@ -57,7 +53,7 @@ def test_the_hosts_run_is_shared_and_neither_loses_a_value(tmp_path: Path) -> No
             if i % 2:
                 wandb.log({"loss": i}, step=8 * (i + 1))
             report.iteration(metrics(i))
-            taken(report)
+            settle(report._wandb)  # training iterations take longer than the sink needs
             if i % 2 == 0:
                 wandb.log({"loss": i}, step=8 * (i + 1))
             if i == 5:
@@ -93,7 +89,7 @@ def test_a_run_of_our_own_has_every_iteration_and_is_finished(tmp_path: Path) ->
         report = reporter("on")
         for i in range(30):
             report.iteration(metrics(i))
-        taken(report)
+        settle(report._wandb)
         assert report._wandb._own and wandb.run is None  # the name stays free for the host
         report.event(SLOW)
         report.close(60)

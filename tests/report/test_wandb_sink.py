@@ -15,8 +15,7 @@ from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report import WandbSink
 from adaptra_plugin.report.wandb_sink import EVENTS, MAX_EVENTS, flatten
 from tests.report.events import HEALED, SLOW
-
-DEADLINE_S = 10.0
+from tests.report.settle import DEADLINE_S, settle
 
 
 class Run:
@@ -84,34 +83,10 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Module:
     return module
 
 
-def until(condition: Any) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.002)
-
-
 def sink(mode: str = "auto", interval_s: float = 60.0, now: list[float] | None = None) -> WandbSink:
     clock = now or [0.0]
     config = ReportConfig(wandb=mode, wandb_alert_interval_s=interval_s)  # type: ignore[arg-type]
     return WandbSink(config, monotonic=lambda: clock[0])
-
-
-def settle(sink: WandbSink) -> None:
-    """Waits until the sink's thread has taken what was queued and has looked for news once more."""
-    done = threading.Event()
-    real = sink._worker._handle
-
-    def handle(batch: list[Any]) -> None:
-        real(batch)
-        if not sink._worker._records:
-            done.set()
-
-    sink._worker._handle = handle
-    with sink._worker._news:
-        sink._worker._news.notify()
-    assert done.wait(DEADLINE_S)
-    sink._worker._handle = real
 
 
 @pytest.mark.parametrize("ours_first", [False, True])
