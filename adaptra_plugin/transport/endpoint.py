@@ -99,6 +99,8 @@ class Endpoint:
             failure.__cause__ = error
             self.fail(failure)
         finally:
+            if self._fate.error is None:
+                self._fate.error = TransportError(f"the endpoint of rank {self.me.rank} is closed")
             self._abort_lanes(_ENDED)
             self._proxy.close()
 
@@ -134,7 +136,7 @@ class Endpoint:
             self._links[rank] = link = Link(info, self._config, self._fate)
             self._channels[rank] = Channel(link, self._faults.towards(info.stage), self._clock)
         wanted = [(*others[rank], self._links.get(rank)) for rank in sorted(near | self._controlled)]
-        self._check_reachable([(info, address) for info, address, _ in wanted])
+        self._warn_unreachable([(info, address) for info, address, _ in wanted])
         deadline_s = self._config.connect_deadline_s
         self._proxy.loop.post(lambda: self._proxy.begin_connect(wanted, coordinator, deadline_s))
         if not self._connect_gate.wait(min(deadline_s + _MARGIN_S, threading.TIMEOUT_MAX)):
@@ -145,11 +147,11 @@ class Endpoint:
         if self._connect_error is not None:
             raise self._connect_error
 
-    def _check_reachable(self, wanted: Sequence[tuple[PeerInfo, Address]]) -> None:
+    def _warn_unreachable(self, wanted: Sequence[tuple[PeerInfo, Address]]) -> None:
         for info, address in wanted:
             if info.host != self.me.host and is_loopback(address.host):
-                raise TransportError(
-                    f"{info} listens on {address}, which only its own host can reach: set adaptra.transport.bind there"
+                log.warning(
+                    "%s listens on %s, which only its own host reaches: set adaptra.transport.bind there", info, address
                 )
 
     def close(self, linger_s: float = 5.0) -> None:
@@ -166,8 +168,6 @@ class Endpoint:
             self._thread.join(linger_s + _MARGIN_S)
             if self._thread.is_alive():
                 log.error("the proxy thread of rank %d does not end", self.me.rank)
-        if self._fate.error is None:
-            self._fate.error = TransportError(f"the endpoint of rank {self.me.rank} is closed")
         _live.discard(self)
 
     def fail(self, error: Exception) -> None:

@@ -127,8 +127,7 @@ class SendLane(Lane):
             copy_in(self.ring, offset + HEADER_BYTES + len(meta), tensors)
             ticket = Ticket(key, self)
             with self._lock:
-                if self.loss is not None:
-                    raise self.loss.about(key, "be sent to", self.peer, 0.0)
+                self._check(key, 0.0)
                 self.sequence += 1
                 self.ring.commit(total)
                 self.queue.append(Outgoing(offset, total, sent + hold_s if hold_s else 0.0, ticket))

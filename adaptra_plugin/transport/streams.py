@@ -21,7 +21,7 @@ from adaptra_plugin.transport.tensors import BadLayout, understand
 
 _ROUNDS = 8  # system calls for one stream before others get their turn
 _BATCH = 16  # frames handed over in one system call
-_SCRATCH = memoryview(bytearray(1 << 18))  # where bytes go that nobody wants any more
+_READ_BYTES = 1 << 17  # at a time, where bytes do not go to a ring
 
 
 def _words(error: OSError) -> str:
@@ -143,7 +143,7 @@ class Stream(ABC):
     def _read(self) -> bool:
         """One read; True if there may be more."""
         try:
-            nbytes = self._sock.recv_into(_SCRATCH) if self._closing else self._receive()
+            nbytes = len(self._sock.recv(_READ_BYTES)) if self._closing else self._receive()
         except BlockingIOError:
             return False
         except OSError as error:
@@ -330,9 +330,9 @@ class ServiceStream(Stream):
         self._send(Kind.CONTROL, data)
 
     def _receive(self) -> int | None:
-        nbytes = self._sock.recv_into(_SCRATCH)
+        data = self._sock.recv(_READ_BYTES)
         now = self._loop.clock()
-        self._buffer += _SCRATCH[:nbytes]
+        self._buffer += data
         at = 0
         while len(self._buffer) - at >= HEADER_BYTES:
             raw = bytes(self._buffer[at : at + HEADER_BYTES])
@@ -344,7 +344,7 @@ class ServiceStream(Stream):
             at += header.total
             self._handle(header, body, now)
         del self._buffer[:at]
-        return nbytes
+        return len(data)
 
     def _handle(self, header: Header, body: bytes, now: float) -> None:
         if header.kind == Kind.PING:

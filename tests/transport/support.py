@@ -1,0 +1,98 @@
+"""Endpoints of several ranks in one process, connected."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from adaptra_plugin.config import SlowLink, TransportConfig
+from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
+
+SECRET = b"a secret of the tests, 32 bytes."
+PATIENCE_S = 20.0
+
+
+def config(**changes: Any) -> TransportConfig:
+    return TransportConfig(**{"ring_mib": 1, "deadline_s": PATIENCE_S, "connect_deadline_s": PATIENCE_S, **changes})
+
+
+def info(rank: int) -> PeerInfo:
+    return PeerInfo(rank, rank, f"n{rank}")
+
+
+def endpoint(rank: int, settings: TransportConfig, **options: Any) -> Endpoint:
+    return Endpoint(
+        PeerInfo(rank, rank, "n"), settings, options.pop("secret", SECRET), bind_host="127.0.0.1", **options
+    )
+
+
+def table(endpoints: Sequence[Endpoint]) -> dict[int, tuple[PeerInfo, Address]]:
+    return {e.me.rank: (e.me, e.address) for e in endpoints}
+
+
+def everywhere(*calls: Callable[[], Any]) -> list[BaseException | None]:
+    """Runs the calls at the same time; what each raised."""
+    errors: list[BaseException | None] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            calls[index]()
+        except BaseException as error:  # noqa: BLE001  handed to the test
+            errors[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return errors
+
+
+def connect_line(endpoints: Sequence[Endpoint]) -> list[BaseException | None]:
+    """Connects a pipeline: each rank with the ones before and after it."""
+    peers = table(endpoints)
+
+    def connect(e: Endpoint) -> None:
+        near = [rank for rank in (e.me.rank - 1, e.me.rank + 1) if rank in peers]
+        e.connect(peers, neighbours=near, coordinator=0)
+
+    return everywhere(*(lambda e=e: connect(e) for e in endpoints))
+
+
+@contextlib.contextmanager
+def line(
+    count: int = 2, links: Sequence[SlowLink] = (), clocks: dict[int, Any] | None = None, **changes: Any
+) -> Iterator:
+    """Connected endpoints of ranks 0 to count-1, closed at the end."""
+    settings = config(**changes)
+    endpoints = [
+        endpoint(rank, settings, simulate_links=links, **({"clock": clocks[rank]} if clocks and rank in clocks else {}))
+        for rank in range(count)
+    ]
+    try:
+        for error in connect_line(endpoints):
+            if error is not None:
+                raise error
+        yield endpoints
+    finally:
+        everywhere(*(e.close for e in endpoints))
+
+
+def activation(microbatch: int, epoch: int = 0, stage: int = 1) -> Key:
+    return Key(epoch, Direction.ACTIVATION, stage, microbatch)
+
+
+def gradient(microbatch: int, epoch: int = 0, stage: int = 0) -> Key:
+    return Key(epoch, Direction.GRADIENT, stage, microbatch)
+
+
+def until(condition: Callable[[], Any], what: str = "condition") -> None:
+    """Waits for something another thread does."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come true"
+        time.sleep(0.002)

@@ -1,0 +1,308 @@
+"""Connecting, control messages, closing: what is reported, and that nothing is left behind."""
+
+import gc
+import logging
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from adaptra_plugin.errors import PeerLostError, TransportError
+from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import endpoint as endpoint_module
+from adaptra_plugin.transport.bind import choose_bind, listen, local_address_towards
+
+from .conftest import open_descriptors
+from .support import SECRET, activation, config, connect_line, endpoint, everywhere, info, line, table, until
+
+
+def test_texts_of_names():
+    key = Key(7, Direction.ACTIVATION, 2, 3)
+    assert str(key) == "activation of microbatch 3 to stage 2 (epoch 7)"
+    assert str(Key(0, Direction.GRADIENT, 0, 1)) == "gradient of microbatch 1 to stage 0 (epoch 0)"
+    assert str(PeerInfo(2, 1, "n1")) == "rank 2 (stage 1, host n1)"
+
+
+@pytest.mark.parametrize("address", [Address("10.0.0.1", 80), Address("fe80::1", 4711), Address("n1.example", 65535)])
+def test_addresses_print_and_parse(address):
+    assert Address.parse(address.to_text()) == address
+
+
+@pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:0", "host:65536", "host:-1", "host:x"])
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(TransportError, match="is not an address"):
+        Address.parse(text)
+
+
+def test_bind_address_configured_given_routed(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert choose_bind("10.1.2.3", "127.0.0.1") == "10.1.2.3"
+    assert choose_bind("auto", "127.0.0.2") == "127.0.0.2"
+    assert choose_bind("auto", None) == "127.0.0.1"
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert choose_bind("auto", None) in ("127.0.0.1", "::1")
+    assert local_address_towards("127.0.0.1") == "127.0.0.1"
+    with pytest.raises(TransportError, match=r"no local address leads to 'no\.such\.host\.invalid'"):
+        local_address_towards("no.such.host.invalid")
+    with pytest.raises(TransportError, match=r"cannot listen on '192\.0\.2\.1'.*adaptra\.transport\.bind"):
+        listen("192.0.2.1", 1)
+
+
+def test_a_wildcard_bind_publishes_an_address_that_peers_can_dial(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    e = Endpoint(info(0), config(bind="0.0.0.0"), SECRET)
+    try:
+        assert e.address.host == "127.0.0.1" and e.address.port > 0
+    finally:
+        e.close()
+
+
+def test_connections_over_ipv6():
+    endpoints = [Endpoint(PeerInfo(r, r, "n"), config(), SECRET, bind_host="::1") for r in (0, 1)]
+    try:
+        assert connect_line(endpoints) == [None, None]
+        endpoints[0].channel(1).send(activation(0), [torch.ones(1)])
+        endpoints[1].channel(0).recv(activation(0)).wait()
+    finally:
+        everywhere(*(e.close for e in endpoints))
+
+
+def test_missing_peers_are_named_with_the_reason():
+    first = endpoint(0, config(connect_deadline_s=0.3))
+    closed = listen("127.0.0.1", 1)
+    port = closed.getsockname()[1]
+    closed.close()
+    try:
+        peers = {
+            0: (first.me, first.address),
+            1: (info(1), Address("127.0.0.1", port)),
+            2: (info(2), Address("127.0.0.1", port)),
+        }
+        with pytest.raises(TransportError) as caught:
+            first.connect(peers, neighbours=[1], coordinator=2)
+        text = str(caught.value)
+        assert "rank 0 is not connected after 0.3 s" in text
+        assert f"rank 1 (stage 1, host n1) at 127.0.0.1:{port} (5 connections missing" in text
+        assert f"rank 2 (stage 2, host n2) at 127.0.0.1:{port} (1 connections missing" in text
+        assert "refused" in text and "adaptra.transport.connect_deadline_s" in text
+    finally:
+        first.close()
+
+
+def test_a_rank_that_starts_late_is_waited_for():
+    endpoints = [endpoint(rank, config()) for rank in range(3)]
+    peers = table(endpoints)
+
+    def connect(e, pause):
+        time.sleep(pause)
+        e.connect(peers, neighbours=[r for r in (e.me.rank - 1, e.me.rank + 1) if r in peers], coordinator=0)
+
+    try:
+        errors = everywhere(*(lambda e=e, p=p: connect(e, p) for e, p in zip(endpoints, (0.3, 0.0, 0.15), strict=True)))
+        assert errors == [None] * 3
+    finally:
+        everywhere(*(e.close for e in endpoints))
+
+
+def test_a_peer_that_gives_up_while_others_connect_is_reported_at_once():
+    endpoints = [endpoint(rank, config()) for rank in range(3)]
+    peers = table(endpoints)
+    try:
+
+        def give_up():
+            time.sleep(0.2)  # rank 1 has connected to rank 0 by then, rank 2 never comes
+            endpoints[1].close()
+
+        start = time.monotonic()
+        errors = everywhere(
+            lambda: endpoints[0].connect(peers, neighbours=[1], coordinator=0),
+            lambda: endpoints[1].connect(peers, neighbours=[0, 2], coordinator=0),
+            give_up,
+        )
+        assert time.monotonic() - start < 10
+        assert isinstance(errors[0], PeerLostError) and "rank 1 (stage 1, host n) was lost while connecting" in str(
+            errors[0]
+        )
+        assert isinstance(errors[1], TransportError)
+    finally:
+        everywhere(*(e.close for e in endpoints))
+
+
+def test_connect_checks_its_arguments(caplog):
+    first = endpoint(0, config(connect_deadline_s=0.1))
+    try:
+        with pytest.raises(TransportError, match=r"no address is known for ranks \[1, 2\]"):
+            first.connect({0: (first.me, first.address)}, neighbours=[1, 2], coordinator=0)
+    finally:
+        first.close()
+    second = endpoint(0, config(connect_deadline_s=0.1))
+    try:
+        elsewhere = PeerInfo(1, 1, "another")
+        with pytest.raises(TransportError, match="missing"):
+            second.connect({1: (elsewhere, Address("127.0.0.1", 9))}, neighbours=[1], coordinator=0)
+        assert "which only its own host reaches: set adaptra.transport.bind there" in caplog.text
+        with pytest.raises(TransportError, match="connect was called twice"):
+            second.connect({}, neighbours=[], coordinator=0)
+    finally:
+        second.close()
+
+
+def test_a_rank_without_neighbours():
+    with line(1) as (only,):
+        assert only.stats() == {"refused_connections": 0, "peers": {}}
+        with pytest.raises(TransportError, match=r"rank 1 is no neighbour of rank 0"):
+            only.channel(1)
+
+
+def test_both_directions_of_both_kinds_between_two_ranks():
+    """Interleaved schedules send activations both ways between the same two ranks."""
+    with line(2) as (first, second):
+        keys = [Key(0, d, stage, m) for d in Direction for stage in (0, 1) for m in range(4)]
+        for e, peer in ((first, 1), (second, 0)):
+            for key in keys:
+                e.channel(peer).send(key, [torch.tensor(e.me.rank)])
+        for e, peer in ((first, 1), (second, 0)):
+            for key in keys:
+                assert e.channel(peer).recv(key).wait().tensors[0].item() == peer
+
+
+# --- control messages
+
+
+def test_control_messages_go_to_and_from_the_coordinator_in_order():
+    with line(4) as endpoints:
+        heard = {e.me.rank: [] for e in endpoints}
+        for e in endpoints:
+            e.on_control = lambda rank, message, mine=heard[e.me.rank]: mine.append((rank, message))
+        for number in range(50):
+            endpoints[3].send_control(0, {"n": number, "text": "ü" * 100})
+            endpoints[0].send_control(3, {"n": number})
+            endpoints[0].send_control(1, {"n": number})
+        until(lambda: len(heard[0]) == len(heard[3]) == len(heard[1]) == 50, "messages")
+        assert heard[0] == [(3, {"n": n, "text": "ü" * 100}) for n in range(50)]
+        assert heard[3] == heard[1] == [(0, {"n": n}) for n in range(50)]
+        assert heard[2] == []
+
+
+def test_large_control_messages_and_limits():
+    with line(2) as (first, second):
+        heard = []
+        second.on_control = lambda rank, message: heard.append(message)
+        big = {"x": "a" * (3 << 20)}
+        first.send_control(1, big)
+        first.send_control(1, {"last": True})
+        until(lambda: len(heard) == 2, "messages")
+        assert heard == [big, {"last": True}]
+        with pytest.raises(TransportError, match=r"\['x'\] has 5242888 bytes; at most 4194304 fit"):
+            first.send_control(1, {"x": "a" * (5 << 20)})
+        with pytest.raises(TransportError, match="is not JSON"):
+            first.send_control(1, {"x": object()})
+        with pytest.raises(TransportError, match="is a dict, not list"):
+            first.send_control(1, [1])
+
+
+def test_control_messages_between_others_are_refused():
+    with line(3) as (_, second, _), pytest.raises(TransportError, match="no control connection with rank 2"):
+        second.send_control(2, {})
+
+
+def test_control_messages_to_a_peer_that_has_left_are_dropped():
+    with line(2) as (first, second):
+        second.close()
+        until(lambda: first._proxy._peers[1].departed, "goodbye")
+        for _ in range(10):
+            first.send_control(1, {"a": 1})
+
+
+# --- closing
+
+
+def test_close_is_idempotent_and_ends_every_wait():
+    with line(2) as (first, _):
+        ticket = first.channel(1).recv(activation(0))
+        waiting = []
+
+        def wait():
+            try:
+                ticket.wait()
+            except TransportError as error:
+                waiting.append(str(error))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        first.close()
+        first.close()
+        thread.join(10)
+        assert waiting == ["the endpoint of rank 0 is closed"]
+        for call in (ticket.wait, lambda: first.channel(1).send(activation(1), []), lambda: first.send_control(1, {})):
+            with pytest.raises(TransportError, match=r"rank 0 is closed"):
+                call()
+
+
+def test_close_from_a_callback_does_not_deadlock():
+    with line(2) as (first, second):
+        second.on_control = lambda rank, message: second.close()
+        first.send_control(1, {})
+        until(lambda: not second._thread.is_alive(), "end of the thread")
+
+
+def test_closing_at_the_same_time_is_quick_and_silent(caplog):
+    caplog.set_level(logging.WARNING, "adaptra.transport")
+    with line(4) as endpoints:
+        for e in endpoints[:-1]:
+            for number in range(4):
+                e.channel(e.me.rank + 1).send(activation(number), [torch.zeros(50_000)])
+        start = time.monotonic()
+        assert everywhere(*(e.close for e in endpoints)) == [None] * 4
+        assert time.monotonic() - start < 3
+    assert caplog.text == ""
+
+
+def test_threads_and_descriptors_do_not_leak():
+    def once():
+        with line(3, connections_per_direction=2) as (first, second, third):
+            first.channel(1).send(activation(0), [torch.ones(10)])
+            second.channel(0).recv(activation(0)).wait()
+            third.send_control(0, {})
+
+    once()
+    gc.collect()
+    before = open_descriptors()
+    for _ in range(10):
+        once()
+    gc.collect()
+    assert len(open_descriptors()) <= len(before)
+    assert not [t for t in threading.enumerate() if t.name.startswith("adaptra")]
+    assert len(endpoint_module._live) == 0
+
+
+def test_the_thread_has_a_name():
+    with line(1):
+        assert "adaptra-proxy-0" in [t.name for t in threading.enumerate()]
+
+
+def test_a_forked_child_lets_go_of_the_sockets_and_leaves_the_parent_alone():
+    with line(2) as (first, second):
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                sockets = open_descriptors()
+                try:
+                    first.channel(1).send(activation(0), [])
+                except TransportError as error:
+                    os.write(write_end, f"{len(sockets)} {error}".encode())
+                    code = 0
+                first.close()
+            finally:
+                os._exit(code)
+        os.close(write_end)
+        text = os.read(read_end, 4096).decode()
+        os.close(read_end)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert text.startswith("0 this endpoint belongs to the parent process")
+        first.channel(1).send(activation(0), [torch.ones(1)])
+        second.channel(0).recv(activation(0)).wait()

@@ -1,0 +1,129 @@
+"""Clocks, measured delays and injected slow links."""
+
+import time
+
+import pytest
+import torch
+
+from adaptra_plugin.config import SlowLink
+from adaptra_plugin.transport.clock import ClockOffset
+from adaptra_plugin.transport.faults import HEALTHY, Faults
+
+from .support import activation, gradient, line, until
+
+
+def test_offset_comes_from_the_ping_with_the_shortest_way():
+    clock = ClockOffset()
+    clock.add(10.0, 115.0, 115.0, 20.0)  # 10 s round trip, says 100
+    assert clock.offset == pytest.approx(100)
+    clock.add(30.0, 130.6, 130.7, 31.1)  # 1 s round trip, says 100.1
+    assert clock.offset == pytest.approx(100.1)
+    assert clock.round_trip == pytest.approx(1.0)
+    clock.add(40.0, 149.0, 149.0, 49.0)  # all the time on the way there: says 104.5, not believed
+    assert clock.offset == pytest.approx(100.1)
+
+
+def test_old_samples_lose_against_drift_and_leave_the_window():
+    clock = ClockOffset(window=3)
+    clock.add(0.0, 100.0, 100.0, 0.0)  # perfect, but clocks drift
+    clock.add(1000.0, 1100.011, 1100.011, 1000.002)
+    assert clock.offset == pytest.approx(100.01)
+    for second in (2000, 2001, 2002):
+        clock.add(second, second + 50.0, second + 50.0, second + 0.001)
+    assert clock.count == 3
+    assert clock.offset == pytest.approx(50, abs=0.01)
+
+
+def test_delay_is_never_negative():
+    clock = ClockOffset()
+    clock.add(0.0, 100.0, 100.0, 0.0)
+    assert clock.delay(105.0, 5.25) == pytest.approx(0.25)
+    assert clock.delay(105.0, 4.0) == 0.0
+
+
+@pytest.mark.parametrize("shift", [-5000.0, 5000.0])
+def test_hosts_whose_clocks_differ_measure_the_same_delay(shift):
+    with line(2, clocks={1: lambda: time.monotonic() + shift}) as (first, second):
+        assert first.stats()["peers"][1]["clock_offset_ms"] == pytest.approx(shift * 1e3, abs=50)
+        delays = []
+        for number in range(10):
+            first.channel(1).send(activation(number), [torch.ones(10)])
+            delays.append(second.channel(0).recv(activation(number)).wait().delay_ms)
+        assert 0 <= min(delays) < 50
+
+
+def test_faults_apply_to_the_right_link_and_iterations():
+    links = (
+        SlowLink(src=1, dst=2, latency_ms=30, from_iteration=5, to_iteration=7),
+        SlowLink(src=2, dst=1, latency_ms=10, from_iteration=6),
+        SlowLink(src=2, dst=3, latency_ms=99),
+    )
+    faults = Faults(1, links)
+    assert faults.towards(0) is HEALTHY
+    fault = faults.towards(2)
+    seen = []
+    for faults.iteration in range(4, 9):
+        seen.append(fault.verdict(100).hold_s)
+    assert seen == pytest.approx([0, 0.03, 0.04, 0.01, 0.01])
+    assert HEALTHY.verdict(1).hold_s == 0
+
+
+def test_slow_link_delays_both_directions_without_blocking_and_transfers_overlap():
+    latency_ms, count = 300.0, 12
+    slow = SlowLink(src=0, dst=1, latency_ms=latency_ms, from_iteration=3)
+    with line(3, links=[slow], connections_per_direction=1) as endpoints:
+        first, second, third = endpoints
+        for e in endpoints:
+            e.set_iteration(3)
+        tickets = [second.channel(0).recv(activation(number)) for number in range(count)]
+        back = first.channel(1).recv(gradient(0))
+        start = time.monotonic()
+        sent = [first.channel(1).send(activation(number), [torch.ones(1000)]) for number in range(count)]
+        second.channel(0).send(gradient(0), [torch.ones(10)])
+        assert time.monotonic() - start < latency_ms / 1e3  # send does not wait for the link
+        assert not any(ticket.ready() for ticket in (*tickets, *sent))
+        second.channel(2).send(activation(0, stage=2), [torch.ones(1)])
+        assert third.channel(1).recv(activation(0, stage=2)).wait().delay_ms < latency_ms  # another link is not slow
+        delays = [ticket.wait().delay_ms for ticket in tickets]
+        took_ms = (time.monotonic() - start) * 1e3
+        assert all(delay >= latency_ms - 20 for delay in delays)
+        assert took_ms < count * latency_ms / 2  # one after the other they would take count * latency_ms
+        assert back.wait().delay_ms >= latency_ms - 20
+        for e in endpoints:
+            e.set_iteration(2)
+        first.channel(1).send(activation(0, epoch=1), [torch.ones(1)])
+        assert second.channel(0).recv(activation(0, epoch=1)).wait().delay_ms < latency_ms / 2
+
+
+def test_frames_keep_their_order_when_a_link_heals():
+    slow = SlowLink(src=0, dst=1, latency_ms=100, to_iteration=1)
+    with line(2, links=[slow], connections_per_direction=1) as (first, second):
+        first.channel(1).send(activation(0), [torch.zeros(1)])
+        first.set_iteration(1)
+        first.channel(1).send(activation(0), [torch.ones(1)])
+        got = [second.channel(0).recv(activation(0)).wait() for _ in range(2)]
+        assert [int(m.tensors[0]) for m in got] == [0, 1]
+
+
+def test_close_sends_what_a_slow_link_still_holds():
+    slow = SlowLink(src=0, dst=1, latency_ms=150)
+    with line(2, links=[slow]) as (first, second):
+        first.channel(1).send(activation(0), [torch.ones(1)])
+        first.close()
+        assert second.channel(0).recv(activation(0)).wait().delay_ms >= 130
+
+
+def test_stats_count_per_peer_and_direction():
+    with line(2) as (first, second):
+        for number in range(3):
+            first.channel(1).send(activation(number), [torch.zeros(16)])
+            second.channel(0).recv(activation(number)).wait()
+        second.channel(0).send(gradient(0), [])
+        first.channel(1).recv(gradient(0)).wait()
+        until(lambda: first.stats()["peers"][1]["directions"]["activation"]["sent"]["messages"] == 3)
+        there, back = (e.stats()["peers"][peer]["directions"] for e, peer in ((first, 1), (second, 0)))
+        # header 64, description 64, payload 64
+        assert there["activation"]["sent"] == {"messages": 3, "bytes": 576, "blocked_ms": 0.0, "full": 0}
+        assert back["activation"]["received"]["bytes"] == 576
+        assert (there["gradient"]["received"]["messages"], back["gradient"]["sent"]["messages"]) == (1, 1)
+        assert first.stats()["refused_connections"] == 0
