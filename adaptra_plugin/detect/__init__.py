@@ -3,6 +3,7 @@
 from adaptra_plugin.detect.detector import Detector
 from adaptra_plugin.detect.estimator import Estimator
 from adaptra_plugin.detect.monitor import Finding
+from adaptra_plugin.detect.overview import overview
 from adaptra_plugin.detect.samples import IterationReport, LinkDelay, StageTimes
 
-__all__ = ["Detector", "Estimator", "Finding", "IterationReport", "LinkDelay", "StageTimes"]
+__all__ = ["Detector", "Estimator", "Finding", "IterationReport", "LinkDelay", "StageTimes", "overview"]

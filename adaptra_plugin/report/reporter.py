@@ -17,7 +17,7 @@ class Reporter:
     """Reports events and metrics of one rank. Nothing here blocks training or raises because a sink is broken.
 
     Every JSONL record has `type`, `time` (seconds since the epoch) and `rank`:
-    `iteration` the metrics as given, `event` the fields of a `StragglerEvent`, any other type those of `message`.
+    `iteration` and `pipeline` the metrics as given, `event` the fields of a `StragglerEvent`, any other type those of `message`.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Reporter:
         if wandb_here and config.wandb != "off":
             self._wandb = WandbSink(config, logger=self._logger)
 
-    def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Metrics of one iteration, every `metrics_every` iterations.
+    def iteration(self, metrics: Mapping[str, Any], *, to_wandb: bool = True) -> None:
+        """Metrics of one iteration of this rank, every `metrics_every` iterations.
 
         Args:
             metrics: `iteration` (0-based) and any of numbers, texts, lists (one entry per stage) and mappings (one
                 entry per link, say); times in ms. The values must not be changed afterwards.
+            to_wandb: False if W&B gets the metrics of the whole pipeline (`pipeline`) instead.
         """
-        if int(metrics.get("iteration", 0)) % self._config.metrics_every:
-            return
-        metrics = dict(metrics)
-        self._record("iteration", metrics)
-        if self._wandb is not None:
-            self._wandb.iteration(metrics)
+        self._metrics("iteration", metrics, to_wandb)
+
+    def pipeline(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics of one iteration of the whole pipeline, from the one rank that knows them; as `iteration`."""
+        self._metrics("pipeline", metrics, to_wandb=True)
 
     def event(self, event: StragglerEvent) -> None:
         """Logs the event's sentence, writes its record, and hands it to W&B (table and alert)."""
@@ -100,6 +100,14 @@ class Reporter:
         for sink in (self._jsonl, self._wandb):
             if sink is not None and not sink.close(max(0.0, end - time.monotonic())):
                 self._logger.warning("report: %s did not finish within %g s", type(sink).__name__, deadline_s)
+
+    def _metrics(self, kind: str, metrics: Mapping[str, Any], to_wandb: bool) -> None:
+        if int(metrics.get("iteration", 0)) % self._config.metrics_every:
+            return
+        metrics = dict(metrics)  # the caller may use its own again
+        self._record(kind, metrics)
+        if self._wandb is not None and to_wandb:
+            self._wandb.iteration(metrics)
 
     def _record(self, kind: str, fields: Mapping[str, Any]) -> None:
         if self._jsonl is not None:

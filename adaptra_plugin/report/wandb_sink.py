@@ -29,7 +29,7 @@ MAX_EVENTS = 200
 MAX_WAITING = 8
 """Iterations kept while the host's row is taken; absorbs jitter between the host's logging and ours."""
 MAX_SERIES = 64
-"""A list longer than this is written as its mean and maximum."""
+"""A list of numbers longer than this is written as its mean and maximum."""
 MAX_FAILURES = 3
 """W&B calls that may fail before the sink gives up."""
 _POLL_S = 0.5
@@ -248,13 +248,13 @@ def _series(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key, item in value.items():
             yield from _series(f"{name}/{key}", item)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        numbers = [item for item in value if isinstance(item, int | float)]
-        if len(value) > MAX_SERIES and numbers:
-            yield f"{name}/mean", sum(numbers) / len(numbers)
-            yield f"{name}/max", max(numbers)
-        elif len(value) <= MAX_SERIES:
-            for index, item in enumerate(value):
-                yield from _series(f"{name}/{index}", item)
+        if not all(isinstance(item, int | float) for item in value):
+            return  # spans and the like: for the JSONL file, no series
+        if len(value) > MAX_SERIES:
+            yield f"{name}/mean", sum(value) / len(value)
+            yield f"{name}/max", max(value)
+        else:
+            yield from ((f"{name}/{index}", item) for index, item in enumerate(value))
     elif value is not None:
         yield name, value
 

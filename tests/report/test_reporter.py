@@ -52,6 +52,20 @@ def test_metrics_every(tmp_path: Path) -> None:
     assert [record["iteration"] for record in records(tmp_path)] == [0, 4, 8]
 
 
+def test_metrics_of_the_pipeline_go_to_wandb_in_place_of_the_ranks_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[dict[str, object]] = []
+    monkeypatch.setattr("adaptra_plugin.report.wandb_sink.WandbSink.iteration", lambda self, m: taken.append(m))
+    report = Reporter(ReportConfig(directory=str(tmp_path), metrics_every=2), rank=3, wandb_here=True)
+    for i in range(4):
+        report.iteration({"iteration": i, "own": 1}, to_wandb=False)
+        report.pipeline({"iteration": i, "all": 1})
+    report.close()
+    assert taken == [{"iteration": 0, "all": 1}, {"iteration": 2, "all": 1}]
+    assert [record["type"] for record in records(tmp_path)] == ["iteration", "pipeline"] * 2
+
+
 def test_metrics_may_be_reused_by_the_caller(tmp_path: Path) -> None:
     report, metrics = reporter(tmp_path), {"iteration": 0}
     for i in range(50):

@@ -249,4 +249,5 @@ def test_names_of_series() -> None:
         "adaptra/link_delay_ms/2-3": 0.4,
         "adaptra/note": "x",
     }
+    assert flatten({"spans": [["F", 0.0, 1.0]], "names": ["a"]}) == {}
     assert flatten({"bubble_ms": list(range(101))}) == {"adaptra/bubble_ms/mean": 50.0, "adaptra/bubble_ms/max": 100}
