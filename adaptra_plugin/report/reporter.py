@@ -16,8 +16,8 @@ from adaptra_plugin.report.wandb_sink import WandbSink
 class Reporter:
     """Reports events and metrics of one rank. Nothing here blocks training or raises because a sink is broken.
 
-    Every JSONL record has `type`, `time` (seconds since the epoch) and `rank`; `iteration` and `pipeline` hold the metrics
-    as given, `event` the fields of a `StragglerEvent`, any other type those of `message`.
+    Every JSONL record has `type`, `time` (seconds since the epoch) and `rank`; `iteration` and `pipeline` hold the
+    metrics as given, `event` the fields of a `StragglerEvent`, any other type those of `message`.
     """
 
     def __init__(
