@@ -13,6 +13,8 @@ from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
 
 SECRET = b"a secret of the tests, 32 bytes."
 PATIENCE_S = 20.0
+STUCK = SlowLink(src=0, dst=1, latency_ms=3_600_000.0)
+"""Nothing of what is sent leaves: no need to fill the kernel's buffers, whose size is nobody's business."""
 
 
 def config(**changes: Any) -> TransportConfig:

@@ -11,7 +11,7 @@ from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport import Direction, Key
 from adaptra_plugin.transport.ring import Ring
 
-from .support import activation, line, until
+from .support import STUCK, activation, line, until
 
 MESSAGE = torch.arange(300_000 // 8)  # 300 KB: three fill a ring of 1 MiB
 
@@ -63,13 +63,15 @@ def test_one_full_lane_does_not_hold_up_the_others():
 
 
 def test_full_ring_has_a_deadline():
-    with line(2, connections_per_direction=1, deadline_s=0.3) as (first, _):
+    with line(2, links=[STUCK], deadline_s=0.3) as (first, _):
         with pytest.raises(TransferTimeout) as caught:
-            for number in range(100):
+            for number in range(0, 100, 2):
                 first.channel(1).send(activation(number), [MESSAGE])
         text = str(caught.value)
-        assert "to stage 1 (epoch 0) could not be staged for rank 1 (stage 1, host n) within 0.3 s" in text
-        assert "messages wait in the staging ring" in text
+        assert "activation of microbatch 6 to stage 1 (epoch 0) could not be staged for rank 1" in text
+        assert "within 0.3 s" in text
+        assert "3 messages wait in the staging ring, 900480 of 1048576 bytes" in text
+        first.close(linger_s=0.0)
 
 
 def test_message_longer_than_the_ring_is_refused_with_numbers_and_remedy():

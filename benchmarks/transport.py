@@ -1,0 +1,277 @@
+"""Speed of the transport between two processes of this host, against gloo and memcpy measured in the same run.
+
+    python -m benchmarks.transport [--sizes-kib 64 1024 16384 65536] [--repeats 7] [--json FILE]
+
+Every row moves `--volume-mib` per repeat and way of moving; ways take turns, so that a change of the machine's load
+meets all of them. Printed are medians over the repeats and, in brackets, the spread (median absolute deviation, %).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from adaptra_plugin.config import TransportConfig
+from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
+
+MIB = 1 << 20
+SECRET = b"benchmark, two ranks of one host"
+DEADLINE_S = 120.0
+
+
+class Side:
+    """One of the two processes: rank 0 sends, rank 1 receives and answers each batch with one byte."""
+
+    def __init__(self, rank: int, pipe: Any, options: argparse.Namespace, port: int) -> None:
+        self.rank = rank
+        self.pipe = pipe
+        torch.set_num_threads(1)
+        config = TransportConfig(
+            ring_mib=options.ring_mib,
+            connections_per_direction=options.connections,
+            deadline_s=DEADLINE_S,
+            max_message_mib=max(4096, options.ring_mib),
+        )
+        infos = [PeerInfo(r, r, platform.node()) for r in (0, 1)]
+        self.endpoint = Endpoint(infos[rank], config, SECRET, bind_host="127.0.0.1")
+        pipe.send(self.endpoint.address.to_text())
+        other = Address.parse(pipe.recv())
+        self.endpoint.connect({1 - rank: (infos[1 - rank], other)}, neighbours=[1 - rank], coordinator=0)
+        self.channel = self.endpoint.channel(1 - rank)
+        self.epoch = 0
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def adaptra(self, data: torch.Tensor, count: int) -> None:
+        self.epoch += 1
+        done = Key(self.epoch, Direction.GRADIENT, 0, 0)
+        if self.rank == 0:
+            answer = self.channel.recv(done)
+            for number in range(count):
+                self.channel.send(Key(self.epoch, Direction.ACTIVATION, 1, number), [data])
+            answer.wait(DEADLINE_S)
+        else:
+            tickets = [self.channel.recv(Key(self.epoch, Direction.ACTIVATION, 1, n)) for n in range(count)]
+            for ticket in tickets:
+                ticket.wait(DEADLINE_S)
+            self.channel.send(done, [])
+
+    def gloo(self, data: torch.Tensor, count: int) -> None:
+        one = torch.zeros(1)
+        if self.rank == 0:
+            for work in [dist.isend(data, 1) for _ in range(count)]:
+                work.wait()
+            dist.recv(one, 1)
+        else:
+            buffers = [torch.empty_like(data) for _ in range(min(count, 4))]
+            works: list[Any] = []
+            for number in range(count):
+                if len(works) == len(buffers):
+                    works.pop(0).wait()
+                works.append(dist.irecv(buffers[number % len(buffers)], 0))
+            for work in works:
+                work.wait()
+            dist.send(one, 0)
+
+    def memcpy(self, data: torch.Tensor, count: int) -> None:
+        if self.rank == 0:
+            target = torch.empty_like(data)
+            for _ in range(count):
+                target.copy_(data)
+
+    def round_trip(self, repeats: int) -> list[float]:
+        """Microseconds of a message of four bytes there and back."""
+        taken = []
+        data = torch.zeros(1)
+        for number in range(repeats):
+            self.epoch += 1
+            there = Key(self.epoch, Direction.ACTIVATION, 1, number)
+            back = Key(self.epoch, Direction.GRADIENT, 0, number)
+            start = time.perf_counter()
+            if self.rank == 0:
+                self.channel.send(there, [data])
+                self.channel.recv(back).wait(DEADLINE_S)
+                taken.append((time.perf_counter() - start) * 1e6)
+            else:
+                self.channel.recv(there).wait(DEADLINE_S)
+                self.channel.send(back, [data])
+        return taken
+
+    def send_call(self, repeats: int) -> list[float]:
+        """Microseconds until `send` of 4 KiB returns while 64 MiB wait in the staging rings."""
+        taken = []
+        small = torch.zeros(1024)
+        big = torch.zeros(16 * MIB, dtype=torch.uint8)
+        for _ in range(repeats):
+            self.epoch += 1
+            keys = [Key(self.epoch, Direction.ACTIVATION, 1, n) for n in range(36)]
+            done = Key(self.epoch, Direction.GRADIENT, 0, 0)
+            if self.rank == 0:
+                answer = self.channel.recv(done)
+                for key in keys[:4]:
+                    self.channel.send(key, [big])
+                for key in keys[4:]:
+                    start = time.perf_counter()
+                    self.channel.send(key, [small])
+                    taken.append((time.perf_counter() - start) * 1e6)
+                answer.wait(DEADLINE_S)
+            else:
+                for key in keys:
+                    self.channel.recv(key).wait(DEADLINE_S)
+                self.channel.send(done, [])
+        return taken
+
+    def run(self, options: argparse.Namespace) -> dict[str, Any]:
+        ways: dict[str, Callable[[torch.Tensor, int], None]] = {
+            "memcpy": self.memcpy,
+            "gloo": self.gloo,
+            "adaptra": self.adaptra,
+        }
+        rows = []
+        for kib in options.sizes_kib:
+            size = kib << 10
+            data = torch.zeros(size, dtype=torch.uint8)
+            count = max(2, options.volume_mib * MIB // size)
+            speeds: dict[str, list[float]] = {name: [] for name in ways}
+            for repeat in range(options.repeats + 1):
+                for name, move in ways.items():
+                    dist.barrier()
+                    start = time.perf_counter()
+                    move(data, count)
+                    if repeat:  # the first one touches memory for the first time
+                        speeds[name].append(size * count / (time.perf_counter() - start) / 1e9)
+            rows.append({"kib": kib, "count": count, "gb_per_s": speeds})
+        dist.barrier()
+        trips = self.round_trip(options.trips)
+        dist.barrier()
+        calls = self.send_call(options.repeats)
+        dist.barrier()
+        self.endpoint.close()
+        dist.destroy_process_group()
+        return {"rows": rows, "round_trip_us": trips, "send_call_us": calls}
+
+
+def _main(rank: int, pipe: Any, options: argparse.Namespace, port: int) -> None:
+    result = Side(rank, pipe, options, port).run(options)
+    pipe.send(result)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs both processes; what rank 0 measured."""
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in (0, 1):
+        here, there = context.Pipe()
+        process = context.Process(target=_main, args=(rank, there, options, port), daemon=True)
+        process.start()
+        pipes.append(here)
+        processes.append(process)
+    addresses = [pipe.recv() for pipe in pipes]
+    for pipe, address in zip(pipes, reversed(addresses), strict=True):
+        pipe.send(address)
+    results = [pipe.recv() for pipe in pipes]
+    for process in processes:
+        process.join(30)
+    return results[0]
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    """Median and median absolute deviation in percent of it."""
+    middle = statistics.median(values)
+    return middle, 100 * statistics.median(abs(v - middle) for v in values) / middle
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def summarise(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    for row in result["rows"]:
+        speeds = {name: _middle(values) for name, values in row["gb_per_s"].items()}
+        # ratios of the same repeat: what the machine did meanwhile cancels out
+        pairs = row["gb_per_s"]
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(pairs["adaptra"], pairs[name], strict=True))
+            for name in ("gloo", "memcpy")
+        }
+        rows.append(
+            {
+                "kib": row["kib"],
+                "gb_per_s": {name: round(middle, 3) for name, (middle, _) in speeds.items()},
+                "spread_percent": {name: round(spread, 1) for name, (_, spread) in speeds.items()},
+                "ratio_to": {name: round(value, 3) for name, value in ratios.items()},
+            }
+        )
+    latency = {
+        name: {"p50": round(_quantile(result[name], 0.5), 1), "p99": round(_quantile(result[name], 0.99), 1)}
+        for name in ("round_trip_us", "send_call_us")
+    }
+    return {
+        "rail": "tcp",
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "load": os.getloadavg()[0],
+        "connections_per_direction": options.connections,
+        "ring_mib": options.ring_mib,
+        "repeats": options.repeats,
+        "sizes": rows,
+        **latency,
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    lines = [f"{'size':>10} {'memcpy GB/s':>16} {'gloo GB/s':>16} {'adaptra GB/s':>16} {'/ gloo':>8} {'/ memcpy':>9}"]
+    for row in summary["sizes"]:
+        cells = [
+            f"{row['gb_per_s'][name]:8.2f} (±{row['spread_percent'][name]:3.0f}%)"
+            for name in ("memcpy", "gloo", "adaptra")
+        ]
+        size = f"{row['kib']} KiB" if row["kib"] < 1024 else f"{row['kib'] / 1024:g} MiB"
+        ratio = row["ratio_to"]
+        lines.append(
+            f"{size:>10} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16} {ratio['gloo']:8.2f} {ratio['memcpy']:9.2f}"
+        )
+    trip, call = summary["round_trip_us"], summary["send_call_us"]
+    lines.append(f"round trip of 4 B: p50 {trip['p50']} us, p99 {trip['p99']} us")
+    lines.append(f"send() of 4 KiB with 64 MiB queued returns after: p50 {call['p50']} us, p99 {call['p99']} us")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes-kib", type=int, nargs="+", default=[64, 1024, 4096, 16384, 65536])
+    parser.add_argument("--volume-mib", type=int, default=256, help="bytes moved per size, way and repeat")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--trips", type=int, default=1000)
+    parser.add_argument("--connections", type=int, default=2)
+    parser.add_argument("--ring-mib", type=int, default=72)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    summary = summarise(measure(options), options)
+    print(table(summary))
+    if options.json:
+        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
