@@ -14,7 +14,7 @@ from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bind import choose_bind, is_loopback, is_wildcard, listen, local_address_towards
 from adaptra_plugin.transport.channel import Channel, Link
 from adaptra_plugin.transport.faults import Faults
-from adaptra_plugin.transport.frames import encode_control
+from adaptra_plugin.transport.frames import MAX_CONTROL_BACKLOG, encode_control
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy import Proxy
 from adaptra_plugin.transport.tickets import Fate, Loss
@@ -197,13 +197,19 @@ class Endpoint:
         """Queues a JSON object for the coordinator, or from it for any rank; never blocks. Dropped if the peer is gone.
 
         Raises:
-            TransportError: no JSON, longer than 4 MiB, no control connection with `rank`, or the endpoint has failed.
+            TransportError: no JSON, longer than 4 MiB, no control connection with `rank`, 64 MiB wait for it already, or
+                the endpoint has failed.
         """
         self._fate.check()
         if rank not in self._controlled:
             raise TransportError(
                 f"rank {self.me.rank} has no control connection with rank {rank}: control messages go to and from the "
                 f"coordinator only ({sorted(self._controlled)} are possible)"
+            )
+        waiting = self._proxy.control_backlog(rank)
+        if waiting > MAX_CONTROL_BACKLOG:
+            raise TransportError(
+                f"{waiting} bytes of control messages wait for rank {rank}: it has stopped reading them, see its log"
             )
         data = encode_control(message)
         self._proxy.loop.post(lambda: self._proxy.send_control(rank, data))

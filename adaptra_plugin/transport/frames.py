@@ -23,6 +23,8 @@ HEADER_BYTES = _HEADER.size
 TIMES = struct.Struct("<dd")  # of a pong: when the ping was sent (pinger's clock), when it came (answerer's clock)
 MAX_CONTROL_BYTES = 4 << 20
 """Longest control message (bytes of JSON)."""
+MAX_CONTROL_BACKLOG = 64 << 20
+"""Control messages that may wait for one peer (bytes); one that reads nothing must not fill this rank's memory."""
 
 
 class Kind(enum.IntEnum):

@@ -121,6 +121,11 @@ class Peer:
         stream = self._streams.get((Purpose.SERVICE, 0))
         return stream if isinstance(stream, ServiceStream) else None
 
+    @property
+    def control_backlog(self) -> int:
+        service = self._service
+        return service.unsent if service is not None else 0
+
     def send_control(self, data: bytes) -> None:
         service = self._service
         if service is not None:

@@ -185,6 +185,11 @@ class Proxy:
 
     # --- commands
 
+    def control_backlog(self, rank: int) -> int:
+        """Bytes of control messages that wait for `rank`; any thread may ask."""
+        peer = (self._peers or {}).get(rank)
+        return peer.control_backlog if peer is not None else 0
+
     def send_control(self, rank: int, data: bytes) -> None:
         peer = (self._peers or {}).get(rank)
         if peer is not None:

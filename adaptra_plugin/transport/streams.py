@@ -287,17 +287,16 @@ class DataStream(Stream):
 class ServiceStream(Stream):
     """Pings and control messages, through small buffers of its own."""
 
-    MAX_QUEUED_BYTES = 64 << 20
-
     def __init__(self, loop: Loop, sock: socket.socket, owner: Owner, name: str) -> None:
         super().__init__(loop, sock, owner, name)
         self._queue: deque[memoryview] = deque()
+        self._queued_bytes = 0
         self._buffer = bytearray()
         self._sequence_in = self._sequence_out = 0
 
     @property
     def unsent(self) -> int:
-        return sum(map(len, self._queue))
+        return self._queued_bytes
 
     @property
     def _next_sequence(self) -> int:
@@ -307,6 +306,7 @@ class ServiceStream(Stream):
         return [self._queue[index] for index in range(min(_BATCH, len(self._queue)))]
 
     def _sent(self, nbytes: int) -> None:
+        self._queued_bytes -= nbytes
         while nbytes:
             head = self._queue[0]
             if nbytes < len(head):
@@ -320,7 +320,9 @@ class ServiceStream(Stream):
             return
         header = Header(kind, self._sequence_out, self._loop.clock(), payload_bytes=len(payload))
         self._sequence_out += 1
-        self._queue.append(memoryview(header.pack() + payload))
+        frame = memoryview(header.pack() + payload)
+        self._queue.append(frame)
+        self._queued_bytes += len(frame)
         self.pump()
 
     def ping(self) -> None:

@@ -208,6 +208,22 @@ def test_control_messages_between_others_are_refused():
         second.send_control(2, {})
 
 
+def test_control_messages_for_a_peer_that_does_not_read_are_bounded(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "MAX_CONTROL_BACKLOG", 1 << 20)
+    with line(2) as (first, second):
+        go_on = threading.Event()
+        second.on_control = lambda rank, message: go_on.wait(20)
+        try:
+            with pytest.raises(
+                TransportError, match=r"bytes of control messages wait for rank 1: it has stopped reading"
+            ):
+                for _ in range(200):
+                    first.send_control(1, {"x": "a" * (1 << 20)})
+                    time.sleep(0.001)
+        finally:
+            go_on.set()
+
+
 def test_control_messages_to_a_peer_that_has_left_are_dropped():
     with line(2) as (first, second):
         second.close()
