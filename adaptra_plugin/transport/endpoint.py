@@ -197,8 +197,8 @@ class Endpoint:
         """Queues a JSON object for the coordinator, or from it for any rank; never blocks. Dropped if the peer is gone.
 
         Raises:
-            TransportError: no JSON, longer than 4 MiB, no control connection with `rank`, 64 MiB wait for it already, or
-                the endpoint has failed.
+            TransportError: no JSON, longer than 4 MiB, no control connection with `rank`, 64 MiB wait for it already,
+                or the endpoint has failed.
         """
         self._fate.check()
         if rank not in self._controlled:
