@@ -26,7 +26,7 @@ def register() -> None:
         return
     try:
         install()
-    except Exception:  # noqa: BLE001 - whatever it is, `import torch` must succeed
+    except Exception:
         logger.exception("adaptra: automatic activation failed; call adaptra_plugin.activate() yourself")
 
 
@@ -48,7 +48,7 @@ def uninstall() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     module = sys.modules.get(HOST)
     if isinstance(module, _Unfinished):
-        module.__class__ = ModuleType
+        module.__class__ = ModuleType  # type: ignore[assignment]
 
 
 def _initializing(module: ModuleType) -> bool:
@@ -60,7 +60,7 @@ def _ready() -> None:
 
     try:
         _activation.open_gate()
-    except Exception:  # noqa: BLE001 - `import deepspeed` must succeed; the reason is kept for status() and initialize
+    except Exception:
         logger.exception("adaptra: not activated")
 
 

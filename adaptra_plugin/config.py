@@ -181,7 +181,9 @@ def parse_config(block: Mapping[str, Any] | bool | None) -> AdaptraConfig:
     except ValidationError as error:
         lines = [_sentence(item) for item in error.errors()]
         count = f"{len(lines)} mistake" + ("s" if len(lines) > 1 else "")
-        raise ConfigError(f'{count} in the "adaptra" configuration:\n' + "\n".join(f"  - {line}" for line in lines)) from None
+        raise ConfigError(
+            f'{count} in the "adaptra" configuration:\n' + "\n".join(f"  - {line}" for line in lines)
+        ) from None
 
 
 def _sentence(item: Any) -> str:

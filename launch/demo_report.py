@@ -98,7 +98,10 @@ def picture(out: Path, summary: Summary) -> None:
     onset = summary.data["slow_from_iteration"]
     last = max(r["iteration"] for r in summary.records[0] if r["type"] == "iteration")
     panels = []
-    for iteration, what in ((onset, "before: slow link, plan for the healthy one"), (last, "after: slow link, new plan")):
+    for iteration, what in (
+        (onset, "before: slow link, plan for the healthy one"),
+        (last, "after: slow link, new plan"),
+    ):
         timeline = measured(summary.records, iteration)
         panels.append((f"{what} (iteration {iteration}, {timeline.makespan_ms:.0f} ms, measured)", timeline))
     draw_gantt(panels, out / "schedule.png", slow_links=[(link[0], link[1])])
@@ -106,9 +109,7 @@ def picture(out: Path, summary: Summary) -> None:
 
 def measured(records: list[list[dict[str, Any]]], iteration: int) -> Timeline:
     """The timeline of one iteration from every rank's record; all ranks share a host and so a clock."""
-    found = [
-        next(r for r in rank if r["type"] == "iteration" and r["iteration"] == iteration) for rank in records
-    ]
+    found = [next(r for r in rank if r["type"] == "iteration" and r["iteration"] == iteration) for rank in records]
     spans: list[Span] = []
     delays: dict[str, float] = {}
     for record in found:

@@ -1,6 +1,6 @@
 """Trains the byte-level GPT on a DeepSpeed pipeline. An ordinary training script: nothing in `main` knows of Adaptra.
 
-    deepspeed --num_gpus 4 train_gpt.py --deepspeed_config ds.json --iterations 40 --result result
+deepspeed --num_gpus 4 train_gpt.py --deepspeed_config ds.json --iterations 40 --result result
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--result", required=True, help="folder for rank<N>.json: losses, iteration times, parameters' hash")
+    parser.add_argument(
+        "--result", required=True, help="folder for rank<N>.json: losses, iteration times, parameters' hash"
+    )
     return deepspeed.add_config_arguments(parser).parse_args()
 
 

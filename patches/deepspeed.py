@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import deepspeed
 import torch
@@ -105,6 +105,7 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     _session: Session | None = None
     _running: Iteration | None = None
+    grad_layer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,9 +170,7 @@ class AdaptraPipelineEngine(PipelineEngine):
         iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
         self._running = iteration
         try:
-            super()._exec_schedule(
-                PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id)
-            )
+            super()._exec_schedule(PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id))
         finally:
             self._running = None
             self._losses.clear()
@@ -268,7 +267,7 @@ class AdaptraPipelineEngine(PipelineEngine):
         tensors, is_tuple = self._running.receive(direction, microbatch)
         return tuple(tensor.to(self.device) for tensor in tensors), is_tuple
 
-    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
+    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012  one engine may go back to the stock map
         **PipelineEngine._INSTRUCTION_MAP,
         stock.ForwardPass: _adaptra_forward,
         stock.BackwardPass: _adaptra_backward,

@@ -31,6 +31,7 @@ def install() -> None:
             versions=">=0.14",
             reason='reads the "adaptra" block before the engine is built',
             replace=_wrap,
+            sweep=True,
         )
     )
 

@@ -41,8 +41,10 @@ REFUSED: tuple[Check, ...] = (
         'use "Adam", "AdamW" or "Lamb"',
     ),
     (
-        lambda c: _on(c, "activation_checkpointing", "partition_activations")
-        or _on(c, "activation_checkpointing", "cpu_checkpointing"),
+        lambda c: (
+            _on(c, "activation_checkpointing", "partition_activations")
+            or _on(c, "activation_checkpointing", "cpu_checkpointing")
+        ),
         "partitioned or offloaded activation checkpoints keep one buffer that assumes the stock order of microbatches",
         'set "activation_checkpointing": {"partition_activations": false, "cpu_checkpointing": false}',
     ),
@@ -58,8 +60,10 @@ REFUSED: tuple[Check, ...] = (
         'set "zero_optimization": {"stage": 1}',
     ),
     (
-        lambda c: bool((c.get("zero_optimization") or {}).get("offload_optimizer"))
-        or bool((c.get("zero_optimization") or {}).get("zenflow")),
+        lambda c: (
+            bool((c.get("zero_optimization") or {}).get("offload_optimizer"))
+            or bool((c.get("zero_optimization") or {}).get("zenflow"))
+        ),
         "offloaded or asynchronous optimizer states copy gradients on hooks that assume an unsplit backward",
         'remove "offload_optimizer" and "zenflow" from "zero_optimization"',
     ),

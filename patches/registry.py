@@ -26,6 +26,7 @@ class Patch:
         versions: accepted versions, a PEP 440 specifier.
         reason: why it is patched.
         replace: builds the replacement from the original.
+        sweep: also rebind names in other modules that are bound to the same object (`from host import name`).
     """
 
     id: str
@@ -34,6 +35,7 @@ class Patch:
     versions: str
     reason: str
     replace: Callable[[Any], Any]
+    sweep: bool = False
 
 
 @dataclass
@@ -51,7 +53,7 @@ class PatchSet:
         self._skipped: dict[str, tuple[Patch, str]] = {}
 
     def apply(self, patch: Patch) -> None:
-        """Replaces the target, and every other module's name that is bound to the same object.
+        """Replaces the target, once.
 
         Raises:
             UnsupportedError: the host's version is outside of `patch.versions`, or the target is missing.
@@ -66,7 +68,8 @@ class PatchSet:
             raise
         replacement = patch.replace(original)
         setattr(module, name, replacement)
-        _rebind(original, replacement)
+        if patch.sweep:
+            _rebind(original, replacement)
         self._applied[patch.id] = _Applied(patch, original, replacement)
         self._skipped.pop(patch.id, None)
 
@@ -102,7 +105,9 @@ class PatchSet:
         try:
             version = metadata.version(patch.host)
         except metadata.PackageNotFoundError:
-            raise UnsupportedError(f"{patch.id}: {patch.host} is not installed; install {patch.host}{patch.versions}") from None
+            raise UnsupportedError(
+                f"{patch.id}: {patch.host} is not installed; install {patch.host}{patch.versions}"
+            ) from None
         if not SpecifierSet(patch.versions, prereleases=True).contains(version):
             raise UnsupportedError(
                 f"{patch.id}: {patch.host} {version} is installed, {patch.versions} is supported; "

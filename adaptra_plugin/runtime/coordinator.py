@@ -153,7 +153,7 @@ class Coordinator:
             try:
                 self.handle(*item)
                 self.tick()
-            except Exception:  # noqa: BLE001 - training goes on with the plan it has; without this thread it still can
+            except Exception:
                 logger.exception("coordinator: replanning is off from now on; training goes on with the running plan")
                 self._stopped = True
 
@@ -231,7 +231,9 @@ class Coordinator:
             return
         self._version += 1
         self._propose(
-            _Vote(self._version, profile, found, self._next_iteration(MARGIN), findings, before, 1, self._vote_deadline())
+            _Vote(
+                self._version, profile, found, self._next_iteration(MARGIN), findings, before, 1, self._vote_deadline()
+            )
         )
 
     def _next_iteration(self, margin: int) -> int:
@@ -308,7 +310,7 @@ class Coordinator:
     ) -> None:
         for finding in findings:
             ranks = tuple(self._topology.pipelines[finding.replica][stage] for stage in finding.stages)
-            known = before_ms is not None and after_ms is not None
+            gain = before_ms / after_ms if before_ms is not None and after_ms else None
             self._on_event(
                 StragglerEvent(
                     time_unix=time.time(),
@@ -326,7 +328,7 @@ class Coordinator:
                     action=action,
                     predicted_iteration_ms_before=before_ms,
                     predicted_iteration_ms_after=after_ms,
-                    predicted_gain=before_ms / after_ms if known and after_ms else None,
+                    predicted_gain=gain,
                     plan_version=self._version if version is None else version,
                 )
             )

@@ -40,9 +40,7 @@ class Rendezvous:
         Raises:
             TransportError: a rank did not publish its address within the deadline.
         """
-        self._store.set(
-            self._key(f"address/{topology.rank}"), json.dumps({"host": host, "address": address.to_text()})
-        )
+        self._store.set(self._key(f"address/{topology.rank}"), json.dumps({"host": host, "address": address.to_text()}))
         peers = {}
         for rank in range(topology.world_size):
             data = json.loads(self._get(f"address/{rank}", f"rank {rank} has not started its session"))

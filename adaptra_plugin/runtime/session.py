@@ -72,9 +72,7 @@ class Session:
         self._pacer = Pacer(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
         _check_links(config, topology.stages)
-        unknown = Profile(
-            microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
-        )
+        unknown = Profile(microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits))
         self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
         self._reporter = Reporter(config.report, topology.rank, wandb_here=topology.rank == COORDINATOR)
         host = socket.gethostname()
@@ -315,7 +313,7 @@ class Session:
             return
         logger.critical("%s; this rank has not noticed for %.0f s and ends now", self.failure, grace)
         self._reporter.close(2.0)
-        faulthandler.dump_traceback(file=sys.__stderr__)
+        faulthandler.dump_traceback(file=sys.stderr)
         os._exit(EXIT_PEER_LOST)
 
     def explain(self, error: Exception, patience_s: float = 3.0) -> Exception:

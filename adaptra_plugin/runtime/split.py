@@ -248,5 +248,3 @@ def _is_plain_linear(layer: nn.Module) -> bool:
         and isinstance(layer._parameters.get("weight"), nn.Parameter)
         and layer.weight.dim() == 2
     )
-
-

@@ -129,8 +129,10 @@ def train(
     evaluate_after: tuple[int, ...] = (),
     model_kwargs: dict[str, Any] | None = None,
     during: Any = None,
+    load: tuple[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Trains one engine. `steps`: microbatches of each `train_batch`. Losses, parameters, and what Adaptra says of it."""
+    """Trains one engine. `steps`: microbatches of each `train_batch`; `load`: folder of a checkpoint and the steps it has
+    behind it. Returns losses, parameters, and what Adaptra says of it."""
     import deepspeed
 
     import adaptra_plugin
@@ -143,10 +145,15 @@ def train(
     model = build(kind, stages, **(model_kwargs or {}))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=[p for p in model.parameters()], config=config)
     torch.manual_seed(11)
+    first = 0
+    if load is not None:
+        folder, first = load
+        engine.load_checkpoint(folder, tag="t")
     replica = engine.grid.get_data_parallel_rank()
     losses, norms, evaluations = [], [], []
     micro = engine.train_micro_batch_size_per_gpu()
-    for step, count in enumerate(steps):
+    for step, count in enumerate(steps, first):
+        torch.manual_seed(1000 + step)  # a resumed run draws the same dropout
         if count != engine.gradient_accumulation_steps():
             engine.set_train_batch_size(count * micro * engine.dp_world_size)
         loss = engine.train_batch(iter(batches(count, micro, seed=100 * step + replica)))

@@ -63,11 +63,15 @@ def test_variants(variant):
     run_ranks(both, 2, config, SLOW, [5, 8, 5, 8, 5, 8, 8, 8], stages=2, **{"evaluate_after": (1,), **kwargs})
 
 
-@pytest.mark.parametrize("config", [{"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, {}], ids=["zero1-bf16", "fp32"])
+@pytest.mark.parametrize(
+    "config", [{"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, {}], ids=["zero1-bf16", "fp32"]
+)
 def test_variants_with_data_parallelism(config):
     run_ranks(both, 4, config, {}, [5, 8, 8], stages=2)
 
 
-@pytest.mark.parametrize("adaptra", [{"schedule": "1f1b"}, {"schedule": "zb-h1"}, {"split_backward": False}, {"max_activations": 4}])
+@pytest.mark.parametrize(
+    "adaptra", [{"schedule": "1f1b"}, {"schedule": "zb-h1"}, {"split_backward": False}, {"max_activations": 4}]
+)
 def test_other_settings(adaptra):
     run_ranks(both, 4, {}, adaptra, [5, 8], stages=4)

@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all the set-up they need: Python 3.11, g++ and make are enough.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+PIP := $(BIN)/pip --disable-pip-version-check -q
+
+.PHONY: install demo test lint benchmarks clean
+
+install: $(VENV)/.installed
+
+# torch first and alone: a looser requirement of another package would bring several GB of CUDA libraries
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "torch==2.13.0"
+	$(PIP) install -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m adaptra_plugin.launch.demo --config configs/demo.json --out demo-out
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache demo-out build *.egg-info

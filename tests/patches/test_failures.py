@@ -1,0 +1,138 @@
+"""What happens to a job when something goes wrong in the middle of training."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.forked import finish_ranks, import_deepspeed, run_ranks, start_ranks
+from tests.patches.models import assert_same, train
+
+import_deepspeed()
+pytestmark = pytest.mark.multiprocess
+
+
+def dies(rank, stages, victim, at_step):
+    """The victim is killed while it computes the forward of a microbatch."""
+
+    def during(engine, step):
+        if rank == victim and step == at_step:
+            forwards = iter(range(100))
+
+            def hook(*_):
+                if next(forwards) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            engine.module.register_forward_pre_hook(hook)
+            engine.module.forward_funcs[0].register_forward_pre_hook(hook)
+
+    train({}, {"peer_exit_grace_s": 10}, [8] * 20, stages=stages, during=during)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_ends_the_others_with_an_error_that_names_it(victim):
+    begun = time.monotonic()
+    outcomes = finish_ranks(start_ranks(dies, 4, 4, victim, 2), timeout=60)
+    assert time.monotonic() - begun < 45
+    assert outcomes[victim].exitcode == -signal.SIGKILL
+    for outcome in outcomes:
+        if outcome.rank != victim:
+            assert outcome.error is not None and outcome.error.startswith("PeerLostError"), outcome.error
+            first_line = outcome.error.splitlines()[0]
+            assert re.search(rf"rank {victim} \(stage {victim}, host \S+\)", first_line), first_line
+
+
+def attacked(rank):
+    """Strangers talk to rank 0's port while it trains."""
+    steps = [5, 8, 5, 8]
+    stock = train({}, None, steps, stages=2)
+    refused = []
+
+    def during(engine, step):
+        if rank == 0:
+            host, port = engine.adaptra._endpoint.address.host, engine.adaptra._endpoint.address.port
+            for junk in (b"", b"GET / HTTP/1.1\r\n\r\n" * 20, os.urandom(4096), b"\x00" * 100):
+                with socket.create_connection((host, port), timeout=5) as stranger:
+                    try:
+                        stranger.sendall(junk)
+                        stranger.shutdown(socket.SHUT_WR)
+                        while stranger.recv(4096):
+                            pass
+                    except OSError:
+                        pass  # refused in the middle of the junk: just as well
+            refused.append(engine.adaptra.status()["transport"]["refused_connections"])
+
+    ours = train({}, {}, steps, stages=2, during=during)
+    assert_same(stock, ours)
+    return refused
+
+
+def test_strangers_are_refused_and_training_is_unharmed():
+    refused, _ = run_ranks(attacked, 2)
+    assert refused[-1] == 4 * 4
+
+
+def user_error(rank):
+    def during(engine, step):
+        if rank == 1 and step == 1:
+            raise ZeroDivisionError("in the user's own code")
+
+    train({}, {"transport": {"deadline_s": 20}}, [8] * 5, stages=2, during=during)
+
+
+def test_an_error_in_one_rank_ends_the_other_one():
+    healthy, failed = finish_ranks(start_ranks(user_error, 2), timeout=60)
+    assert failed.error is not None and failed.error.startswith("ZeroDivisionError")
+    assert healthy.error is not None and "rank 1 (stage 1" in healthy.error.splitlines()[0]
+
+
+def resumed(rank, folder):
+    """Saved under Adaptra, loaded by a new engine under Adaptra and by a stock one: both go on alike."""
+
+    def save(engine, step):
+        if step == 1:
+            engine.save_checkpoint(folder, tag="t")
+
+    whole = train({}, None, [5, 5, 8, 8], stages=2)
+    saved = train({}, {}, [5, 5, 8, 8], stages=2, during=save)
+    assert_same(whole, saved)
+    again = [train({}, block, [8, 8], stages=2, load=(folder, 2)) for block in (None, {})]
+    assert_same(*again)
+    assert again[0]["losses"][0] < whole["losses"][0], "the checkpoint was loaded"
+
+
+def test_checkpoints_are_interchangeable_with_stock(tmp_path):
+    run_ranks(resumed, 2, str(tmp_path))
+
+
+def wandb_run(rank, folder):
+    import wandb
+
+    os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
+    report = {"report": {"directory": f"{folder}/events", "wandb": "auto"}}
+    links = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 4}]}}
+    eager = {"detector": {"warmup_iterations": 1, "min_history": 2, "confirm": 1}}
+    host = {"wandb": {"enabled": True, "project": "host"}}
+    train(host, {**report, **links, **eager}, [8] * 12, stages=2)
+    if wandb.run is None:
+        return None
+    run_id = wandb.run.id
+    wandb.finish()
+    return run_id
+
+
+def test_events_reach_the_wandb_run_of_deepspeeds_monitor(tmp_path):
+    run_id, other = run_ranks(wandb_run, 2, str(tmp_path))
+    assert run_id is not None, "Adaptra must not finish the host's run"
+    assert other is None
+    (path,) = tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1, "no second run"
+    content = path.read_bytes()
+    assert b"Train/Samples/train_loss" in content
+    assert b"adaptra/iteration" in content and b"adaptra/events" in content
+    assert b"link 0-1" in content

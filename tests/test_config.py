@@ -1,0 +1,77 @@
+"""The configuration: every mistake is one clear line, and none is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adaptra_plugin.config import AdaptraConfig, parse_config
+from adaptra_plugin.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
+
+
+def test_absent_null_and_false_are_disabled():
+    assert not parse_config(None).enabled
+    assert not parse_config(False).enabled
+    assert parse_config({}).enabled and parse_config(True).enabled
+    assert not parse_config({"enabled": False}).enabled
+
+
+def test_three_mistakes_are_three_lines():
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {
+                "shedule": "1f1b",
+                "transport": {"connections_per_direction": 99},
+                "simulate": {"links": [{"src": 1, "dst": 1, "latency_ms": 5}]},
+            }
+        )
+    head, *lines = str(caught.value).splitlines()
+    assert head == '3 mistakes in the "adaptra" configuration:'
+    assert len(lines) == 3
+    unknown = next(line for line in lines if "shedule" in line)
+    assert "unknown key" in unknown and "'1f1b'" in unknown and "schedule" in unknown.split("allowed here:")[1]
+    bounds = next(line for line in lines if "connections_per_direction" in line)
+    assert "99" in bounds and "less than or equal to 16" in bounds
+    assert any("adaptra.simulate.links.0" in line and "two different stages" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("block", "key", "says"),
+    [
+        ({"schedule": "fastest"}, "adaptra.schedule", "'slack-adaptive'"),
+        ({"detector": {"windw": 3}}, "adaptra.detector.windw", "window"),
+        ({"max_activations": 0}, "adaptra", "max_activations 0 is below 1"),
+        ({"transport": {"deadline_s": -1}}, "adaptra.transport.deadline_s", "greater than 0"),
+        ({"report": {"wandb": "maybe"}}, "adaptra.report.wandb", "'auto', 'on' or 'off'"),
+    ],
+)
+def test_a_mistake_names_key_value_and_what_is_allowed(block, key, says):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(block)
+    assert key in str(caught.value) and says in str(caught.value)
+
+
+def test_a_block_that_is_no_object():
+    with pytest.raises(ConfigError, match="must be an object"):
+        parse_config([1, 2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path):
+    assert parse_config(json.loads(path.read_text())["adaptra"]).enabled
+
+
+def test_every_field_has_a_description():
+    def check(model):
+        for name, field in model.model_fields.items():
+            nested = field.annotation if isinstance(field.annotation, type) else None
+            if nested is not None and hasattr(nested, "model_fields"):
+                check(nested)
+            else:
+                assert field.description, f"{model.__name__}.{name} has no docstring"
+
+    check(AdaptraConfig)
