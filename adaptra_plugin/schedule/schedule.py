@@ -52,6 +52,28 @@ class Schedule:
             ranks.append(tuple(actions))
         return cls(tuple(ranks))
 
+    @classmethod
+    def from_rows(cls, rows: NDArray[np.int64], microbatches: int) -> Schedule:
+        """From action numbers ``(stage * 3 + kind code) * microbatches + microbatch``, ``[rank, position]``."""
+        return cls(
+            tuple(
+                tuple(intern(n // microbatches // 3, n // microbatches % 3, n % microbatches) for n in row)
+                for row in rows.tolist()
+            )
+        )
+
+    @property
+    def split_only(self) -> bool:
+        """Whether every backward is split into I and W."""
+        return not (self.table[1][:, 1] == B).any()
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The inverse of ``from_rows``, for schedules with split backwards and equally many stages a rank."""
+        actions = self.table[1]
+        numbers = (actions[:, 0] * 3 + actions[:, 1]) * self.microbatches + actions[:, 2]
+        return numbers.reshape(len(self.ranks), -1)
+
     def to_text(self) -> list[list[str]]:
         """Lists of printed actions, one per rank."""
         return [[str(action) for action in actions] for actions in self.ranks]

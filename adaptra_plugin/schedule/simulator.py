@@ -8,13 +8,12 @@ import numpy as np
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.actions import Action
+from adaptra_plugin.schedule.names import DUPLEX_MODES, LINK_MODELS
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.replay import replay
 from adaptra_plugin.schedule.schedule import Schedule
 from adaptra_plugin.schedule.tables import NS, Ints, Tables, consumer, per_microbatch, tabulate
 from adaptra_plugin.schedule.timeline import Span, Timeline, Transfer
-
-LINK_MODELS = ("delegated", "blocking")
 
 
 def simulate(
@@ -39,8 +38,8 @@ def simulate(
         raise PlanError(f"unknown link model {link_model!r}: expected one of {', '.join(LINK_MODELS)}")
     if duplex is None:
         duplex = "half" if link_model == "blocking" and schedule.split_backward else "full"
-    if duplex not in ("full", "half"):
-        raise PlanError(f"unknown duplex mode {duplex!r}: expected full or half")
+    if duplex not in DUPLEX_MODES:
+        raise PlanError(f"unknown duplex mode {duplex!r}: expected {' or '.join(DUPLEX_MODES)}")
     if schedule.microbatches != profile.microbatches:
         raise PlanError(f"the schedule has {schedule.microbatches} microbatches, the profile {profile.microbatches}")
     tables = tabulate(profile, schedule.stage_rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,10 @@ class Tables:
     transfer: Ints
     link: Ints
     cap: Ints
+
+    def with_links(self, latency: Ints, transfer: Ints) -> Tables:
+        """A copy with other link costs."""
+        return replace(self, latency=latency, transfer=transfer)
 
 
 def tabulate(profile: Profile, stage_rank: Sequence[int] | None = None) -> Tables:

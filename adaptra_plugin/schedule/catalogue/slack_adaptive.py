@@ -1,56 +1,38 @@
-"""Slack-adaptive schedules: list-scheduled candidates, scored by makespan, then as little memory as reaches it."""
+"""Slack-adaptive schedules: warm-ups follow the delays of the links (sec. 4.2 and 4.3), then local search."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from adaptra_plugin.schedule.listing import list_schedule
-from adaptra_plugin.schedule.tables import Ints, Tables
-
-
-def warmups(tables: Tables, percent: int) -> Ints:
-    """Alg. 2 from the last stage backwards, with ``percent`` of the latencies: ``x_i = x_{i+1} + D_i`` and
-    ``D_i = max(1, ceil((F_i + I_i + c_f + c_b) / (F_{i+1} + I_{i+1})))``, at most the microbatches."""
-    d, lat = tables.duration, tables.latency + tables.transfer
-    stages = len(tables.stage_rank)
-    x = np.ones(stages, np.int64)
-    for s in range(stages - 2, -1, -1):
-        need = int(d[s, 0] + d[s, 1]) * min(percent, 100) // 100 + int(lat[0, s + 1] + lat[1, s]) * percent // 100
-        slack = max(1, -(-need // max(1, int(d[s + 1, 0] + d[s + 1, 1]))))
-        x[s] = x[s + 1] + slack
-    return np.minimum(x, tables.microbatches)
+from adaptra_plugin.errors import PlanError
+from adaptra_plugin.schedule.analysis import least_memory
+from adaptra_plugin.schedule.catalogue.zb_h1 import zb_h1
+from adaptra_plugin.schedule.catalogue.zb_h2 import zb_h2
+from adaptra_plugin.schedule.schedule import Schedule
+from adaptra_plugin.schedule.search import search
+from adaptra_plugin.schedule.tables import Tables
 
 
-def words_of(tables: Tables) -> tuple[int, Ints]:
-    """The best candidate's makespan in nanoseconds and its kind codes ``[stage, 3 * microbatches]``."""
-    n, stages = tables.microbatches, len(tables.stage_rank)
-    latency = tables.latency + tables.transfer
-    limit = np.minimum(tables.cap, n)
-    words = np.zeros((stages, 3 * n), np.int64)
+def slack_adaptive(tables: Tables, seed: int = 0, known: Sequence[Schedule] = ()) -> Schedule:
+    """The schedule for the stage times, delays and activation limits of the tables; any number of stages a rank.
 
-    def attempt(warm: Ints, cap: Ints, patience: int) -> int:
-        return int(list_schedule(tables.duration, latency, n, np.minimum(warm, cap), cap, patience, words))
+    ``known`` schedules (for instance the running one) are starting points of the search.
+    Raises PlanError where a rank cannot hold one activation of each of its stages.
+    """
+    least = least_memory(tables)
+    short = [
+        f"rank {r} allows {int(tables.cap[r])} activations and needs {int(least[r])}, one for each of its stages"
+        for r in range(len(least))
+        if tables.cap[r] < least[r]
+    ]
+    if short:
+        raise PlanError("limits cannot be kept: " + "; ".join(short))
+    known = [*known, *(_stock(tables) if len(least) == len(tables.stage_rank) else [])]
+    rows = [s.rows for s in known if s.split_only and s.stage_rank == tuple(tables.stage_rank.tolist())]
+    return Schedule.from_rows(search(tables, seed, rows).rows, tables.microbatches)
 
-    tried: list[tuple[int, Ints, Ints, int]] = []
-    for percent in (0, 25, 50, 75, 90, 100, 110, 125, 150, 200, 300):
-        warm = warmups(tables, percent)
-        for extra in (0, 1, 2, stages, n):
-            cap = np.minimum(warm + extra, limit)
-            for patience in (0, 50, 100):
-                tried.append((attempt(warm, cap, patience), warm, cap, patience))
-    best = min(item[0] for item in tried)
-    goal = best + best // 500
-    _, warm, cap, patience = min((t for t in tried if t[0] <= goal), key=lambda t: (int(t[2].sum()), t[0]))
-    warm, cap = warm.copy(), cap.copy()
-    shrinking = True
-    while shrinking:  # give memory back, one activation of one stage at a time, while the makespan stays
-        shrinking = False
-        for s in range(stages):
-            for table in (warm, cap):
-                while table[s] > 1:
-                    table[s] -= 1
-                    if attempt(warm, cap, patience) > goal:
-                        table[s] += 1
-                        break
-                    shrinking = True
-    return attempt(warm, cap, patience), words.copy()
+
+def _stock(tables: Tables) -> list[Schedule]:
+    """Zero-bubble schedules: nothing needs less memory for the same makespan when stages are even and links fast."""
+    stages, n = len(tables.stage_rank), tables.microbatches
+    return [zb_h1(stages, n), zb_h2(stages, n)]

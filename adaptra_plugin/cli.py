@@ -1,0 +1,165 @@
+"""The command ``adaptra``: plan, simulate. A further subcommand is one more function in COMMANDS."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptra_plugin.errors import AdaptraError, PlanError
+
+if TYPE_CHECKING:
+    from adaptra_plugin.schedule.plan import Plan
+    from adaptra_plugin.schedule.profile import Profile
+    from adaptra_plugin.schedule.timeline import Timeline
+
+Subparsers = Any  # argparse does not name the type
+SLOW_SHARE = 0.05
+"""Links whose latency exceeds this share of a stage's time for one microbatch are marked in pictures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 for input that is wrong (the message is on stderr)."""
+    parser = argparse.ArgumentParser(prog="adaptra", description="Slack-adaptive pipeline schedules.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    options = parser.parse_args(argv)
+    try:
+        return int(options.run(options) or 0)
+    except AdaptraError as error:
+        print(f"adaptra {options.command}: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"adaptra {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def add_plan(commands: Subparsers) -> None:
+    """``adaptra plan PROFILE.json``."""
+    from adaptra_plugin.schedule.names import NAMES
+
+    parser = commands.add_parser("plan", help="plan a schedule for a profile")
+    parser.add_argument("profile", metavar="PROFILE.json", help="profile, - for stdin")
+    parser.add_argument("--schedule", choices=NAMES, default="slack-adaptive", help="default: %(default)s")
+    parser.add_argument("--exact", type=float, metavar="SECONDS", help="refine with CP-SAT for at most SECONDS")
+    parser.add_argument("--seed", type=int, default=0, help="of the search; default: %(default)s")
+    parser.add_argument("--out", default="-", metavar="PLAN.json", help="default: - (stdout)")
+    parser.add_argument("--csv", metavar="F", help="the schedule as CSV for torch.distributed.pipelining, - for stdout")
+    parser.add_argument("--plot", metavar="F.png|F.svg", help="Gantt chart, the stock schedule above the plan")
+    parser.add_argument("--trace", metavar="F.json", help="the same as a trace for Perfetto")
+    parser.set_defaults(run=run_plan)
+
+
+def add_simulate(commands: Subparsers) -> None:
+    """``adaptra simulate PLAN.json --profile PROFILE.json``."""
+    from adaptra_plugin.schedule.names import DUPLEX_MODES, LINK_MODELS
+
+    parser = commands.add_parser("simulate", help="replay a plan on a profile")
+    parser.add_argument("plan", metavar="PLAN.json", help="plan, - for stdin")
+    parser.add_argument("--profile", required=True, metavar="PROFILE.json", help="profile, - for stdin")
+    parser.add_argument("--link-model", choices=LINK_MODELS, default="delegated", help="default: %(default)s")
+    parser.add_argument("--duplex", choices=DUPLEX_MODES, help="default: half for a blocking link under I and W")
+    parser.add_argument("--plot", metavar="F.png|F.svg", help="Gantt chart")
+    parser.add_argument("--trace", metavar="F.json", help="trace for Perfetto")
+    parser.set_defaults(run=run_simulate)
+
+
+COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate]
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Plans and writes what was asked for."""
+    from adaptra_plugin.schedule.planner import plan
+    from adaptra_plugin.schedule.profile import Profile
+    from adaptra_plugin.schedule.refine import refine
+
+    if options.out == "-" and options.csv == "-":
+        raise PlanError("the plan and its CSV cannot both go to stdout: give --out or --csv a file")
+    profile = Profile.from_json(_read(options.profile))
+    found = plan(profile, schedule=options.schedule, seed=options.seed)
+    if options.exact is not None:
+        from adaptra_plugin.schedule.names import ADAPTIVE
+
+        if options.schedule not in ADAPTIVE:
+            raise PlanError(f"--exact searches for a schedule of its own: it refines {' or '.join(ADAPTIVE)} only")
+        found = refine(profile, found, seconds=options.exact, seed=options.seed)
+    if options.csv:
+        _write(options.csv, found.schedule.to_csv())
+    _pictures(options, lambda: _before_and_after(profile, found), profile)
+    _write(options.out, json.dumps(found.to_json()) + "\n")
+    return 0
+
+
+def run_simulate(options: argparse.Namespace) -> int:
+    """Replays and prints makespan, idle time by cause, peak activations and critical path."""
+    from adaptra_plugin.schedule.plan import Plan
+    from adaptra_plugin.schedule.profile import Profile
+    from adaptra_plugin.schedule.simulator import simulate
+
+    if options.plan == options.profile == "-":
+        raise PlanError("the plan and the profile cannot both come from stdin")
+    loaded = Plan.from_json(_read(options.plan))
+    profile = Profile.from_json(_read(options.profile))
+    timeline = simulate(loaded.schedule, profile, options.link_model, duplex=options.duplex)
+    _pictures(options, lambda: [(f"{loaded.name}, {options.link_model} links", timeline)], profile)
+    print(json.dumps(timeline.to_json()))
+    return 0
+
+
+def _before_and_after(profile: Profile, found: Plan) -> list[tuple[str, Timeline]]:
+    """The stock schedule of the profile's shape on blocking links, where there is one, and the plan."""
+    from adaptra_plugin.schedule.planner import plan
+    from adaptra_plugin.schedule.profile import Profile
+    from adaptra_plugin.schedule.simulator import simulate
+
+    stock = "1f1b" if profile.virtual_stages == 1 else "interleaved-1f1b"
+    panels = []
+    if found.name != stock and (profile.virtual_stages == 1 or profile.microbatches % profile.ranks == 0):
+        data = profile.to_json()
+        for stage in data["stages"]:
+            stage.pop("max_activations", None)  # the stock schedule knows no limits
+        before = plan(Profile.from_json(data), schedule=stock).schedule
+        panels.append((f"{stock}, blocking links", simulate(before, profile, "blocking")))
+    return [*panels, (f"{found.name}, delegated links", simulate(found.schedule, profile))]
+
+
+def _pictures(options: argparse.Namespace, panels: Callable[[], list[tuple[str, Timeline]]], profile: Profile) -> None:
+    if options.plot:
+        from adaptra_plugin.report.gantt import draw_gantt
+
+        if Path(options.plot).suffix.lower() not in (".png", ".svg"):
+            raise PlanError(f"--plot {options.plot}: expected a file that ends in .png or .svg")
+        draw_gantt(panels(), options.plot, slow_links(profile))
+    if options.trace:
+        from adaptra_plugin.report.trace import write_trace
+
+        write_trace(panels(), options.trace)
+
+
+def slow_links(profile: Profile) -> list[tuple[int, int]]:
+    """Links worth marking, see SLOW_SHARE."""
+    mean = sum(stage.total_ms for stage in profile.stages) / len(profile.stages)
+    return [(k.src, k.dst) for k in profile.links if k.latency_ms + k.transfer_ms > SLOW_SHARE * mean]
+
+
+def _read(path: str) -> object:
+    text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        name = "stdin" if path == "-" else path
+        raise PlanError(f"{name} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The worker process of ``refine``: one JSON job on standard input, JSON lines out, at the lowest priority."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+from adaptra_plugin.errors import AdaptraError
+from adaptra_plugin.schedule.exact import Solution, solve_exactly
+from adaptra_plugin.schedule.planner import makespan_ns
+from adaptra_plugin.schedule.profile import Profile
+from adaptra_plugin.schedule.schedule import Schedule
+from adaptra_plugin.schedule.search import Problem, give_back
+from adaptra_plugin.schedule.tables import NS, Tables, tabulate
+
+
+def tell(message: dict[str, Any]) -> None:
+    """One line to the process that waits."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def report(tables: Tables, solution: Solution, done: bool) -> None:
+    """A solution as a message; the last one with as little memory as keeps its makespan."""
+    rows = solution.rows
+    if rows is not None and done:
+        problem = Problem.of(tables)
+        found = problem.scored(rows)
+        rows = give_back(problem, found, found.makespan, tolerance=0).rows
+    ranks = None if rows is None else Schedule.from_rows(rows, tables.microbatches).to_text()
+    tell({"ranks": ranks, "bound_ms": solution.bound / NS, "done": done})
+
+
+def main() -> None:
+    """Reads the job, solves, reports; the exit code is 0 unless the process is killed."""
+    os.nice(19)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        known = Schedule.from_text(job["ranks"])
+        tables = tabulate(Profile.from_json(job["profile"]), known.stage_rank)
+        solution = solve_exactly(
+            tables,
+            known,
+            makespan_ns(known, tables),
+            job["seconds"],
+            seed=job["seed"],
+            workers=job["workers"],
+            improved=lambda better: report(tables, better, done=False),
+        )
+        report(tables, solution, done=True)
+    except AdaptraError as error:
+        tell({"error": str(error), "done": True})
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
