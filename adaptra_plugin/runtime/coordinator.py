@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport
+from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport, overview
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.report import StragglerEvent
 from adaptra_plugin.runtime.topology import Topology
@@ -31,6 +31,10 @@ MAX_TRIES = 6
 """Proposals of one plan, each with twice the margin of the one before, until all ranks can still take part."""
 WORTH = 0.01
 """A plan that is predicted to be shorter by less than this ratio does not replace the running one."""
+REFRESH = 10
+"""Iterations after which the running plan is compared with the best one for the newest profile, without any finding."""
+REFRESH_WORTH = 0.03
+"""... and replaced if that is predicted to be shorter by this ratio: estimates get better with time, and drift."""
 
 
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
@@ -85,6 +89,7 @@ class Coordinator:
         send: `(rank, message)`, never blocks; for the own rank it calls the session directly.
         on_event: receives every `StragglerEvent`.
         on_plan: `(version, first iteration, plan, profile, reason)` after a commit.
+        on_overview: receives the metrics of the whole pipeline, once an iteration.
         current: the plan that runs now, for a number of microbatches.
         begun: the newest iteration that has begun on this rank.
     """
@@ -98,6 +103,7 @@ class Coordinator:
         send: Callable[[int, dict[str, Any]], None],
         on_event: Callable[[StragglerEvent], None],
         on_plan: Callable[[int, int, Plan, Profile, str], None],
+        on_overview: Callable[[dict[str, Any]], None],
         current: Callable[[int], Plan],
         begun: Callable[[], int],
         limits: Sequence[int | None],
@@ -109,6 +115,7 @@ class Coordinator:
         self._send = send
         self._on_event = on_event
         self._on_plan = on_plan
+        self._on_overview = on_overview
         self._current = current
         self._begun = begun
         self._limits = list(limits)
@@ -119,6 +126,7 @@ class Coordinator:
         self._newest = 0
         self._version = 0
         self._profiled = False
+        self._considered = 0  # iteration in which the running plan was last compared with another
         self._owed: list[Finding] = []
         self._vote: _Vote | None = None
         self._last_first = 0  # first iteration of the newest committed plan
@@ -192,16 +200,17 @@ class Coordinator:
         del self._reports[report.iteration]
         for old in [i for i in self._reports if i < report.iteration]:
             del self._reports[old]
+        self._on_overview(overview(list(together.values())))
         for pipeline in self._topology.pipelines:
             reports = [together[rank] for rank in pipeline]
             self._owed += self._detector.observe(reports)
             self._estimator.observe(reports)
         if self._vote is None:
-            self._consider(report.microbatches)
+            self._consider(report.iteration, report.microbatches)
 
-    def _consider(self, microbatches: int) -> None:
-        """Plans if something was found, or when the profile is known for the first time."""
-        if not self._owed and self._profiled:
+    def _consider(self, iteration: int, microbatches: int) -> None:
+        """Plans if something was found, when the profile is known for the first time, and every `REFRESH` iterations."""
+        if not self._owed and self._profiled and iteration < self._considered + REFRESH:
             return
         profiles = [
             self._estimator.profile(microbatches, self._limits, replica)
@@ -213,6 +222,7 @@ class Coordinator:
             self._events(findings, "none: the profile is not complete yet")
             return
         first_time, self._profiled = not self._profiled, True
+        self._considered = iteration
         if self._config.schedule != "slack-adaptive":
             self._events(findings, f"none: schedule {self._config.schedule} does not adapt")
             return
@@ -226,7 +236,8 @@ class Coordinator:
             return
         healed = any(finding.state == "healed" for finding in findings)
         gain = before / found.makespan_ms - 1 if found.makespan_ms else 0.0
-        if found.schedule == running.schedule or (gain < WORTH and not healed and not first_time):
+        worth = WORTH if findings else REFRESH_WORTH
+        if found.schedule == running.schedule or (gain < worth and not healed and not first_time):
             self._events(findings, "none: the running plan is within 1 % of the best", before, before)
             return
         self._version += 1
@@ -267,7 +278,7 @@ class Coordinator:
             self._verdict(commit=True)
             self._vote = None
             self._last_first = vote.first_iteration
-            reason = "first profile" if not vote.findings else ", ".join(sorted({subject(f) for f in vote.findings}))
+            reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or "newer profile"
             self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
             warmups = " ".join(map(str, vote.plan.warmup))
             action = f"replan v{vote.version} from iteration {vote.first_iteration} (warm-ups {warmups})"

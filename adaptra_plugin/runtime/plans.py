@@ -117,7 +117,7 @@ class PlanBook:
                         f"{self._deadline_s:.0f} s: the coordinator (rank 0) does not answer"
                     )
                 self._condition.wait(min(left, 1.0))
-            self._begun = iteration
+            self._begun = max(self._begun, iteration)
             return self._version, self.plan_for(microbatches)
 
     def plan_for(self, microbatches: int) -> Plan:

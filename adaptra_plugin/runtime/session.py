@@ -114,6 +114,7 @@ class Session:
             send=self._send,
             on_event=self._reporter.event,
             on_plan=self._plan_committed,
+            on_overview=self._reporter.pipeline,
             current=self._book.plan_for,
             begun=lambda: self._book.begun,
             limits=self._limits,
@@ -184,7 +185,8 @@ class Session:
         )
         if self.config.detector.enabled:
             self._send(COORDINATOR, {"type": "report", "report": report.to_json()})
-        self._reporter.iteration(self._metrics(report, iteration))
+        # W&B gets the coordinator's overview of all stages, if there is one
+        self._reporter.iteration(self._metrics(report, iteration), to_wandb=not self.config.detector.enabled)
 
     def _metrics(self, report: IterationReport, iteration: Iteration) -> dict[str, Any]:
         metrics: dict[str, Any] = {

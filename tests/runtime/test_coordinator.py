@@ -1,0 +1,204 @@
+"""The coordinator without processes or sockets: reports in, proposals, verdicts and events out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adaptra_plugin.config import parse_config
+from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
+from adaptra_plugin.runtime import coordinator as module
+from adaptra_plugin.runtime.coordinator import Coordinator, merge_profiles
+from adaptra_plugin.runtime.plans import PlanBook, Proposal
+from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.plan import Plan
+from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
+
+CONFIG = {"detector": {"warmup_iterations": 1, "min_history": 2, "confirm": 2, "heal": 2}}
+
+
+class World:
+    """All ranks of a job with their plan books; messages are delivered at once unless a rank is deaf."""
+
+    def __init__(self, stages: int = 4, replicas: int = 1, config: dict[str, Any] = CONFIG) -> None:
+        pipelines = [[replica + replicas * stage for stage in range(stages)] for replica in range(replicas)]
+        self.topology = Topology.of(0, pipelines)
+        self.now = 0.0
+        self.deaf: set[int] = set()
+        self.events: list[Any] = []
+        self.plans: list[Any] = []
+        self.overviews: list[Any] = []
+        self.sent: list[tuple[int, dict[str, Any]]] = []
+        start = Profile(1, (StageProfile(1.0, 1.0, 1.0),) * stages)
+        self.books = [PlanBook(start, "slack-adaptive", 0.0) for _ in range(self.topology.world_size)]
+        self.coordinator = Coordinator(
+            self.topology,
+            parse_config(config),
+            {rank: f"n{rank}" for rank in range(self.topology.world_size)},
+            send=self.send,
+            on_event=self.events.append,
+            on_plan=lambda *args: self.plans.append(args),
+            on_overview=self.overviews.append,
+            current=self.books[0].plan_for,
+            begun=lambda: self.books[0].begun,
+            limits=[None] * stages,
+            clock=lambda: self.now,
+        )
+        self.queue: list[tuple[int, dict[str, Any]]] = []
+
+    def send(self, rank: int, message: dict[str, Any]) -> None:
+        self.sent.append((rank, message))
+        if rank in self.deaf:
+            return
+        book = self.books[rank]
+        if message["type"] == "propose":
+            profile, plan = Profile.from_json(message["profile"]), Plan.from_json(message["plan"])
+            ok = book.propose(Proposal(message["version"], profile, plan, message["first_iteration"]))
+            answer = {"type": "answer", "version": message["version"], "ok": ok, "begun": book.begun}
+            self.queue.append((rank, answer))
+        elif message["type"] == "decide":
+            book.decide(message["version"], message["commit"])
+
+    def iteration(self, index: int, delays: dict[tuple[int, int, int], float] | None = None) -> list[int]:
+        """Runs one iteration on all ranks; `delays` by (replica, low, high) stage. Versions that ran."""
+        versions = []
+        for rank, book in enumerate(self.books):
+            replica, stage = self.topology.place(rank)
+            version, _ = book.begin(index, 8)
+            versions.append(version)
+            links = []
+            for other in (stage - 1, stage + 1):
+                if 0 <= other < self.topology.stages:
+                    pair = (replica, min(stage, other), max(stage, other))
+                    links.append(LinkDelay(other, stage, (delays or {}).get(pair, 0.5), 8))
+            report = IterationReport(
+                replica=replica,
+                stage=stage,
+                rank=rank,
+                host=f"n{rank}",
+                iteration=index,
+                microbatches=8,
+                iteration_ms=300.0,
+                plan_version=version,
+                times=StageTimes(10.0, 10.0, 6.0),
+                links=tuple(links),
+            )
+            self.queue.append((rank, {"type": "report", "report": report.to_json()}))
+        self.deliver()
+        return versions
+
+    def deliver(self) -> None:
+        while self.queue:
+            self.coordinator.handle(*self.queue.pop(0))
+        self.coordinator.tick()
+
+
+def test_a_slow_link_leads_to_a_plan_that_all_ranks_begin_together_and_back():
+    world = World()
+    ran = [world.iteration(i) for i in range(8)]
+    first = ran[-1][0]
+    assert world.events == []
+    for i in range(8, 14):
+        ran.append(world.iteration(i, {(0, 1, 2): 30.0}))
+    (event,) = world.events
+    assert (event.kind, event.state, event.link, event.ranks, event.hosts) == (
+        "link",
+        "slow",
+        "1-2",
+        (1, 2),
+        ("n1", "n2"),
+    )
+    assert (event.since_iteration, event.found_iteration) == (8, 9)
+    assert event.delay_before_ms == pytest.approx(0.5) and event.delay_after_ms == pytest.approx(30.0)
+    assert event.predicted_gain > 1.1
+    assert f"replan v{event.plan_version} from iteration" in event.action
+    for i in range(14, 22):
+        ran.append(world.iteration(i))
+    assert [e.state for e in world.events] == ["slow", "healed"]
+    assert all(len(set(versions)) == 1 for versions in ran)
+    assert ran[13][0] > first and ran[-1][0] > ran[13][0]
+    plans = {version: plan for version, _, plan, _, _ in world.plans}
+    assert sum(plans[ran[13][0]].warmup) > sum(plans[ran[-1][0]].warmup), "the warm-ups go back"
+    assert len(world.overviews) == 22
+
+
+def test_a_link_of_one_replica_is_found_in_that_replica_and_all_switch():
+    world = World(stages=3, replicas=2)
+    for i in range(8):
+        world.iteration(i)
+    ran = [world.iteration(i, {(1, 0, 1): 40.0}) for i in range(8, 14)]
+    (event,) = world.events
+    assert (event.replica, event.link, event.ranks) == (1, "0-1", (1, 3))
+    assert all(len(set(versions)) == 1 for versions in ran) and ran[-1][0] >= 1
+
+
+def test_a_rank_that_is_ahead_postpones_the_switch():
+    world = World()
+    for i in range(2):
+        world.iteration(i)
+    world.books[2].begin(9, 8)  # far ahead of the others when the proposal comes
+    world.iteration(2)
+    proposals = [m for rank, m in world.sent if rank == 2 and m["type"] == "propose"]
+    verdicts = [m for rank, m in world.sent if rank == 2 and m["type"] == "decide"]
+    assert len(proposals) >= 2 and proposals[-1]["first_iteration"] > 9
+    assert [v["commit"] for v in verdicts] == [False] * (len(verdicts) - 1) + [True]
+
+
+def test_a_rank_that_does_not_answer_blocks_nobody():
+    world = World()
+    world.deaf = {3}
+    for i in range(6):
+        assert len(set(world.iteration(i))) == 1
+        if any(message["type"] == "propose" for _, message in world.sent):
+            break
+    world.now += 1e6
+    world.deliver()
+    verdicts = [m for rank, m in world.sent if rank == 0 and m["type"] == "decide"]
+    assert verdicts and not verdicts[-1]["commit"]
+    assert world.iteration(6) == [0, 0, 0, 0]
+
+
+def test_the_plan_follows_the_profile_without_any_finding(monkeypatch):
+    monkeypatch.setattr(module, "REFRESH", 3)
+    world = World()
+    for i in range(5):
+        world.iteration(i)
+    before = len(world.plans)
+    assert before == 1
+    # estimates that were far off: the running plan is not the best for what is known now
+    better = world.coordinator._estimator.profile(8, [None] * 4)
+    slow = Profile(8, better.stages, (LinkProfile(1, 2, 25.0), LinkProfile(2, 1, 25.0)))
+    monkeypatch.setattr(world.coordinator._estimator, "profile", lambda *args, **kwargs: slow)
+    for i in range(5, 9):
+        world.iteration(i)
+    assert len(world.plans) == before + 1 and world.plans[-1][-1] == "newer profile"
+    assert world.events == []
+
+
+def test_garbage_reports_are_refused(caplog):
+    world = World()
+    world.coordinator.handle(1, {"type": "report", "report": {"iteration": -1}})
+    assert "a report of rank 1 is refused" in caplog.text
+
+
+def test_other_schedules_report_but_do_not_adapt():
+    world = World(config={**CONFIG, "schedule": "zb-h1"})
+    for i in range(5):
+        world.iteration(i)
+    for i in range(5, 9):
+        world.iteration(i, {(0, 1, 2): 30.0})
+    assert [e.action for e in world.events] == ["none: schedule zb-h1 does not adapt"]
+    assert world.plans == []
+
+
+def test_merged_profiles_take_the_slowest():
+    a = Profile(
+        4, (StageProfile(1, 2, 3, 5), StageProfile(4, 5, 6, 5)), (LinkProfile(0, 1, 1.0), LinkProfile(1, 0, 9.0))
+    )
+    b = Profile(
+        4, (StageProfile(2, 1, 4, 5), StageProfile(1, 9, 1, 5)), (LinkProfile(0, 1, 3.0), LinkProfile(1, 0, 2.0))
+    )
+    merged = merge_profiles([a, b])
+    assert merged.stages == (StageProfile(2, 2, 4, 5), StageProfile(4, 9, 6, 5))
+    assert [link.latency_ms for link in merged.links] == [3.0, 9.0]
