@@ -25,6 +25,7 @@ def lower_bound(profile: Profile) -> Bound:
     *Drain*: the gradient of the last microbatch has still to travel to stage 0 and to become its W.
     *Round trip*: the first I of a stage comes after F to the end of the pipeline and I back; until then the stage
     runs forwards only, no more than its limit allows (*memory* where the limit is what leaves it idle).
+    *Occupancy*: a link takes one transfer at a time.
     *Memory*: with room for K activations, F of microbatch m + K starts after W of m has ended, so that
     ``floor((N - 1) / K)`` round trips follow one another.
 
@@ -73,6 +74,15 @@ def bound_ns(tables: Tables) -> tuple[int, str]:
             trip = f + int(back[s]) + i
             turns, rest = divmod(n - 1, early)
             found.append((start + turns * (trip + w) + trip + rest * max(f, i) + end, why))
+        # a link takes one transfer at a time, and the last one has the rest of its way to go
+        if s + 1 < stages and ranks == stages:
+            out, home = int(tables.transfer[0, s + 1]), int(tables.transfer[1, s])
+            ahead = start + f + int(tables.latency[0, s + 1])
+            rest_out = int(d[s + 1, 0] + back[s + 1] + d[s + 1, 1] + tail[s + 1])
+            found.append((ahead + n * out + rest_out, f"occupancy of link {s}-{s + 1}"))
+            first_home = start + f + int(back[s]) - int(lat[1, s])
+            rest_home = int(tables.latency[1, s]) + i + end
+            found.append((first_home + n * home + rest_home, f"occupancy of link {s + 1}-{s}"))
     return max(found, key=lambda chain: chain[0])
 
 

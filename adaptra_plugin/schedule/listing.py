@@ -70,6 +70,7 @@ def list_schedule(
     what = np.zeros((ranks, 2), np.int64)
     touched = np.ones(ranks, np.bool_)
     makespan = 0
+    strict = True
     left = 3 * microbatches * stages
     while left > 0:
         for r in range(ranks):
@@ -78,7 +79,7 @@ def list_schedule(
             touched[r] = False
             held = total[r, 0] - total[r, 2]
             under_way = total[r, 0] - total[r, 1]
-            backwards = total[r, 0] >= warm[r] or total[r, 1] > 0 or held >= cap[r]
+            backwards = not strict or total[r, 0] >= warm[r] or total[r, 1] > 0 or held >= cap[r]
             at = NEVER
             stage, kind, key = -1, 0, 0
             w_stage, w_key = -1, NEVER
@@ -108,7 +109,11 @@ def list_schedule(
             if when[k] < when[r]:
                 r = k
         if when[r] >= NEVER:
-            return NEVER
+            if not strict:
+                return NEVER
+            strict = False  # limits elsewhere keep forwards away: from here on no rank waits for its warm-up
+            touched[:] = True
+            continue
         s, kind = what[r, 0], what[r, 1]
         n = count[s, kind]
         rows[r, length[r]] = (s * 3 + kind) * microbatches + n

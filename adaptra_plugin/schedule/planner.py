@@ -56,11 +56,12 @@ def plan(profile: Profile, *, schedule: str = "slack-adaptive", current: Plan | 
     and for schedules that do not fit the number of stages a rank.
     """
     began = time.perf_counter()
-    tables = tabulate(profile, v_placement(profile.ranks) if schedule == "zb-v" else None)
     if schedule in BUILDERS:
         found = _stock(profile, schedule)
+        tables = tabulate(profile, v_placement(profile.ranks) if schedule == "zb-v" else None)
         _check_limits(schedule, found, tables)
     elif schedule in ADAPTIVE:
+        tables = tabulate(profile)
         found = _adaptive(profile, tables, current, seed)
     else:
         raise PlanError(f"unknown schedule {schedule!r}: expected one of {', '.join(NAMES)}")

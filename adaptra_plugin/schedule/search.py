@@ -14,9 +14,10 @@ from adaptra_plugin.schedule.analysis import adapted_slack
 from adaptra_plugin.schedule.bound import bound_ns
 from adaptra_plugin.schedule.graph import chains, heads
 from adaptra_plugin.schedule.listing import NEVER, list_schedule
+from adaptra_plugin.schedule.replay import replay
 from adaptra_plugin.schedule.rhythm import rhythm_search
 from adaptra_plugin.schedule.squeeze import peaks, squeeze, trim_warmups
-from adaptra_plugin.schedule.tables import Ints, Tables
+from adaptra_plugin.schedule.tables import Ints, Tables, per_microbatch
 from adaptra_plugin.schedule.tabu import tabu_search
 
 TOLERANCE = 1000
@@ -79,7 +80,29 @@ class Problem:
         for lag in (self.lag, self.stressed_lag):
             value = int(heads(rows, *self.graph[:4], lag, head, order))
             both.append(value if value >= 0 else NEVER)
+        if self.congested and both[0] < NEVER:
+            both[0] = self.replayed(rows)
         return Found(both[0], both[1], rows)
+
+    @property
+    def congested(self) -> bool:
+        """Whether transfers may have to wait for the link: they occupy it longer than it takes to compute the next
+        one, or stages share it. The search then looks at latencies only, but what it finds is judged by replays."""
+        tables = self.tables
+        slow = tables.transfer > tables.duration[:, :2].min()
+        return bool(slow.any()) or (len(tables.stage_rank) > self.ranks and bool(tables.transfer.any()))
+
+    def replayed(self, rows: Ints) -> int:
+        """Makespan with the occupancy of links, nanoseconds."""
+        tables, n = self.tables, self.tables.microbatches
+        flat = rows.ravel()
+        actions = np.stack([flat // n // 3, flat // n % 3, flat % n], axis=1)
+        offsets = np.arange(self.ranks + 1, dtype=np.int64) * rows.shape[1]
+        start, end = np.zeros(len(flat), np.int64), np.zeros(len(flat), np.int64)
+        moved, cause = np.zeros((len(flat), 2), np.int64), np.zeros((len(flat), 2), np.int64)
+        links = (tables.latency, tables.transfer, tables.link, self.ranks * self.ranks)
+        replay(offsets, actions, tables.stage_rank, per_microbatch(tables, None), *links, start, end, moved, cause)
+        return int(end.max())
 
     def memory(self, found: Found) -> int:
         """What counts as small: activations at the peaks and warm-ups, summed over the ranks. Warm-ups count beside
@@ -175,8 +198,9 @@ def search(tables: Tables, seed: int = 0, known: Sequence[Ints] = ()) -> Found:
         raise AssertionError("a profile with at least one activation a stage has a schedule")
     start.sort(key=lambda c: c[:2])
     best = start[0][0]
-    pool = [problem.scored(rows) for value, _, rows in start if value <= best + best // TOLERANCE]
-    if best > problem.bound:
+    congested = problem.congested
+    pool = [problem.scored(rows) for value, _, rows in start if congested or value <= best + best // TOLERANCE]
+    if best > problem.bound or congested:
         pool += _improved(problem, start, seed)
     best = min(f.makespan for f in pool)
     near = [f for f in pool if f.makespan <= best + best // TOLERANCE]
