@@ -21,6 +21,7 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import IterationReport
 from adaptra_plugin.errors import AdaptraError, ConfigError, PeerLostError, PlanError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
+from adaptra_plugin.report.console import show_log
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
@@ -58,6 +59,7 @@ class Session:
     def __init__(
         self, config: AdaptraConfig, topology: Topology, store: Any, module: torch.nn.Module, device: torch.device
     ) -> None:
+        show_log(topology.rank)
         self.config = config
         self.topology = topology
         self.device = device
