@@ -10,7 +10,7 @@ so that 1 is the threshold and 0 the baseline; the worst key speaks for the subj
 * healthy -> slow: `confirm` consecutive iterations with a score above 1.
 * slow -> healed: `heal` consecutive iterations with a score below `release`.
 * slow -> slow at another level: the extra delay moved by more than half up (for `confirm` iterations) or by a third
-  down (for `heal` iterations), and by more than its own noise: worth another plan.
+  down (for `heal` iterations), and by more than its own noise; or its median crept as far: worth another plan.
 
 Iterations over the threshold do not enter the baseline, but for a single one that passed at once: that is noise, which
 the median bears and the spread must know of. A subject with two or more such spikes in its recent past needs as many
@@ -21,6 +21,7 @@ link that flaps ends up being treated as slow, which costs little, instead of ca
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Finding:
     after_ms: float
     """The same now."""
     threshold_ms: float
-    """What `after_ms` exceeds (slow) or stays under (healed)."""
+    """What `after_ms` exceeds (slow) or stays under (healed); for a stage, once a change common to most stages is taken
+    out of it."""
     directions: tuple[tuple[int, int, float], ...] = ()
     """Links only: (source stage, destination stage, delay now) of each direction."""
 
@@ -91,6 +93,8 @@ class Monitor:
         """Iterations that the baseline holds."""
         self._config = config
         self._level: dict[Key, Window] = {}  # samples at the present slow level
+        self._margins: dict[Key, float] = {}  # threshold minus baseline median (ms); stays as it is while slow
+        self._reported = 0.0  # the level last reported (ms)
         self._streak: list[tuple[int, Samples]] = []  # consecutive iterations that argue for a change of state
         self._shift: list[tuple[int, Samples]] = []  # consecutive iterations that argue for another slow level
         self._shift_up = False
@@ -130,10 +134,11 @@ class Monitor:
         if not samples:
             return None
         if self.slow is not None:
-            return self._observe_slow(iteration, samples, margin, common)
+            return self._observe_slow(iteration, samples, common)
         self._healthy_for += 1
         self._seen += 1
-        scores = self._scores(samples, margin, common)
+        self._set_margins(margin)
+        scores = self._scores(samples, common)
         if not scores or max(scores.values()) <= 1:
             self._end_streak()
             if learn:
@@ -147,7 +152,7 @@ class Monitor:
         relapse = self._healed_before and self._healthy_for <= RELAPSE_WINDOWS * self._config.window
         self._relapses = min(self._relapses + 1, MAX_RELAPSES) if relapse else 0
         before = {key: window.median for key, window in self.baseline.items() if window}
-        return self._turn_slow(streak, before, margin)
+        return self._turn_slow(streak, before)
 
     def _needed(self) -> int:
         """Iterations over the threshold that confirm a change: more where as much has often come and gone at once."""
@@ -183,16 +188,21 @@ class Monitor:
             if all(value <= references[key] + margin(self.baseline[key]) for key, value in sample.items()):
                 break
             streak.insert(0, (iteration, sample))
+        streak += self._streak
         if len(streak) < self._config.confirm:
             return None
         for key, reference in references.items():
             self.baseline[key] = Window(self._config.window, [reference])
-        return self._turn_slow(streak, dict(references), margin)
+        self._streak, self._heights = [], []
+        self._set_margins(margin)
+        return self._turn_slow(streak, dict(references))
 
     def rescale(self, factor: float) -> None:
         """Multiplies all history: the workload changed, the subject did not."""
         for window in (*self.baseline.values(), *self._level.values()):
             window.scale(factor)
+        self._reported *= factor
+        self._margins = {key: value * factor for key, value in self._margins.items()}
         self._streak = [(iteration, _scaled(sample, factor)) for iteration, sample in self._streak]
         self._shift.clear()
 
@@ -201,7 +211,11 @@ class Monitor:
         for key, value in samples.items():
             self.baseline.setdefault(key, Window(self._config.window)).add(value)
 
-    def _scores(self, samples: Samples, margin: Margin, common: float) -> dict[Key, float]:
+    def _set_margins(self, margin: Margin) -> None:
+        # Only while healthy: a threshold that moved with the rest of the pipeline could heal a link that has not changed.
+        self._margins = {key: max(margin(window), 1e-9) for key, window in self.baseline.items()}
+
+    def _scores(self, samples: Samples, common: float) -> dict[Key, float]:
         """Score per key; a healthy subject's keys with too little history have none."""
         scores = {}
         for key, value in samples.items():
@@ -209,48 +223,54 @@ class Monitor:
             if window is None or (self.slow is None and len(window) < self._config.min_history):
                 continue
             centre = window.median
-            scores[key] = (value / common - centre) / max(margin(window), 1e-9)
+            scores[key] = (value / common - centre) / self._margins[key]
         return scores
 
-    def _turn_slow(self, streak: Sequence[tuple[int, Samples]], before: Mapping[Key, float], margin: Margin) -> Finding:
+    def _turn_slow(self, streak: Sequence[tuple[int, Samples]], before: Mapping[Key, float]) -> Finding:
         # The first iteration of a change is often half in the old state: the later half of the streak tells the level.
         keys = {key for _, sample in streak for key in sample}
         for key in keys:
             values = [sample[key] for _, sample in streak[len(streak) // 2 :] if key in sample]
             values = values or [sample[key] for _, sample in streak if key in sample]
             self._level[key] = Window(self._config.window, values)
-        worst = self._worst(margin)
-        base = self.baseline[worst]
-        self.slow = self._finding(
-            "slow", streak, before.get(worst, base.median), self._level[worst].median, base.median + margin(base)
-        )
         self._shift.clear()
+        return self._report_slow(streak[0][0], streak[-1][0], before.get(self._worst()))
+
+    def _report_slow(self, since: int, found: int, before: float | None) -> Finding:
+        worst = self._worst()
+        base = self.baseline[worst]
+        present = {key: window.median for key, window in self._level.items()}
+        limit, before = base.median + self._margins[worst], base.median if before is None else before
+        self._reported = present[worst]
+        self.slow = self._finding("slow", since, found, before, self._reported, limit, present)
         return self.slow
 
-    def _observe_slow(self, iteration: int, samples: Samples, margin: Margin, common: float) -> Finding | None:
-        scores = self._scores(samples, margin, common)
+    def _observe_slow(self, iteration: int, samples: Samples, common: float) -> Finding | None:
+        scores = self._scores(samples, common)
         if not scores:
             return None
         if max(scores.values()) < self._config.release:
+            if self._worst() not in scores:
+                return None  # the other direction alone says nothing about the slow one
             self._shift.clear()
             self._streak.append((iteration, samples))
-            return self._heal(margin) if len(self._streak) >= self._config.heal << self._relapses else None
+            return self._heal() if len(self._streak) >= self._config.heal << self._relapses else None
         self._streak.clear()
-        return self._observe_level(iteration, samples, margin, common)
+        return self._observe_level(iteration, samples, common)
 
-    def _observe_level(self, iteration: int, samples: Samples, margin: Margin, common: float) -> Finding | None:
-        worst = self._worst(margin)
+    def _observe_level(self, iteration: int, samples: Samples, common: float) -> Finding | None:
+        worst = self._worst()
         level, base = self._level[worst], self.baseline[worst]
         present = max(samples[key] / common - self.baseline[key].median for key in samples if key in self.baseline)
         known = level.median - base.median
-        noise = max(margin(base), self._config.spread_factor * level.spread)
+        noise = max(self._margins[worst], self._config.spread_factor * level.spread)
         up = present > known * LEVEL_RATIO and present - known > noise
         down = present < known / LEVEL_RATIO and known - present > noise
         if not up and not down:
             self._shift.clear()
             for key, value in samples.items():
                 self._level.setdefault(key, Window(self._config.window)).add(value)
-            return None
+            return self._observe_drift(iteration)
         if up != self._shift_up:
             self._shift.clear()
         self._shift_up = up
@@ -259,15 +279,32 @@ class Monitor:
             return None
         before = {key: window.median for key, window in self._level.items()}
         shift, self._shift = self._shift, []
-        return self._turn_slow(shift, before, margin)
+        return self._turn_slow(shift, before)
 
-    def _heal(self, margin: Margin) -> Finding:
-        worst = self._worst(margin)
+    def _observe_drift(self, iteration: int) -> Finding | None:
+        """Reports a slow subject again whose level has crept away from the one last reported."""
+        worst = self._worst()
+        level, base = self._level[worst], self.baseline[worst]
+        reported, present = self._reported - base.median, level.median - base.median
+        far = present > reported * LEVEL_RATIO or present < reported / LEVEL_RATIO
+        # A median of n samples is uncertain by about their spread over the root of n.
+        noise = max(self._margins[worst], self._config.spread_factor * level.spread / math.sqrt(len(level)))
+        if not far or abs(present - reported) <= noise or len(level) < self._config.window // 2:
+            return None
+        return self._report_slow(iteration, iteration, self._reported)
+
+    def _heal(self) -> Finding:
+        worst = self._worst()
         before, base = self._level[worst].median, self.baseline[worst]
-        after = median(sample[worst] for _, sample in self._streak if worst in sample) if self._streak else before
-        limit = base.median + self._config.release * margin(base)
-        finding = self._finding("healed", self._streak, before, after, limit)
         streak, self._streak = self._streak, []
+        present = {
+            key: median(sample[key] for _, sample in streak if key in sample)
+            for key in {key for _, sample in streak for key in sample}
+        }
+        limit = base.median + self._config.release * self._margins[worst]
+        finding = self._finding(
+            "healed", streak[0][0], streak[-1][0], before, present.get(worst, base.median), limit, present
+        )
         for iteration, sample in streak:
             self._learn(iteration, sample)
         self.slow = None
@@ -275,41 +312,37 @@ class Monitor:
         self._healed_before, self._healthy_for = True, 0
         return finding
 
-    def _worst(self, margin: Margin) -> Key:
+    def _worst(self) -> Key:
         """The key that speaks for the subject while it is slow: the highest score at the present level."""
 
         def score(key: Key) -> float:
             base = self.baseline.get(key)
-            return (self._level[key].median - base.median) / max(margin(base), 1e-9) if base else float("-inf")
+            return (self._level[key].median - base.median) / self._margins[key] if base else float("-inf")
 
         return max(self._level, key=score)
 
     def _finding(
         self,
         state: Literal["slow", "healed"],
-        streak: Sequence[tuple[int, Samples]],
+        since: int,
+        found: int,
         before: float,
         after: float,
         threshold: float,
+        present: Samples,
     ) -> Finding:
-        latest: dict[Key, float] = {}
-        if self.kind == "link":
-            for key in sorted({key for _, sample in streak for key in sample}):
-                if state == "slow":
-                    latest[key] = self._level[key].median
-                else:
-                    latest[key] = median(sample[key] for _, sample in streak if key in sample)
+        directions = sorted(present.items()) if self.kind == "link" else []
         return Finding(
             kind=self.kind,
             replica=self.replica,
             stages=self.stages,
             state=state,
-            since_iteration=streak[0][0],
-            found_iteration=streak[-1][0],
+            since_iteration=since,
+            found_iteration=found,
             before_ms=before,
             after_ms=after,
             threshold_ms=threshold,
-            directions=tuple((src, dst, delay) for (src, dst), delay in latest.items()),
+            directions=tuple((src, dst, delay) for (src, dst), delay in directions),
         )
 
 
