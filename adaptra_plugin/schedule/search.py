@@ -222,8 +222,8 @@ def _improved(problem: Problem, start: list[tuple[int, int, Ints]], seed: int) -
         seen.add(value)
         trial = rows.copy()
         rest = (tables.microbatches, tables.cap, problem.bound)
-        rhythm_search(trial, *problem.graph, *rest, min(1500, 600_000 // size), heat, seed + 1)
-        tabu_search(trial, *problem.graph, *rest, min(100, 40_000 // size), seed + 1)
+        rhythm_search(trial, *problem.graph, *rest, min(800, 350_000 // size), heat, seed + 1)
+        tabu_search(trial, *problem.graph, *rest, min(60, 25_000 // size), seed + 1)
         found.append(problem.scored(trial))
         if found[-1].makespan <= problem.bound or len(seen) == STARTS:
             break

@@ -11,8 +11,8 @@ from adaptra_plugin.schedule.actions import Action
 from adaptra_plugin.schedule.names import DUPLEX_MODES, LINK_MODELS
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.replay import replay
-from adaptra_plugin.schedule.schedule import Schedule
-from adaptra_plugin.schedule.tables import NS, Ints, Tables, consumer, per_microbatch, tabulate
+from adaptra_plugin.schedule.schedule import F, Schedule, W
+from adaptra_plugin.schedule.tables import NS, Ints, Tables, per_microbatch, tabulate
 from adaptra_plugin.schedule.timeline import Span, Timeline, Transfer
 
 
@@ -82,19 +82,21 @@ def run(
 
 def _timeline(schedule: Schedule, tables: Tables, result: tuple[Ints, Ints, Ints, Ints]) -> Timeline:
     flat = [action for actions in schedule.ranks for action in actions]
-    owner = [rank for rank, actions in enumerate(schedule.ranks) for _ in actions]
     start, end, moved, cause = result
-    starts, ends, moves = (start / NS).tolist(), (end / NS).tolist(), (moved / NS).tolist()
-    spans = tuple(map(Span, owner, flat, starts, ends))
-    transfers = []
-    for n, action in enumerate(flat):
-        target = consumer(action, schedule.stages)
-        if target is not None:
-            to = int(tables.stage_rank[target[1]])
-            if to != owner[n]:
-                transfers.append(Transfer(owner[n], to, action, ends[n], moves[n][0], moves[n][1]))
-    path = critical_path(schedule.table[0], start, end, moved, cause)
-    return Timeline(len(schedule.ranks), spans, tuple(transfers), tuple(flat[n] for n in path))
+    offsets, actions = schedule.table
+    owner = np.repeat(np.arange(len(schedule.ranks)), np.diff(offsets))
+    spans = tuple(map(Span, owner.tolist(), flat, (start / NS).tolist(), (end / NS).tolist()))
+    # F goes to the stage after, I and B to the one before, W nowhere
+    target = actions[:, 0] + np.where(actions[:, 1] == F, 1, -1)
+    leaves = (actions[:, 1] != W) & (target >= 0) & (target < schedule.stages)
+    to = tables.stage_rank[np.where(leaves, target, 0)]
+    sent = np.flatnonzero(leaves & (to != owner))
+    times = (end[sent] / NS, moved[sent, 0] / NS, moved[sent, 1] / NS)
+    transfers = tuple(
+        map(Transfer, owner[sent].tolist(), to[sent].tolist(), [flat[n] for n in sent], *(t.tolist() for t in times))
+    )
+    path = critical_path(offsets, start, end, moved, cause)
+    return Timeline.trusted(len(schedule.ranks), spans, transfers, tuple(flat[n] for n in path))
 
 
 def critical_path(offsets: Ints, start: Ints, end: Ints, moved: Ints, cause: Ints) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptra_plugin.errors import PlanError
-from adaptra_plugin.schedule.actions import CODE, Action, Kind
+from adaptra_plugin.schedule.actions import CODE, Action
 from adaptra_plugin.schedule.profile import Profile
 
 Ints = NDArray[np.int64]
@@ -84,12 +84,3 @@ def per_microbatch(tables: Tables, durations: Mapping[Action, float] | None) -> 
             raise PlanError(f"a duration is given for {action}, which the profile does not have")
         full[action.stage, CODE[action.kind], action.microbatch] = nanoseconds(ms)
     return full
-
-
-def consumer(action: Action, stages: int) -> tuple[int, int] | None:
-    """Direction and stage that an action's output goes to; None where it ends the pipeline or stays (W)."""
-    if action.kind is Kind.F:
-        return (0, action.stage + 1) if action.stage + 1 < stages else None
-    if action.kind is Kind.W or action.stage == 0:
-        return None
-    return 1, action.stage - 1
