@@ -45,6 +45,7 @@ def add_plan(commands: Subparsers) -> None:
     parser.add_argument("profile", metavar="PROFILE.json", help="profile, - for stdin")
     parser.add_argument("--schedule", choices=NAMES, default="slack-adaptive", help="default: %(default)s")
     parser.add_argument("--exact", type=float, metavar="SECONDS", help="refine with CP-SAT for at most SECONDS")
+    parser.add_argument("--offload", type=float, metavar="MS", help="price of moving an activation to the host")
     parser.add_argument("--seed", type=int, default=0, help="of the search; default: %(default)s")
     parser.add_argument("--out", default="-", metavar="PLAN.json", help="default: - (stdout)")
     parser.add_argument("--csv", metavar="F", help="the schedule as CSV for torch.distributed.pipelining, - for stdout")
@@ -79,9 +80,12 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.out == "-" and options.csv == "-":
         raise PlanError("the plan and its CSV cannot both go to stdout: give --out or --csv a file")
     profile = Profile.from_json(_read(options.profile))
-    found = plan(profile, schedule=options.schedule, seed=options.seed)
+    found = plan(profile, schedule=options.schedule, seed=options.seed, offload_ms=options.offload)
     if options.exact is not None:
         from adaptra_plugin.schedule.names import ADAPTIVE
+
+        if options.offload is not None:
+            raise PlanError("--exact keeps every limit: it cannot be combined with --offload")
 
         if options.schedule not in ADAPTIVE:
             raise PlanError(f"--exact searches for a schedule of its own: it refines {' or '.join(ADAPTIVE)} only")

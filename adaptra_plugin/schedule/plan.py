@@ -17,6 +17,7 @@ class Plan:
     ``name`` of the schedule; predicted ``makespan_ms``; ``lower_bound_ms`` on the makespan of any schedule that keeps
     microbatches in order under the profile's limits; ``optimal``: proven that none is shorter; ``gap``:
     makespan over lower bound, minus one; ``planning_ms``: time spent; per rank ``warmup`` and ``peak_activations``.
+    ``offloaded``, where planned with host offload: activations that each rank keeps on the host at its peak.
     Two plans are equal when all but their planning times are.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     planning_ms: float
     warmup: tuple[int, ...]
     peak_activations: tuple[int, ...]
+    offloaded: tuple[int, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -39,7 +41,7 @@ class Plan:
         return hash(self._identity())
 
     def _identity(self) -> tuple[object, ...]:
-        return self.name, self.schedule, self.makespan_ms, self.lower_bound_ms, self.optimal
+        return self.name, self.schedule, self.makespan_ms, self.lower_bound_ms, self.optimal, self.offloaded
 
     @property
     def ranks(self) -> list[list[str]]:
@@ -48,7 +50,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The PLAN format as a dict of plain values."""
-        return {
+        out = {
             "schedule": self.name,
             "makespan_ms": self.makespan_ms,
             "lower_bound_ms": self.lower_bound_ms,
@@ -59,6 +61,9 @@ class Plan:
             "peak_activations": list(self.peak_activations),
             "ranks": self.ranks,
         }
+        if any(self.offloaded):
+            out["offloaded"] = list(self.offloaded)
+        return out
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
@@ -82,6 +87,7 @@ class Plan:
                 float(data.get("planning_ms", 0.0)),
                 schedule.warmup,
                 schedule.peak_activations,
+                tuple(int(count) for count in data.get("offloaded", ())),
             )
         except (TypeError, ValueError) as error:
             raise PlanError(f"plan: {error}") from None

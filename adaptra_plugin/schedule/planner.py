@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.bound import bound_of
@@ -16,6 +16,7 @@ from adaptra_plugin.schedule.catalogue.zb_h1 import zb_h1
 from adaptra_plugin.schedule.catalogue.zb_h2 import zb_h2
 from adaptra_plugin.schedule.catalogue.zb_v import v_placement, zb_v
 from adaptra_plugin.schedule.names import ADAPTIVE, NAMES
+from adaptra_plugin.schedule.offload import surplus, without_limits
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.schedule import Schedule
@@ -45,12 +46,21 @@ BUILDERS = {
 }
 
 
-def plan(profile: Profile, *, schedule: str = "slack-adaptive", current: Plan | None = None, seed: int = 0) -> Plan:
+def plan(
+    profile: Profile,
+    *,
+    schedule: str = "slack-adaptive",
+    current: Plan | None = None,
+    seed: int = 0,
+    offload_ms: float | None = None,
+) -> Plan:
     """A plan for the profile, on delegated links: the named stock schedule, or the best slack-adaptive one found.
 
     Slack-adaptive: within the activation limits, the shortest makespan found; among equal ones (within 0.1 %) the one
     that suffers least from latencies 10 % higher, then as few activations as keep both; the ``current`` plan
     itself where the new one is no better in either. Deterministic: equal arguments give equal plans.
+    With ``offload_ms``, what exceeds a limit may go to host memory at that price (see offload): the plan then says in
+    ``offloaded`` how much, and its makespan includes the price.
 
     Raises PlanError for unknown names, for limits that the schedule cannot keep (which stage needs how many),
     and for schedules that do not fit the number of stages a rank.
@@ -65,7 +75,34 @@ def plan(profile: Profile, *, schedule: str = "slack-adaptive", current: Plan | 
         found = _adaptive(profile, tables, current, seed)
     else:
         raise PlanError(f"unknown schedule {schedule!r}: expected one of {', '.join(NAMES)}")
-    return assess(schedule, found, tables, began=began)
+    made = assess(schedule, found, tables, began=began)
+    if offload_ms is None or schedule not in ADAPTIVE:
+        return made
+    other = _offloaded(profile, schedule, current, seed, offload_ms)
+    return (
+        replace(other, planning_ms=(time.perf_counter() - began) * 1e3)
+        if other.makespan_ms < made.makespan_ms
+        else made
+    )
+
+
+def _offloaded(profile: Profile, name: str, current: Plan | None, seed: int, offload_ms: float) -> Plan:
+    """The best plan that may exceed limits: first all limited stages pay, then only those that made use of it."""
+    paying = {n for n, stage in enumerate(profile.stages) if stage.max_activations is not None}
+    made = plan(without_limits(profile, offload_ms, paying), schedule=name, current=current, seed=seed)
+    over = {rank for rank, count in enumerate(surplus(profile, made.peak_activations)) if count}
+    using = {n for n in paying if n % profile.ranks in over}
+    tables = tabulate(without_limits(profile, offload_ms, using))
+    bound = bound_of(tabulate(without_limits(profile, 0.0, paying))).ms  # of any plan, whatever it moves
+    made = assess(name, made.schedule, tables, bound_ms=0.0)
+    low = min(bound, made.makespan_ms)
+    return replace(
+        made,
+        lower_bound_ms=low,
+        optimal=made.makespan_ms <= low,
+        gap=made.makespan_ms / low - 1 if low else 0.0,
+        offloaded=surplus(profile, made.peak_activations),
+    )
 
 
 def assess(name: str, schedule: Schedule, tables: Tables, *, bound_ms: float = 0.0, began: float | None = None) -> Plan:

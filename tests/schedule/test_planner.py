@@ -57,3 +57,41 @@ def test_unknown_names_are_refused():
 def test_wrong_plans_are_refused(data, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_json(data)
+
+
+def test_offload_is_used_where_it_pays_and_only_there():
+    profile = even(4, 12, (9, 10, 6), links=[(1, 2, 40.0)], cap=3)
+    kept, free = plan(profile), plan(profile, offload_ms=0.0)
+    cheap, dear = plan(profile, offload_ms=0.5), plan(profile, offload_ms=500.0)
+    assert free.makespan_ms <= cheap.makespan_ms < kept.makespan_ms
+    assert dear == kept and dear.offloaded == ()
+    assert cheap.offloaded == tuple(max(0, peak - 3) for peak in cheap.peak_activations)
+    assert max(cheap.offloaded) > 0
+    assert Plan.from_json(cheap.to_json()) == cheap
+    with pytest.raises(PlanError, match="offload_ms is -1"):
+        plan(profile, offload_ms=-1.0)
+
+
+def test_the_current_plan_stays_unless_another_is_better():
+    slow = even(4, 12, (9, 10, 6), links=[(1, 2, 40.0)])
+    made = plan(slow)
+    a_little_slower = even(4, 12, (9, 10, 6), links=[(1, 2, 40.001)])
+    assert plan(a_little_slower, current=made).schedule == made.schedule
+    stale = plan(even(4, 12, (9, 10, 6)))
+    assert plan(slow, current=stale).makespan_ms < simulate(stale.schedule, slow).makespan_ms
+    other = plan(even(3, 12))
+    assert plan(slow, current=other) == made  # of another pipeline: no use
+
+
+def test_a_plan_does_not_collapse_when_latencies_are_a_little_higher():
+    profile = even(6, 24, (9, 10, 6), links=[(3, 4, 30.0)])
+    made = plan(profile)
+    worse = simulate(made.schedule, even(6, 24, (9, 10, 6), links=[(3, 4, 33.0)])).makespan_ms
+    assert worse <= 1.03 * made.makespan_ms
+
+
+def test_transfers_that_fill_the_link_are_planned_for():
+    profile = even(3, 8, (5, 5, 5), links=[(0, 1, 4.0, 14.0)])
+    made = plan(profile)
+    assert made.lower_bound_ms <= made.makespan_ms <= 1.05 * made.lower_bound_ms
+    assert made.makespan_ms <= plan(profile, schedule="zb-h1").makespan_ms
