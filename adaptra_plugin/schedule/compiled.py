@@ -5,7 +5,9 @@ Kernels compute in whole nanoseconds, so both ways give the same plan on every m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
@@ -14,6 +16,20 @@ try:
     import numba
 except ImportError:  # an optional dependency
     numba = None
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Puts off garbage collection while hundreds of thousands of small objects without cycles are made: the
+    collector would walk all objects of the process over and over, to find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 HAVE_NUMBA = numba is not None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.actions import CODE, Action, intern
+from adaptra_plugin.schedule.compiled import no_collection
+from adaptra_plugin.schedule.rules import keeps_rules
 
 F, I, W, B = range(4)  # noqa: E741  codes of the kinds, see actions.KINDS
 
@@ -30,7 +32,14 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(tuple(actions) for actions in self.ranks))
-        self._check_places()
+        self._check()
+
+    def _check(self) -> None:
+        offsets, actions = self.table
+        places = np.array(self.stage_rank, np.int64)
+        if len(actions) and keeps_rules(offsets, actions, places, self.microbatches):
+            return
+        self._check_places()  # one of these says which rule is broken, and where
         self._check_order()
         self._check_progress()
 
@@ -40,27 +49,26 @@ class Schedule:
         return cls(tuple(tuple(Action.parse(text) for text in actions) for actions in ranks))
 
     @classmethod
-    def from_words(cls, words: Iterable[Iterable[int]]) -> Schedule:
+    def from_words(cls, words: Iterable[Sequence[int]]) -> Schedule:
         """From one word of kind codes (0 F, 1 I, 2 W, 3 B) per rank, one stage a rank, microbatches in order."""
-        ranks = []
-        for stage, word in enumerate(words):
-            count = [0, 0, 0, 0]
-            actions = []
-            for code in word:
-                actions.append(intern(stage, int(code), count[code]))
-                count[code] += 1
-            ranks.append(tuple(actions))
-        return cls(tuple(ranks))
+        tables = [np.stack([np.full(len(w), s), w, _occurrence(w)], axis=1) for s, w in enumerate(map(_codes, words))]
+        return cls._from_tables(tables)
 
     @classmethod
     def from_rows(cls, rows: NDArray[np.int64], microbatches: int) -> Schedule:
         """From action numbers ``(stage * 3 + kind code) * microbatches + microbatch``, ``[rank, position]``."""
-        return cls(
-            tuple(
-                tuple(intern(n // microbatches // 3, n // microbatches % 3, n % microbatches) for n in row)
-                for row in rows.tolist()
-            )
-        )
+        group = rows // microbatches
+        return cls._from_tables(list(np.stack([group // 3, group % 3, rows % microbatches], axis=2)))
+
+    @classmethod
+    def _from_tables(cls, tables: list[NDArray[np.int64]]) -> Schedule:
+        with no_collection():
+            ranks = tuple(tuple(intern(*row) for row in table.tolist()) for table in tables)
+        made = object.__new__(cls)
+        offsets = np.concatenate([[0], np.cumsum([len(t) for t in tables])]).astype(np.int64)
+        made.__dict__.update(ranks=ranks, table=(offsets, np.concatenate(tables).astype(np.int64)))
+        made._check()
+        return made
 
     @property
     def split_only(self) -> bool:
@@ -92,12 +100,12 @@ class Schedule:
     # -- shape ---------------------------------------------------------------------------------------------------
     @cached_property
     def stage_rank(self) -> tuple[int, ...]:
-        """The rank that holds each stage."""
-        owner: dict[int, int] = {}
-        for rank, actions in enumerate(self.ranks):
-            for action in actions:
-                owner.setdefault(action.stage, rank)
-        return tuple(owner.get(stage, -1) for stage in range(max(owner, default=-1) + 1))
+        """The rank that holds each stage (-1: none does)."""
+        offsets, actions = self.table
+        places = np.full(int(actions[:, 0].max(initial=-1)) + 1, -1, np.int64)
+        # backwards, so that the first rank that names a stage owns it
+        places[actions[::-1, 0]] = np.repeat(np.arange(len(self.ranks)), np.diff(offsets))[::-1]
+        return tuple(places.tolist())
 
     @property
     def stages(self) -> int:
@@ -107,33 +115,28 @@ class Schedule:
     @cached_property
     def microbatches(self) -> int:
         """Number of microbatches."""
-        return 1 + max((action.microbatch for actions in self.ranks for action in actions), default=-1)
+        return 1 + int(self.table[1][:, 2].max(initial=-1))
 
     @cached_property
     def split_backward(self) -> bool:
         """Whether any backward is split into I and W."""
-        return any(CODE[action.kind] == I for actions in self.ranks for action in actions)
+        return bool((self.table[1][:, 1] == I).any())
 
     @cached_property
     def warmup(self) -> tuple[int, ...]:
         """Forwards of each rank before its first backward."""
-        return tuple(
-            next((n for n, action in enumerate(actions) if CODE[action.kind] != F), len(actions))
-            for actions in self.ranks
-        )
+        return tuple(int(np.argmax(kinds != F)) for kinds in self._kinds)
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
         """Per rank, the most activations held at once (start of F to end of W or B, over all its stages)."""
-        peaks = []
-        for actions in self.ranks:
-            held = peak = 0
-            for action in actions:
-                code = CODE[action.kind]
-                held += (code == F) - (code >= W)
-                peak = max(peak, held)
-            peaks.append(peak)
-        return tuple(peaks)
+        held = [np.cumsum((kinds == F).astype(np.int64) - (kinds >= W)) for kinds in self._kinds]
+        return tuple(int(levels.max()) for levels in held)
+
+    @property
+    def _kinds(self) -> list[NDArray[np.int64]]:
+        offsets, actions = self.table
+        return np.split(actions[:, 1], offsets[1:-1])
 
     @cached_property
     def table(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -244,3 +247,16 @@ class Schedule:
                 f"deadlock: rank {rank}, step {step} ({action}) waits for stage {needs}, and every unfinished rank "
                 f"waits like it\n{self.grid(stuck)}"
             )
+
+
+def _codes(word: Sequence[int]) -> NDArray[np.int64]:
+    return np.asarray(word, np.int64)
+
+
+def _occurrence(word: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each letter has occurred before: the microbatch of each kind code."""
+    out = np.zeros_like(word)
+    for code in range(4):
+        mine = word == code
+        out[mine] = np.arange(int(mine.sum()))
+    return out

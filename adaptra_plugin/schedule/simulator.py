@@ -8,6 +8,7 @@ import numpy as np
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.actions import Action
+from adaptra_plugin.schedule.compiled import no_collection
 from adaptra_plugin.schedule.names import DUPLEX_MODES, LINK_MODELS
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.replay import replay
@@ -44,7 +45,8 @@ def simulate(
         raise PlanError(f"the schedule has {schedule.microbatches} microbatches, the profile {profile.microbatches}")
     tables = tabulate(profile, schedule.stage_rank)
     result = run(schedule, tables, per_microbatch(tables, durations), link_model, duplex)
-    return _timeline(schedule, tables, result)
+    with no_collection():
+        return _timeline(schedule, tables, result)
 
 
 def run(
