@@ -24,7 +24,7 @@ def draw_gantt(
 ) -> None:
     """Draws one panel per titled timeline, all on one time axis, into a PNG or SVG (by the suffix of ``path``).
 
-    One row a rank, microbatch numbers where they fit, bubbles by cause; ``slow_links`` are pairs of ranks whose link
+    One row a rank, lighter shades for its later stages, microbatch numbers where they fit, bubbles by cause; ``slow_links`` are pairs of ranks whose link
     is marked between their rows. Raises UnsupportedError without matplotlib.
     """
     try:
@@ -63,17 +63,20 @@ def _panel(axes: Any, title: str, timeline: Timeline, longest: float, marked: Se
             edgecolor="white" if idle.cause == "link" else "none",
             linewidth=0,
         )
-    for kind, colour in COLOURS.items():
-        for rank in range(timeline.ranks):
-            mine = [s for s in timeline.spans if s.rank == rank and s.action.kind is kind]
-            if mine:
-                axes.broken_barh(
-                    [(s.start_ms, s.end_ms - s.start_ms) for s in mine],
-                    (rank - 0.42, 0.84),
-                    facecolor=colour,
-                    edgecolor="white",
-                    linewidth=0.5,
-                )
+    held: dict[int, set[int]] = {}
+    bars: dict[tuple[int, int, Kind], list[tuple[float, float]]] = {}
+    for span in timeline.spans:
+        held.setdefault(span.rank, set()).add(span.action.stage)
+        bar = (span.start_ms, span.end_ms - span.start_ms)
+        bars.setdefault((span.rank, span.action.stage, span.action.kind), []).append(bar)
+    for (rank, stage, kind), spans in bars.items():
+        axes.broken_barh(
+            spans,
+            (rank - 0.42, 0.84),
+            facecolor=_shade(COLOURS[kind], sorted(held[rank]).index(stage), len(held[rank])),
+            edgecolor="white",
+            linewidth=0.5,
+        )
     for span in timeline.spans:
         width = (span.end_ms - span.start_ms) / longest
         text = str(span.action.microbatch)
@@ -110,6 +113,13 @@ def _panel(axes: Any, title: str, timeline: Timeline, longest: float, marked: Se
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def _shade(colour: str, chunk: int, chunks: int) -> tuple[float, ...]:
+    """Later stages of a rank are lighter, as in the pictures of interleaved schedules."""
+    white = 0.45 * chunk / max(1, chunks - 1)
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    return tuple(part + (1 - part) * white for part in parts)
 
 
 def _legend(timelines: Sequence[Timeline], marked: bool) -> list[Any]:

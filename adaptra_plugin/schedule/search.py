@@ -116,7 +116,7 @@ class Problem:
 
 
 RECIPES = (
-    # percent of the latencies, half warm-ups more a stage, room for postponed weight gradients, patience
+    # percent of the latencies, halves of a warm-up more for each stage to come, room for postponed W, patience
     (150, 1, "all", 0),
     (100, 1, "all", 50),
     (50, 1, 0, 0),
@@ -141,45 +141,66 @@ RECIPES = (
 """What list schedules are made of, in the order in which each added most on random and on published profiles."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What the list scheduler takes: forwards to start with and activations, per rank; see list_schedule."""
+
+    warm: Ints
+    cap: Ints
+    patience: int
+    round_size: int = 0
+
+
 def candidates(problem: Problem) -> Iterator[tuple[int, Ints]]:
-    """Makespans and rows of list schedules by the recipes: warm-ups of Alg. 2 for several assumed latencies, with
-    more slack or less, room for postponed weight gradients, and patience. The most promising come first."""
+    """Makespans and rows of list schedules by the recipes, the most promising first; those that get stuck are left out."""
     tables = problem.tables
     n, ranks = tables.microbatches, problem.ranks
-    per_rank = len(tables.stage_rank) // ranks
     latency = tables.latency + tables.transfer
-    limit = np.minimum(tables.cap, n * per_rank)
-    rows = np.zeros((ranks, 3 * n * per_rank), np.int64)
-    room = {"all": n * per_rank, "ranks": ranks}
+    rows = np.zeros((ranks, len(problem.cost) // ranks), np.int64)
+    for recipe in recipes(tables) if len(tables.stage_rank) == ranks else interleaved_recipes(problem):
+        kitchen = (tables.stage_rank, tables.duration, latency, n)
+        value = list_schedule(*kitchen, recipe.warm, recipe.cap, recipe.patience, recipe.round_size, rows)
+        if value < NEVER:
+            yield int(value), rows.copy()
+
+
+def recipes(tables: Tables) -> Iterator[Recipe]:
+    """One stage a rank: warm-ups of Alg. 2 for several assumed latencies, with more slack or less, room for
+    postponed weight gradients, and patience."""
+    n, stages = tables.microbatches, len(tables.stage_rank)
+    limit = np.minimum(tables.cap, n)
+    room = {"all": n, "ranks": stages}
     for percent, spare, extra, patience in RECIPES:
-        base = rank_warmups(tables, percent, spare)
+        slack = adapted_slack(tables, percent)
+        base = np.ones(stages, np.int64)
+        base[:-1] += np.cumsum(slack[::-1])[::-1]
+        base = np.minimum(base + np.arange(stages)[::-1] * spare // 2, n)
         cap = np.minimum(base + (room[extra] if isinstance(extra, str) else extra), limit)
-        warm = np.minimum(base, cap)
-        if per_rank == 1:  # a rank cannot be fed more forwards than the ranks before it may hold
-            warm = np.minimum.accumulate(warm)
-        for round_size in (0,) if per_rank == 1 else (0, ranks, ranks * 3 // 2, 2 * ranks, n):
-            value = list_schedule(tables.stage_rank, tables.duration, latency, n, warm, cap, patience, round_size, rows)
-            if value < NEVER:
-                yield int(value), rows.copy()
+        # a rank cannot be fed more forwards than the ranks before it may hold
+        yield Recipe(np.minimum.accumulate(np.minimum(base, cap)), cap, patience)
 
 
-def rank_warmups(tables: Tables, percent: int, spare: int = 0) -> Ints:
-    """Forwards that each rank starts with: Alg. 2 with ``percent`` of the latencies, and ``spare`` halves of a warm-up
-    more for each stage to come. With several stages a rank, those of its last stage, and ``ranks`` for each stage
-    before it, as in the interleaved order."""
-    n, stages, ranks = tables.microbatches, len(tables.stage_rank), len(tables.cap)
-    per_rank = stages // ranks
-    slack = adapted_slack(tables, percent)
-    x = np.ones(stages, np.int64)
-    for s in range(stages - 2, -1, -1):
-        x[s] = x[s + 1] + slack[s]
-    x += np.arange(stages)[::-1] * spare // 2
-    if per_rank == 1:
-        return np.minimum(x, n)
-    warm = np.zeros(ranks, np.int64)
-    for s in range(stages):
-        warm[tables.stage_rank[s]] = x[s] + ranks * (per_rank - 1)
-    return np.minimum(warm, n * per_rank)
+def interleaved_recipes(problem: Problem) -> Iterator[Recipe]:
+    """Several stages a rank: warm-ups that fall by 0 to 4 from rank to rank, on top of a multiple of what the interleaved
+    order starts with, and rounds from as many microbatches as ranks (no link is slow) to all (the latency is hidden by
+    everything there is to run)."""
+    tables = problem.tables
+    n, ranks = tables.microbatches, problem.ranks
+    total = n * (len(tables.stage_rank) // ranks)
+    limit = np.minimum(tables.cap, total)
+    least = total // n - 1
+    left = max(12, 100_000 // len(problem.cost))
+    for extra in (total, ranks, 0):
+        for patience in (0, 100):
+            for base in (ranks, 3 * ranks, 2 * ranks, 5 * ranks // 2, 3 * ranks // 2, 4 * ranks):
+                for fall in (4, 0, 2, 1):
+                    for round_size in sorted({ranks, n, max(1, n // 2), 0}, reverse=True):
+                        if left == 0:
+                            return
+                        left -= 1
+                        warm = np.minimum(base * least + fall * np.arange(ranks)[::-1] + 1, total)
+                        cap = np.minimum(warm + extra, limit)
+                        yield Recipe(np.minimum(warm, cap), cap, patience, round_size)
 
 
 def search(tables: Tables, seed: int = 0, known: Sequence[Ints] = ()) -> Found:

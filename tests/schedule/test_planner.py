@@ -95,3 +95,14 @@ def test_transfers_that_fill_the_link_are_planned_for():
     made = plan(profile)
     assert made.lower_bound_ms <= made.makespan_ms <= 1.05 * made.lower_bound_ms
     assert made.makespan_ms <= plan(profile, schedule="zb-h1").makespan_ms
+
+
+@pytest.mark.parametrize("link", [(0, 1, 30.0), (1, 2, 30.0), (2, 3, 30.0)])
+def test_interleaved_schedules_absorb_a_slow_link_too(link):
+    profile = even(8, 12, (4.5, 5, 3), links=[link], virtual=2)
+    ours = plan(profile, schedule="slack-adaptive-interleaved")
+    stock = plan(profile, schedule="interleaved-1f1b")
+    assert ours.makespan_ms < 0.6 * stock.makespan_ms
+    assert ours.makespan_ms <= 1.05 * ours.lower_bound_ms
+    healthy = even(8, 12, (4.5, 5, 3), virtual=2)
+    assert plan(healthy).makespan_ms <= plan(healthy, schedule="interleaved-1f1b").makespan_ms
