@@ -9,6 +9,7 @@ it adds the next one; in a run of its own it closes every row. Either way its va
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import sys
@@ -100,6 +101,7 @@ class WandbSink:
         Returns:
             Whether that was done within `deadline_s`.
         """
+        atexit.unregister(self.close)
         return self._worker.close(deadline_s)
 
     def _guarded(self, batch: list[Mapping[str, Any] | StragglerEvent]) -> None:
@@ -158,6 +160,9 @@ class WandbSink:
         run.define_metric(AXIS, hidden=True)
         run.define_metric("adaptra/*", step_metric=AXIS)
         self._run, self._used_step = run, None
+        # W&B ends its connection in an exit handler of its own; handlers registered later run earlier
+        atexit.unregister(self.close)
+        atexit.register(self.close)
         return True
 
     def _open(self) -> Any:

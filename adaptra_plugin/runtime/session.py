@@ -19,7 +19,7 @@ import torch
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import IterationReport
-from adaptra_plugin.errors import AdaptraError, ConfigError, PeerLostError, PlanError, TransportError
+from adaptra_plugin.errors import ConfigError, PeerLostError, PlanError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.runtime.coordinator import Coordinator
@@ -321,20 +321,18 @@ class Session:
         os._exit(EXIT_PEER_LOST)
 
     def explain(self, error: Exception, patience_s: float = 3.0) -> Exception:
-        """The cause of an error that a host raised: the loss of a peer, if that is what happened.
+        """The cause of an error that came up in an iteration: the loss of a peer, if that is what happened.
 
-        A collective of the host may fail a moment before the news of the loss arrives, hence the patience.
+        A collective of the host may fail, and a neighbour may have ended in good order because of the loss, a moment
+        before the news of the loss itself arrives; hence the patience.
         """
-        if isinstance(error, AdaptraError) or not isinstance(error, RuntimeError):
-            self._noticed.set()
+        if not isinstance(error, RuntimeError):  # that of collectives, and base of our own transport errors
             return error
         until = time.monotonic() + patience_s
         while self.failure is None and time.monotonic() < until and not self._closed:
             time.sleep(0.02)
-        if self.failure is None:
-            return error
         self._noticed.set()
-        return self.failure
+        return error if self.failure is None else self.failure
 
     # --- end
 

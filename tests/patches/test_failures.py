@@ -12,6 +12,7 @@ import pytest
 
 from tests.forked import finish_ranks, import_deepspeed, run_ranks, start_ranks
 from tests.patches.models import assert_same, train
+from tests.report.wandb_files import Run
 
 import_deepspeed()
 pytestmark = pytest.mark.multiprocess
@@ -47,6 +48,10 @@ def test_a_killed_rank_ends_the_others_with_an_error_that_names_it(victim):
             assert re.search(rf"rank {victim} \(stage {victim}, host \S+\)", first_line), first_line
 
 
+def refusals(engine):
+    return engine.adaptra.status()["transport"]["refused_connections"]
+
+
 def attacked(rank):
     """Strangers talk to rank 0's port while it trains."""
     steps = [5, 8, 5, 8]
@@ -65,7 +70,10 @@ def attacked(rank):
                             pass
                     except OSError:
                         pass  # refused in the middle of the junk: just as well
-            refused.append(engine.adaptra.status()["transport"]["refused_connections"])
+            until = time.monotonic() + 10  # the stranger may see the end before it is counted
+            while time.monotonic() < until and refusals(engine) < 4 * (step + 1):
+                time.sleep(0.01)
+            refused.append(refusals(engine))
 
     ours = train({}, {}, steps, stages=2, during=during)
     assert_same(stock, ours)
@@ -130,9 +138,11 @@ def test_events_reach_the_wandb_run_of_deepspeeds_monitor(tmp_path):
     run_id, other = run_ranks(wandb_run, 2, str(tmp_path))
     assert run_id is not None, "Adaptra must not finish the host's run"
     assert other is None
-    (path,) = tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1, "no second run"
-    content = path.read_bytes()
-    assert b"Train/Samples/train_loss" in content
-    assert b"adaptra/iteration" in content and b"adaptra/events" in content
-    assert b"link 0-1" in content
+    run = Run(tmp_path)  # fails if there are two
+    assert run.path.name == f"run-{run_id}.wandb"
+    assert len(run.series("Train/Samples/train_loss")) == 12, "the host's own values are all there"
+    assert run.series("adaptra/iteration")
+    # a stage of this tiny model computes for less than a millisecond, and may look slow on a busy machine; links may not
+    rows = [row[1:3] for row in run.table("adaptra/events")["data"] if row[1].startswith("link")]
+    assert rows == [["link 0-1", "slow"]]
+    assert any(alert.text.startswith("link 0-1 ") for alert in run.alerts)

@@ -101,3 +101,20 @@ def test_a_run_of_our_own_has_every_iteration_and_is_finished(tmp_path: Path) ->
     assert run.series("adaptra/bubble_ms/1") == [2] * 30 and run.series("adaptra/link_delay_ms/2-3") == [0.4] * 30
     assert len(run.alerts) == 1 and run.alerts[0].text.startswith("link 2-3 (rank 2 on n1")
     assert run.table("adaptra/events")["data"][0][1:3] == ["link 2-3", "slow"]
+
+
+def test_what_comes_last_is_not_lost_at_the_exit_of_the_process(tmp_path: Path) -> None:
+    """W&B ends its own connection at exit; the reporter's handler, registered before W&B was loaded, would come too late."""
+    run = train(
+        tmp_path,
+        """
+        import atexit
+        report = reporter("on")
+        atexit.register(report.close)
+        report.iteration(metrics(0))
+        settle(report._wandb)
+        report.event(SLOW)
+        """,
+    )
+    assert run.exited and len(run.alerts) == 1
+    assert run.table("adaptra/events")["data"][0][1:3] == ["link 2-3", "slow"]
