@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ LABELS = {Kind.F: "forward", Kind.I: "backward input", Kind.W: "backward weight"
 BUBBLES = {"dependency": "#E9E9E9", "link": "#F3B0A8", "blocking": "#E8833A"}
 BUBBLE_LABELS = {"dependency": "idle: input not computed", "link": "idle: on the link", "blocking": "idle: link busy"}
 SLOW = "#C8291E"
+NARROWEST, WIDEST, INCHES_PER_ACTION, INCHES_PER_DIGIT = 16.0, 26.0, 0.16, 0.064
 
 
 def draw_gantt(
@@ -24,8 +26,9 @@ def draw_gantt(
 ) -> None:
     """Draws one panel per titled timeline, all on one time axis, into a PNG or SVG (by the suffix of ``path``).
 
-    One row a rank, lighter shades for its later stages, microbatch numbers where they fit, bubbles by cause; ``slow_links`` are pairs of ranks whose link
-    is marked between their rows. Raises UnsupportedError without matplotlib.
+    One row a rank, lighter shades for its later stages, microbatch numbers where they fit, bubbles by cause;
+    ``slow_links`` are pairs of ranks whose link is marked between their rows. The picture is as wide as its actions
+    need, within limits. Raises UnsupportedError without matplotlib.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,12 +39,15 @@ def draw_gantt(
         raise ValueError("nothing to draw: no timelines given")
     longest = max(timeline.makespan_ms for _, timeline in timelines) or 1.0
     heights = [timeline.ranks * 0.34 + 0.5 for _, timeline in timelines]
-    figure = Figure(figsize=(16, sum(heights) + 0.9), layout="constrained")
+    lengths = [s.end_ms - s.start_ms for _, timeline in timelines for s in timeline.spans]
+    typical = statistics.median(lengths) if lengths else longest
+    width = min(WIDEST, max(NARROWEST, longest / max(typical, 1e-9) * INCHES_PER_ACTION))
+    figure = Figure(figsize=(width, sum(heights) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     marked = sorted({(min(pair), max(pair)) for pair in slow_links})
     for axes, (title, timeline) in zip(panels, timelines, strict=True):
-        _panel(axes, title, timeline, longest, marked)
+        _panel(axes, title, timeline, longest, marked, 0.92 * width / longest)
     panels[-1].set_xlabel("time, ms")
     figure.legend(
         handles=_legend([timeline for _, timeline in timelines], bool(marked)),
@@ -53,7 +59,9 @@ def draw_gantt(
     figure.savefig(Path(path), dpi=130)
 
 
-def _panel(axes: Any, title: str, timeline: Timeline, longest: float, marked: Sequence[tuple[int, int]]) -> None:
+def _panel(
+    axes: Any, title: str, timeline: Timeline, longest: float, marked: Sequence[tuple[int, int]], inches_per_ms: float
+) -> None:
     for idle in timeline.idle:
         axes.broken_barh(
             [(idle.start_ms, idle.end_ms - idle.start_ms)],
@@ -78,16 +86,15 @@ def _panel(axes: Any, title: str, timeline: Timeline, longest: float, marked: Se
             linewidth=0.5,
         )
     for span in timeline.spans:
-        width = (span.end_ms - span.start_ms) / longest
         text = str(span.action.microbatch)
-        if width > 0.0048 * len(text):
+        if (span.end_ms - span.start_ms) * inches_per_ms > INCHES_PER_DIGIT * len(text):
             axes.text(
                 (span.start_ms + span.end_ms) / 2,
                 span.rank,
                 text,
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=6.5,
                 color="white",
                 clip_on=True,
             )

@@ -38,4 +38,7 @@ def compiled(kernel: Kernel) -> Kernel:
     """The kernel, compiled on first use and cached on disk; unchanged without numba."""
     if numba is None:
         return kernel
-    return numba.njit(cache=True)(kernel)
+    try:
+        return numba.njit(cache=True)(kernel)
+    except RuntimeError:  # neither the package's directory nor the user's cache can be written
+        return numba.njit(kernel)
