@@ -10,16 +10,21 @@ run, where they are installed. Times are medians of several repeats in a warm pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adaptra_plugin.schedule.catalogue.zb_h1 import zb_h1
 from adaptra_plugin.schedule.compiled import HAVE_NUMBA
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
@@ -149,6 +154,27 @@ def against_torch() -> None:
     )
 
 
+def against_sail() -> None:
+    """Ratio against sail-sg's generator of ZB-H1 (pip install --no-deps zbpp_light), loaded without its Megatron patches."""
+    found = importlib.util.find_spec("zbpp_light")
+    if found is None or found.origin is None:
+        print("zbpp_light (sail-sg) is not installed: no ratio")
+        return
+    spec = importlib.util.spec_from_file_location("sail", Path(found.origin).with_name("auto_schedule.py"))
+    assert spec is not None and spec.loader is not None
+    sail = importlib.util.module_from_spec(spec)
+    sys.modules["sail"] = sail  # its dataclasses look themselves up
+    spec.loader.exec_module(sail)
+    stages, microbatches = 64, 512
+    ours, _ = timed(lambda: zb_h1(stages, microbatches), 5)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its schedules
+        other, _ = timed(lambda: sail.auto_schedule(stages, microbatches), 5)
+    print(
+        f"ZB-H1, {stages} x {microbatches}: sail-sg {other * 1e3:.0f} ms, ours {ours * 1e3:.0f} ms (with validation), "
+        f"ratio {other / ours:.2f}"
+    )
+
+
 def main() -> None:
     """Prints every figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,8 +186,7 @@ def main() -> None:
     print(f"Python {platform.python_version()}, {platform.machine()}, numba {'yes' if HAVE_NUMBA else 'no'}")
     speed()
     against_torch()
-    if importlib.util.find_spec("zbpp") is None:
-        print("sail-sg's generator is not installed: no ratio")
+    against_sail()
     if not options.skip_exact:
         quality(options.first, options.profiles, options.exact_seconds)
 
