@@ -150,6 +150,9 @@ class AdaptraConfig(_Block):
     max_activations: int | tuple[int, ...] | None = None
     """Microbatches a stage may hold between the start of its forward and the end of its weight gradients: one number
     for all stages or one per stage; null: no limit but the number of microbatches."""
+    refine_s: float = Field(10.0, ge=0, le=3600)
+    """Time for the exact solver to improve a plan that is not proven within 0.5 % of the optimum, while it runs: CP-SAT in
+    a process of its own on rank 0's host, at the lowest priority. 0, or no OR-tools installed: off."""
     peer_exit_grace_s: float = Field(30.0, gt=0, le=3600)
     """After a peer is lost, a rank that is stuck outside Adaptra (in a collective, say) is ended after this time."""
     transport: TransportConfig = TransportConfig()

@@ -5,6 +5,7 @@ It works on a thread of its own. Everything it needs is passed in, so that tests
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import queue
 import threading
@@ -21,9 +22,11 @@ from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
+from adaptra_plugin.schedule.refine import Refinement
 from adaptra_plugin.schedule.simulator import simulate
 
 logger = logging.getLogger("adaptra")
+Refiner = Callable[[Profile, Plan], Refinement]
 
 MARGIN = 2
 """Iterations between the newest one known to have begun and the first one of a new plan."""
@@ -33,6 +36,8 @@ WORTH = 0.01
 """A plan that is predicted to be shorter by less than this ratio does not replace the running one."""
 REFRESH = 10
 """Iterations after which the running plan is compared with the best one for the newest profile, without any finding."""
+REFINE_GAP = 0.005
+"""A plan further than this from its lower bound is given to the exact solver, and replaced by one better by as much."""
 REFRESH_WORTH = 0.03
 """... and replaced if that is predicted to be shorter by this ratio: estimates get better with time, and drift."""
 
@@ -74,6 +79,7 @@ class _Vote:
     first_iteration: int
     findings: list[Finding]
     predicted_before_ms: float
+    reason: str
     tries: int
     deadline: float
     answers: dict[int, tuple[bool, int]] = field(default_factory=dict)
@@ -90,6 +96,8 @@ class Coordinator:
         on_event: receives every `StragglerEvent`.
         on_plan: `(version, first iteration, plan, profile, reason)` after a commit.
         on_overview: receives the metrics of the whole pipeline, once an iteration.
+        limits: activation limit per stage.
+        refiner: starts the exact improvement of a plan; by default CP-SAT in a worker process, if OR-tools is installed.
         current: the plan that runs now, for a number of microbatches.
         begun: the newest iteration that has begun on this rank.
     """
@@ -108,6 +116,7 @@ class Coordinator:
         begun: Callable[[], int],
         limits: Sequence[int | None],
         clock: Callable[[], float] = time.monotonic,
+        refiner: Refiner | None = None,
     ) -> None:
         self._topology = topology
         self._config = config
@@ -129,6 +138,8 @@ class Coordinator:
         self._considered = 0  # iteration in which the running plan was last compared with another
         self._owed: list[Finding] = []
         self._vote: _Vote | None = None
+        self._refiner = _exact_refiner(config) if refiner is None else refiner
+        self._refinement: tuple[Refinement, Profile, Plan] | None = None
         self._last_first = 0  # first iteration of the newest committed plan
         self._stopped = False
         self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
@@ -148,6 +159,7 @@ class Coordinator:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join(deadline_s)
+        self._end_refinement()
 
     def _serve(self) -> None:
         while True:
@@ -183,7 +195,8 @@ class Coordinator:
             self._answer(rank, int(message["version"]), bool(message["ok"]), int(message["begun"]))
 
     def tick(self) -> None:
-        """Gives up a vote that has lasted too long."""
+        """Gives up a vote that has lasted too long; proposes what the exact solver has found."""
+        self._take_refinement()
         if self._vote is not None and self._clock() > self._vote.deadline:
             missing = sorted(set(range(self._topology.world_size)) - set(self._vote.answers))
             logger.warning("coordinator: plan v%d is dropped, ranks %s do not answer", self._vote.version, missing)
@@ -240,12 +253,33 @@ class Coordinator:
         if found.schedule == running.schedule or (gain < worth and not healed and not first_time):
             self._events(findings, "none: the running plan is within 1 % of the best", before, before)
             return
+        self._offer(profile, found, findings, before, "newer profile")
+
+    def _offer(self, profile: Profile, found: Plan, findings: list[Finding], before_ms: float, reason: str) -> None:
+        """Opens the vote on a plan."""
+        self._end_refinement()
         self._version += 1
-        self._propose(
-            _Vote(
-                self._version, profile, found, self._next_iteration(MARGIN), findings, before, 1, self._vote_deadline()
-            )
-        )
+        first, deadline = self._next_iteration(MARGIN), self._vote_deadline()
+        self._propose(_Vote(self._version, profile, found, first, findings, before_ms, reason, 1, deadline))
+
+    def _refine(self, profile: Profile, found: Plan) -> None:
+        if self._refiner is not None and found.gap > REFINE_GAP and not found.optimal:
+            self._refinement = (self._refiner(profile, found), profile, found)
+
+    def _take_refinement(self) -> None:
+        if self._refinement is None or self._vote is not None or not self._refinement[0].done:
+            return
+        refinement, profile, running = self._refinement
+        self._refinement = None
+        best = refinement.result()
+        if best.makespan_ms < running.makespan_ms * (1 - REFINE_GAP):
+            proof = "proven optimal" if best.optimal else f"within {best.gap:.1%} of the optimum"
+            self._offer(profile, best, [], running.makespan_ms, f"refined, {proof}")
+
+    def _end_refinement(self) -> None:
+        if self._refinement is not None:
+            self._refinement[0].cancel()
+            self._refinement = None
 
     def _next_iteration(self, margin: int) -> int:
         # after the newest committed plan's, so that plans begin in the order of their versions
@@ -278,7 +312,8 @@ class Coordinator:
             self._verdict(commit=True)
             self._vote = None
             self._last_first = vote.first_iteration
-            reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or "newer profile"
+            self._refine(vote.profile, vote.plan)
+            reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or vote.reason
             self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
             warmups = " ".join(map(str, vote.plan.warmup))
             action = f"replan v{vote.version} from iteration {vote.first_iteration} (warm-ups {warmups})"
@@ -343,6 +378,12 @@ class Coordinator:
                     plan_version=self._version if version is None else version,
                 )
             )
+
+
+def _exact_refiner(config: AdaptraConfig) -> Refiner | None:
+    if config.refine_s <= 0 or importlib.util.find_spec("ortools") is None:
+        return None
+    return lambda profile, found: Refinement(profile, found, seconds=config.refine_s, workers=1)
 
 
 def subject(finding: Finding) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from adaptra_plugin.runtime import coordinator as module
 from adaptra_plugin.runtime.coordinator import Coordinator, merge_profiles
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule import planner
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 
@@ -202,3 +204,28 @@ def test_merged_profiles_take_the_slowest():
     merged = merge_profiles([a, b])
     assert merged.stages == (StageProfile(2, 2, 4, 5), StageProfile(4, 9, 6, 5))
     assert [link.latency_ms for link in merged.links] == [3.0, 9.0]
+
+
+def test_the_exact_solver_improves_the_running_plan_in_the_background(monkeypatch):
+    """The real solver; the heuristic is made to answer with GPipe, so that there is something to find."""
+    slow = {(0, 1, 2): 25.0}
+    monkeypatch.setattr(module, "plan", lambda profile, **_: planner.plan(profile, schedule="gpipe"))
+    world = World(config={**CONFIG, "refine_s": 20.0})
+    ran = [world.iteration(i, slow) for i in range(5)]
+    until = time.monotonic() + 40
+    while len(world.plans) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        world.deliver()
+    world.coordinator.close()
+    (_, _, heuristic, _, _), (version, first, best, _, reason) = world.plans
+    assert reason == "refined, proven optimal" and best.optimal and best.makespan_ms < heuristic.makespan_ms
+    ran += [world.iteration(i, slow) for i in range(5, first + 1)]
+    assert ran[-1] == [version] * 4
+
+
+def test_no_refinement_is_left_behind():
+    world = World(config={**CONFIG, "refine_s": 0.0})
+    assert world.coordinator._refiner is None
+    for i in range(5):
+        world.iteration(i)
+    assert world.coordinator._refinement is None and len(world.plans) == 1
