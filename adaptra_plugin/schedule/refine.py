@@ -37,7 +37,7 @@ class Refinement:
         if not seconds > 0:
             raise PlanError(f"exact planning for {seconds} s: expected a time above zero")
         self._tables = tabulate(profile, plan.schedule.stage_rank)
-        self._best = plan
+        self._first = self._best = plan
         self._began = time.perf_counter()
         self._lock = threading.Lock()
         self._error: str | None = None
@@ -140,9 +140,9 @@ class Refinement:
             schedule = old.schedule if message["ranks"] is None else Schedule.from_text(message["ranks"])
             name = old.name
             new = assess(name, schedule, self._tables, bound_ms=message["bound_ms"], began=self._began)
-            better = new.makespan_ms < old.makespan_ms
-            lighter = sum(new.peak_activations) < sum(old.peak_activations)
-            if not better and not (message["done"] and new.makespan_ms == old.makespan_ms and lighter):
+            # an equally short schedule is no reason to change; the last one replaces those found on the way to it
+            settled = message["done"] and new.makespan_ms == old.makespan_ms < self._first.makespan_ms
+            if new.makespan_ms >= old.makespan_ms and not settled:
                 new = assess(name, old.schedule, self._tables, bound_ms=message["bound_ms"], began=self._began)
             self._best = new
 

@@ -35,6 +35,14 @@ def test_a_bad_plan_becomes_the_proven_optimum():
     assert refine(UNEVEN, bad, seconds=30) == best  # the same profile and seed, the same plan
 
 
+def test_an_equally_short_schedule_is_no_reason_to_change():
+    first = plan(UNEVEN)
+    best = refine(UNEVEN, first, seconds=30)
+    assert best.optimal
+    if best.makespan_ms == first.makespan_ms:
+        assert best.schedule == first.schedule
+
+
 def test_several_stages_a_rank_share_their_limit():
     profile = even(4, 4, (2, 3, 1), links=[(0, 1, 9.0)], cap=2, virtual=2)
     best = refine(profile, plan(profile), seconds=30)
