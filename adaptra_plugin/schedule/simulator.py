@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
@@ -45,8 +46,7 @@ def simulate(
         raise PlanError(f"the schedule has {schedule.microbatches} microbatches, the profile {profile.microbatches}")
     tables = tabulate(profile, schedule.stage_rank)
     result = run(schedule, tables, per_microbatch(tables, durations), link_model, duplex)
-    with no_collection():
-        return _timeline(schedule, tables, result)
+    return Simulated(schedule, tables.stage_rank, result)
 
 
 def run(
@@ -82,23 +82,57 @@ def run(
     return start, end, moved, cause
 
 
-def _timeline(schedule: Schedule, tables: Tables, result: tuple[Ints, Ints, Ints, Ints]) -> Timeline:
-    flat = [action for actions in schedule.ranks for action in actions]
-    start, end, moved, cause = result
-    offsets, actions = schedule.table
-    owner = np.repeat(np.arange(len(schedule.ranks)), np.diff(offsets))
-    spans = tuple(map(Span, owner.tolist(), flat, (start / NS).tolist(), (end / NS).tolist()))
-    # F goes to the stage after, I and B to the one before, W nowhere
-    target = actions[:, 0] + np.where(actions[:, 1] == F, 1, -1)
-    leaves = (actions[:, 1] != W) & (target >= 0) & (target < schedule.stages)
-    to = tables.stage_rank[np.where(leaves, target, 0)]
-    sent = np.flatnonzero(leaves & (to != owner))
-    times = (end[sent] / NS, moved[sent, 0] / NS, moved[sent, 1] / NS)
-    transfers = tuple(
-        map(Transfer, owner[sent].tolist(), to[sent].tolist(), [flat[n] for n in sent], *(t.tolist() for t in times))
-    )
-    path = critical_path(offsets, start, end, moved, cause)
-    return Timeline.trusted(len(schedule.ranks), spans, transfers, tuple(flat[n] for n in path))
+class Simulated(Timeline):
+    """What a replay yields: spans, transfers and critical path are made from the kernel's tables when asked for."""
+
+    _schedule: Schedule
+    _stage_rank: Ints
+    _result: tuple[Ints, Ints, Ints, Ints]
+
+    def __init__(self, schedule: Schedule, stage_rank: Ints, result: tuple[Ints, Ints, Ints, Ints]) -> None:
+        self.__dict__.update(
+            ranks=len(schedule.ranks),
+            makespan_ms=float(result[1].max()) / NS,
+            peak_activations=schedule.peak_activations,
+            _schedule=schedule,
+            _stage_rank=stage_rank,
+            _result=result,
+        )
+
+    @cached_property
+    def _owner(self) -> Ints:
+        return np.repeat(np.arange(self.ranks), np.diff(self._schedule.table[0]))
+
+    @cached_property
+    def _actions(self) -> list[Action]:
+        return [action for actions in self._schedule.ranks for action in actions]
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:  # type: ignore[override]
+        """One span an action, by rank and time."""
+        start, end, _, _ = self._result
+        with no_collection():
+            return tuple(map(Span, self._owner.tolist(), self._actions, (start / NS).tolist(), (end / NS).tolist()))
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:  # type: ignore[override]
+        """One transfer for each output that another rank consumes."""
+        actions, flat, stages = self._schedule.table[1], self._actions, self._schedule.stages
+        _, end, moved, _ = self._result
+        # F goes to the stage after, I and B to the one before, W nowhere
+        target = actions[:, 0] + np.where(actions[:, 1] == F, 1, -1)
+        leaves = (actions[:, 1] != W) & (target >= 0) & (target < stages)
+        to = self._stage_rank[np.where(leaves, target, 0)]
+        sent = np.flatnonzero(leaves & (to != self._owner))
+        times = [(t / NS).tolist() for t in (end[sent], moved[sent, 0], moved[sent, 1])]
+        ends = (self._owner[sent].tolist(), to[sent].tolist())
+        with no_collection():
+            return tuple(map(Transfer, *ends, [flat[n] for n in sent.tolist()], *times))
+
+    @cached_property
+    def critical_path(self) -> tuple[Action, ...]:  # type: ignore[override]
+        """Actions that the makespan hangs on, first to last."""
+        return tuple(self._actions[n] for n in critical_path(self._schedule.table[0], *self._result))
 
 
 def critical_path(offsets: Ints, start: Ints, end: Ints, moved: Ints, cause: Ints) -> list[int]:

@@ -83,19 +83,6 @@ class Timeline:
             ),
         )
 
-    @classmethod
-    def trusted(
-        cls,
-        ranks: int,
-        spans: tuple[Span, ...],
-        transfers: tuple[Transfer, ...],
-        critical_path: tuple[Action, ...],
-    ) -> Timeline:
-        """Without the checks, for spans that are ordered by rank and time by construction."""
-        made = object.__new__(cls)
-        made.__dict__.update(ranks=ranks, spans=spans, transfers=transfers, critical_path=critical_path)
-        return made
-
     @cached_property
     def makespan_ms(self) -> float:
         """End of the last action."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from adaptra_plugin.errors import PlanError
@@ -102,3 +104,15 @@ def test_a_real_run_is_a_timeline_too():
     assert timeline.idle_ms["dependency"] == 1.0
     with pytest.raises(PlanError, match="while 0F0 runs"):
         Timeline.from_spans([Span(0, first, 0.0, 2.0), Span(0, second, 1.0, 3.0)])
+
+
+def test_simulated_timelines_are_timelines():
+    """Equal, hashable, picklable, and the same as one made from their spans."""
+    profile = even(2, 2, links=[(0, 1, 10.0)])
+    made = simulate(PAIR, profile)
+    assert made == simulate(PAIR, profile) and hash(made) == hash(simulate(PAIR, profile))
+    copied = pickle.loads(pickle.dumps(made))  # noqa: S301  our own bytes
+    assert copied == made
+    plain = Timeline(made.ranks, made.spans, made.transfers, made.critical_path)
+    assert plain.to_json() == made.to_json()
+    assert plain.idle == made.idle
