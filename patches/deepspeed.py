@@ -7,6 +7,7 @@ the computations, keep what several microbatches in flight need, and move tensor
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -120,7 +121,9 @@ class AdaptraPipelineEngine(PipelineEngine):
             store,
             self.module,
             torch.device(self.device),
+            self.micro_batches,
         )
+        weakref.finalize(self, self._session.close)
 
     def _pipelines(self) -> list[list[int]]:
         """World ranks of the stages of every pipeline."""
@@ -131,6 +134,12 @@ class AdaptraPipelineEngine(PipelineEngine):
         """The session of this engine; None with one stage or after `adaptra_plugin.deactivate()`."""
         session = self._session
         return None if session is None or session.closed else session
+
+    def destroy(self) -> None:
+        """Ends the session too; so does the end of the engine's life."""
+        if self._session is not None:
+            self._session.close()
+        super().destroy()
 
     def compile(self, *args: Any, **kwargs: Any) -> Any:
         if self.adaptra is not None:
@@ -149,10 +158,13 @@ class AdaptraPipelineEngine(PipelineEngine):
     def _explained(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Errors of a collective that are due to a lost peer are raised as what they are."""
         session = self.adaptra
-        try:
+        if session is None:
             return call(*args, **kwargs)
+        try:
+            with session.inside():
+                return call(*args, **kwargs)
         except Exception as error:
-            cause = session.explain(error) if session is not None else error
+            cause = session.explain(error)
             if cause is error:
                 raise
             raise cause from error
@@ -175,6 +187,8 @@ class AdaptraPipelineEngine(PipelineEngine):
             self._running = None
             self._losses.clear()
             self.grad_layer = None
+            for slots in self.pipe_buffers.values():
+                slots[:] = [None] * len(slots)  # another plan may have fewer: nothing must stay alive in the others
             session.queue.clear()
         session.end(iteration)
 

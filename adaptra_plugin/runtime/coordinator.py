@@ -36,6 +36,8 @@ WORTH = 0.01
 """A plan that is predicted to be shorter by less than this ratio does not replace the running one."""
 REFRESH = 10
 """Iterations after which the running plan is compared with the best one for the newest profile, without any finding."""
+VOTE_DEADLINE_S = 30.0
+"""Longest time (s) the ranks may take to answer a proposal."""
 REFINE_GAP = 0.005
 """A plan further than this from its lower bound is given to the exact solver, and replaced by one better by as much."""
 REFRESH_WORTH = 0.03
@@ -140,6 +142,7 @@ class Coordinator:
         self._vote: _Vote | None = None
         self._refiner = _exact_refiner(config) if refiner is None else refiner
         self._refinement: tuple[Refinement, Profile, Plan] | None = None
+        self._committed: tuple[Profile, Plan] | None = None
         self._last_first = 0  # first iteration of the newest committed plan
         self._stopped = False
         self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
@@ -163,19 +166,28 @@ class Coordinator:
 
     def _serve(self) -> None:
         while True:
+            item: tuple[int, dict[str, Any]] | None = (self._topology.rank, {})
             try:
                 item = self._inbox.get(timeout=1.0)
             except queue.Empty:
-                self.tick()
-                continue
+                pass  # nothing new: only the clock has moved
             if item is None:
                 return
             try:
                 self.handle(*item)
                 self.tick()
             except Exception:
+                # training goes on with the plan it has: it needs nothing of this thread
                 logger.exception("coordinator: replanning is off from now on; training goes on with the running plan")
-                self._stopped = True
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Nothing is planned any more, and nobody is left waiting for a verdict."""
+        self._stopped = True
+        if self._vote is not None:
+            self._verdict(commit=False)
+            self._vote = None
+        self._end_refinement()
 
     # --- logic
 
@@ -196,6 +208,8 @@ class Coordinator:
 
     def tick(self) -> None:
         """Gives up a vote that has lasted too long; proposes what the exact solver has found."""
+        if self._stopped:
+            return
         self._take_refinement()
         if self._vote is not None and self._clock() > self._vote.deadline:
             missing = sorted(set(range(self._topology.world_size)) - set(self._vote.answers))
@@ -240,7 +254,7 @@ class Coordinator:
             self._events(findings, f"none: schedule {self._config.schedule} does not adapt")
             return
         profile = merge_profiles(known)
-        running = self._current(microbatches)
+        running = self._newest_plan(microbatches)
         before = simulate(running.schedule, profile).makespan_ms
         try:
             found = plan(profile, schedule=self._config.schedule, current=running)
@@ -281,12 +295,22 @@ class Coordinator:
             self._refinement[0].cancel()
             self._refinement = None
 
+    def _newest_plan(self, microbatches: int) -> Plan:
+        """The newest committed plan, whether it has begun or not: what a new one would replace."""
+        if self._committed is None:
+            return self._current(microbatches)
+        profile, newest = self._committed
+        if profile.microbatches == microbatches:
+            return newest
+        return plan(replace(profile, microbatches=microbatches), schedule=self._config.schedule)
+
     def _next_iteration(self, margin: int) -> int:
         # after the newest committed plan's, so that plans begin in the order of their versions
         return max(self._newest + margin, self._begun() + margin, self._last_first + 1)
 
     def _vote_deadline(self) -> float:
-        return self._clock() + self._config.transport.deadline_s
+        # well before the ranks' own patience with a missing verdict ends
+        return self._clock() + min(VOTE_DEADLINE_S, self._config.transport.deadline_s / 4)
 
     def _propose(self, vote: _Vote) -> None:
         self._vote = vote
@@ -312,6 +336,7 @@ class Coordinator:
             self._verdict(commit=True)
             self._vote = None
             self._last_first = vote.first_iteration
+            self._committed = (vote.profile, vote.plan)
             self._refine(vote.profile, vote.plan)
             reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or vote.reason
             self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)

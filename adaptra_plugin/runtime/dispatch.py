@@ -23,6 +23,8 @@ def buffers_needed(actions: Sequence[Action]) -> int:
     A slot is taken from F until I or B has ended; microbatches run in order, so the largest number of taken slots suffices.
     """
     taken = most = 0
+    if all(action.kind is Kind.F for action in actions):
+        return 2  # nothing is kept: the next microbatch may be loaded before the last one is sent
     for action in actions:
         if action.kind is Kind.F:
             taken += 1

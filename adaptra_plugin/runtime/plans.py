@@ -118,14 +118,23 @@ class PlanBook:
                     )
                 self._condition.wait(min(left, 1.0))
             self._begun = max(self._begun, iteration)
-            return self._version, self.plan_for(microbatches)
+            version = self._version
+        return version, self.plan_for(microbatches)
 
     def plan_for(self, microbatches: int) -> Plan:
-        """The current profile's plan for a number of microbatches."""
-        found = self._cache.get(microbatches)
+        """The current profile's plan for a number of microbatches.
+
+        Raises:
+            PlanError: the limits cannot be kept with so many microbatches.
+        """
+        with self._condition:
+            profile, cache = self._profile, self._cache
+            found = cache.get(microbatches)
         if found is None:
-            found = plan(replace(self._profile, microbatches=microbatches), schedule=self._schedule)
-            self._cache[microbatches] = found
+            # outside of the lock: the proxy's thread must be able to store a proposal meanwhile. The cache belongs to the
+            # profile: if a switch comes in between, the result is kept with the old one and forgotten.
+            found = plan(replace(profile, microbatches=microbatches), schedule=self._schedule)
+            cache[microbatches] = found
         return found
 
     def _switch(self, proposal: Proposal) -> None:

@@ -11,7 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,14 +51,22 @@ class Session:
         store: the launcher's c10d store.
         module: this rank's part of the model; its linear layers are split if the configuration says so.
         device: on which it computes.
+        microbatches: of an iteration, to check early that the limits can be kept.
 
     Raises:
+        PlanError: `max_activations` is too small for the schedule.
         ConfigError: `max_activations` or an injected link does not fit the number of stages.
         TransportError: a peer cannot be reached.
     """
 
     def __init__(
-        self, config: AdaptraConfig, topology: Topology, store: Any, module: torch.nn.Module, device: torch.device
+        self,
+        config: AdaptraConfig,
+        topology: Topology,
+        store: Any,
+        module: torch.nn.Module,
+        device: torch.device,
+        microbatches: int,
     ) -> None:
         show_log(topology.rank)
         self.config = config
@@ -65,6 +74,8 @@ class Session:
         self.device = device
         self.queue = WeightQueue()
         self.failure: Exception | None = None
+        self._inside_since: float | None = None
+        self._broken: Exception | None = None  # an iteration failed half-way on this rank
         self._closed = False
         self._close_lock = threading.Lock()
         self._noticed = threading.Event()
@@ -76,6 +87,7 @@ class Session:
         _check_links(config, topology.stages)
         unknown = Profile(microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits))
         self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
+        self._book.plan_for(microbatches)
         self._reporter = Reporter(config.report, topology.rank, wandb_here=topology.rank == COORDINATOR)
         host = socket.gethostname()
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
@@ -101,6 +113,8 @@ class Session:
         self._split = SplitLinears(module, self.queue) if config.split_backward else None
         if self._split is not None:
             self.queue.watch(self._split.weights)
+            if self._split.report.split == 0:
+                logger.warning("rank %d: no linear layer can run a split backward; all run fused", topology.rank)
         if self._coordinator is not None:
             self._coordinator.start()
             logger.info("effective configuration: %s", config.model_dump_json())
@@ -123,11 +137,6 @@ class Session:
         )
 
     # --- iterations
-
-    @property
-    def splits(self) -> bool:
-        """True if linear layers of this rank can run split."""
-        return self._split is not None and self._split.report.split > 0
 
     def begin(self, microbatches: int) -> Iteration:
         """A training iteration begins: decides on the plan, posts all receives.
@@ -168,7 +177,7 @@ class Session:
             return
         iteration.finish()
         if self._iteration == 0:
-            self.queue.unwatch()
+            self.queue.settle()
         self._iteration += 1
         topology = self.topology
         report = IterationReport(
@@ -216,10 +225,13 @@ class Session:
         if rank == self.topology.rank:
             self._control(rank, message)
         elif self.failure is None and not self._closed:
-            try:
-                self._endpoint.send_control(rank, message)
-            except TransportError as error:  # the endpoint has ended meanwhile: whoever waits on it hears why
-                logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
+            self._send_now(rank, message)
+
+    def _send_now(self, rank: int, message: dict[str, Any]) -> None:
+        try:
+            self._endpoint.send_control(rank, message)
+        except TransportError as error:  # the endpoint has ended meanwhile: whoever waits on it hears why
+            logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
 
     def _control(self, sender: int, message: dict[str, Any]) -> None:
         """A control message has arrived (on the proxy's thread, or on the caller's for messages to oneself)."""
@@ -245,10 +257,10 @@ class Session:
                 plan=Plan.from_json(message["plan"]),
                 first_iteration=int(message["first_iteration"]),
             )
-        except (PlanError, KeyError) as error:
+            ok = self._book.propose(proposal)
+        except (PlanError, KeyError, TypeError, ValueError) as error:
             logger.warning("plan v%d is refused: %s", version, error)
-            return  # the vote then runs into its deadline and nobody switches
-        ok = self._book.propose(proposal)
+            ok = False
         self._send(COORDINATOR, {"type": "answer", "version": version, "ok": ok, "begun": self._book.begun})
 
     def _plan_committed(self, version: int, first_iteration: int, plan: Plan, profile: Profile, reason: str) -> None:
@@ -313,12 +325,26 @@ class Session:
     def _end_if_stuck(self) -> None:
         """Nobody can interrupt a rank that waits in a collective for a peer that is gone; ending it is all that is left."""
         grace = self.config.peer_exit_grace_s
-        if self._noticed.wait(grace) or self._closed:
+        lost = time.monotonic()
+        while not self._noticed.wait(0.2):
+            since = self._inside_since
+            if since is not None and time.monotonic() - max(lost, since) > grace:
+                break  # otherwise it is busy with something of its own, such as saving a checkpoint
+        else:
             return
         logger.critical("%s; this rank has not noticed for %.0f s and ends now", self.failure, grace)
         self._reporter.close(2.0)
         faulthandler.dump_traceback(file=sys.stderr)
         os._exit(EXIT_PEER_LOST)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Brackets a host's call that runs a schedule and its collectives."""
+        self._inside_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._inside_since = None
 
     def explain(self, error: Exception, patience_s: float = 3.0) -> Exception:
         """The cause of an error that came up in an iteration: the loss of a peer, if that is what happened.
@@ -326,6 +352,8 @@ class Session:
         A collective of the host may fail, and a neighbour may have ended in good order because of the loss, a moment
         before the news of the loss itself arrives; hence the patience.
         """
+        if not isinstance(error, StopIteration):  # the end of the data
+            self._broken = error
         if not isinstance(error, RuntimeError):  # that of collectives, and base of our own transport errors
             return error
         until = time.monotonic() + patience_s
@@ -333,6 +361,13 @@ class Session:
             time.sleep(0.02)
         self._noticed.set()
         return error if self.failure is None else self.failure
+
+    def _tell_error(self, error: Exception) -> None:
+        """An iteration failed half-way on this rank: the others need not find out by waiting for it."""
+        why = f"it ended with {type(error).__name__}: {error}"[:500]
+        for rank in range(self.topology.world_size) if self._coordinator is not None else (COORDINATOR,):
+            if rank != self.topology.rank:
+                self._send_now(rank, _loss_message(self._me, why))
 
     # --- end
 
@@ -345,11 +380,13 @@ class Session:
         self._noticed.set()
         atexit.unregister(self.close)
         _activation.remove_session(self)
+        if self._broken is not None and self.failure is None:
+            self._tell_error(self._broken)
         if self._coordinator is not None:
             self._coordinator.close()
         if self._split is not None:
             self._split.remove()
-        self.queue.unwatch()
+        self.queue.settle()
         self._endpoint.close(linger_s=0.0 if self.failure is not None else 5.0)
         self._reporter.close()
 

@@ -19,6 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from adaptra_plugin.errors import UnsupportedError
 
 logger = logging.getLogger("adaptra.runtime")
 
@@ -30,6 +33,8 @@ class _Deferred:
     weight: nn.Parameter
     x: Tensor
     grad_y: Tensor
+    task: int
+    """The call of autograd in which it came up: one for each `backward()`, nested ones included."""
 
     def gradient(self) -> Tensor:
         grad_y = self.grad_y.reshape(-1, self.grad_y.shape[-1])
@@ -49,6 +54,8 @@ class WeightQueue:
         self._collecting: list[_Deferred] | None = None
         self._waiting: dict[int, list[_Deferred]] = {}
         self._fused: set[int] = set()
+        self._fired: set[int] = set()
+        self._shared: set[int] = set()
         self._watches: list[Any] = []
 
     @property
@@ -71,22 +78,25 @@ class WeightQueue:
         if microbatch in self._waiting:
             raise RuntimeError(f"microbatch {microbatch} already waits for its weight gradients")
         self._collecting = []
+        self._fired.clear()
         try:
             yield
             self._waiting[microbatch] = self._collecting
+            self._shared.update(self._fired.intersection(id(item.weight) for item in self._collecting))
         finally:
             self._collecting = None
 
     def run(self, microbatch: int) -> None:
         """Computes and accumulates the weight gradients of `microbatch` (action W)."""
-        totals: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        totals: dict[tuple[int, int], tuple[nn.Parameter, Tensor]] = {}
         with torch.no_grad():
-            # A weight used several times in a microbatch: autograd sums the uses, in the order in which their backward
-            # passes ran, before it accumulates. The same here, so that the bits are the same.
+            # A weight used several times in one call of autograd: it sums the uses, in the order in which their backward
+            # passes ran, before it accumulates; several calls accumulate one by one. The same here, for the same bits.
             for item in self._waiting.pop(microbatch):
-                seen = totals.get(id(item.weight))
+                key = (id(item.weight), item.task)
+                seen = totals.get(key)
                 gradient = item.gradient()
-                totals[id(item.weight)] = (item.weight, gradient if seen is None else seen[1] + gradient)
+                totals[key] = (item.weight, gradient if seen is None else seen[1] + gradient)
         for weight, gradient in totals.values():
             with torch.enable_grad():
                 alias = weight.expand_as(weight)
@@ -102,34 +112,39 @@ class WeightQueue:
         return self.active and weight.requires_grad and id(weight) not in self._fused
 
     def defer(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor) -> None:
-        item = _Deferred(weight, x, grad_y)
         if self._collecting is None:
-            raise RuntimeError("a split backward ran outside of its backward-input action")
-        self._collecting.append(item)
+            raise UnsupportedError(
+                "the model differentiates inside its own forward or loss (torch.autograd.grad, a gradient penalty): "
+                'the backward of its linear layers cannot be split; set "adaptra": {"split_backward": false}'
+            )
+        self._collecting.append(_Deferred(weight, x, grad_y, torch._C._current_graph_task_id()))
 
     def watch(self, weights: list[nn.Parameter]) -> None:
-        """Finds, in the first iteration, weights that are also used outside of linear layers (`unwatch` ends it).
+        """Finds, in the first iteration, weights that are also used outside of linear layers (`settle` ends it).
 
         Autograd would add both uses before accumulating; split, they are accumulated one after the other: right, but not to
-        the bit. Such weights run fused from then on.
+        the bit.
         """
 
         def fired(weight: nn.Parameter) -> None:
-            collecting = self._collecting
-            if collecting is not None and any(item.weight is weight for item in collecting):
-                self._fused.add(id(weight))
-                logger.warning(
-                    "a weight of shape %s is used by a linear layer and elsewhere in the same stage: "
-                    "its backward is not split any more",
-                    tuple(weight.shape),
-                )
+            if self._collecting is not None:
+                self._fired.add(id(weight))
 
         self._watches = [w.register_post_accumulate_grad_hook(fired) for w in weights if w.requires_grad]
 
-    def unwatch(self) -> None:
+    def settle(self) -> None:
+        """Ends the watch: the weights it found run fused from now on. Between iterations only: a microbatch must not be split
+        in its forward and fused in the recomputation of an activation checkpoint."""
         for handle in self._watches:
             handle.remove()
         self._watches = []
+        if self._shared:
+            logger.warning(
+                "%d weights are used by a linear layer and elsewhere in the same stage: their backward is not split any more",
+                len(self._shared),
+            )
+        self._fused |= self._shared
+        self._shared = set()
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -155,6 +170,7 @@ class _SplitLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         x, weight = ctx.saved_tensors
@@ -224,6 +240,9 @@ class SplitLinears:
                 or not queue.defers(weight)
                 or torch.is_autocast_enabled(x.device.type)  # the cast of the weight is part of the fused graph
                 or x.dtype != weight.dtype
+                or not weight.is_floating_point()
+                or x.layout != torch.strided
+                or torch._C._are_functorch_transforms_active()
             ):
                 return original(x)
             return _SplitLinear.apply(x, weight.detach(), layer.bias, (queue, weight), anchor)

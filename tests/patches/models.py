@@ -150,7 +150,15 @@ def train(
         folder, first = load
         engine.load_checkpoint(folder, tag="t")
     replica = engine.grid.get_data_parallel_rank()
-    losses, norms, evaluations = [], [], []
+    losses, norms, evaluations, actions = [], [], [], []
+    session = getattr(engine, "adaptra", None)
+    if session is not None:  # what the last iteration ran
+        end = session.end
+        session.end = lambda iteration: (
+            actions.clear(),
+            actions.extend(a for a, _, _ in iteration_text(iteration)),
+            end(iteration),
+        )
     micro = engine.train_micro_batch_size_per_gpu()
     for step, count in enumerate(steps, first):
         torch.manual_seed(1000 + step)  # a resumed run draws the same dropout
@@ -169,10 +177,16 @@ def train(
         "evaluations": evaluations,
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
         "engine": type(engine).__name__,
+        "actions": actions,
         "status": adaptra_plugin.status() if adaptra is not None else None,
     }
     adaptra_plugin.deactivate()
     return result
+
+
+def iteration_text(iteration: Any) -> list[tuple[str, int, int]]:
+    """The actions that really ran: `F3`, ..."""
+    return [(str(action), start, end) for action, start, end in iteration._marks]
 
 
 def assert_same(stock: dict[str, Any], ours: dict[str, Any]) -> None:

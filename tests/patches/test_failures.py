@@ -99,6 +99,90 @@ def test_an_error_in_one_rank_ends_the_other_one():
     assert healthy.error is not None and "rank 1 (stage 1" in healthy.error.splitlines()[0]
 
 
+def broken_data(rank):
+    """The data loader of the last stage fails in the middle of an iteration."""
+    import deepspeed
+
+    import adaptra_plugin
+    from tests.patches.models import BASE_CONFIG, QUIET, batches, build
+
+    adaptra_plugin.activate()
+    deepspeed.init_distributed()
+    model = build("tied", 4)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config={**BASE_CONFIG, "adaptra": QUIET}
+    )
+    engine.train_batch(iter(batches(8, 2, seed=1)))
+
+    def loader():
+        yield from batches(3, 2, seed=2)
+        if rank == 3:
+            raise OSError("the disk is gone")
+        yield from batches(5, 2, seed=3)
+
+    engine.train_batch(loader())
+
+
+def test_all_ranks_hear_why_one_of_them_failed():
+    outcomes = finish_ranks(start_ranks(broken_data, 4), timeout=60)
+    assert outcomes[3].error is not None and outcomes[3].error.startswith("OSError")
+    for outcome in outcomes[:3]:
+        first_line = (outcome.error or "").splitlines()[0]
+        assert "rank 3 (stage 3" in first_line and "OSError: the disk is gone" in first_line
+
+
+def life(rank):
+    """Several engines, one after the other, in one process."""
+    import gc
+    import threading
+
+    import deepspeed
+
+    import adaptra_plugin
+    from tests.patches.models import BASE_CONFIG, QUIET, batches, build
+
+    deepspeed.init_distributed()
+    counts = []
+    for ending in ("destroy", "dropped", "deactivate"):
+        adaptra_plugin.activate()
+        model = build("tied", 2)
+        engine = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config={**BASE_CONFIG, "adaptra": QUIET}
+        )[0]
+        engine.eval_batch(iter(batches(40, 2, seed=1)), num_micro_batches=40)
+        assert len(engine.pipe_buffers["outputs"]) == 2, "an evaluation keeps two microbatches, however many it has"
+        engine.train_batch(iter(batches(8, 2, seed=1)))
+        assert all(slot is None for slots in engine.pipe_buffers.values() for slot in slots)
+        if ending == "destroy":
+            engine.destroy()
+        elif ending == "deactivate":
+            adaptra_plugin.deactivate()
+        if ending != "dropped":
+            assert not any("forward" in vars(m) for m in model.modules())
+        del engine, model  # DeepSpeed's hooks on the model keep the engine alive
+        gc.collect()
+        counts.append((len(adaptra_plugin.status()["sessions"]), [t.name for t in threading.enumerate()]))
+    return counts
+
+
+def test_a_session_ends_with_its_engine():
+    for counts in run_ranks(life, 2):
+        for sessions, threads in counts:
+            assert sessions == 0
+            assert not [name for name in threads if name.startswith("adaptra")]
+
+
+def too_small(rank):
+    from adaptra_plugin.errors import PlanError
+
+    with pytest.raises(PlanError, match="stage 0 allows 1 activations, 1f1b needs 2"):
+        train({}, {"schedule": "1f1b", "max_activations": 1}, [], stages=2)
+
+
+def test_limits_that_cannot_be_kept_are_refused_at_start():
+    run_ranks(too_small, 2)
+
+
 def resumed(rank, folder):
     """Saved under Adaptra, loaded by a new engine under Adaptra and by a stock one: both go on alike."""
 

@@ -22,7 +22,7 @@ def both(rank, config, adaptra, steps, **kwargs):
     stock = train(config, None, steps, **kwargs)
     ours = train(config, adaptra, steps, **kwargs)
     assert_same(stock, ours)
-    return {"losses": ours["losses"], "status": ours["status"]}
+    return {"losses": ours["losses"], "status": ours["status"], "actions": ours["actions"]}
 
 
 @pytest.mark.parametrize("stages", [2, 4])
@@ -39,7 +39,8 @@ def test_fp32_dropout_tied_clipped(stages, adaptra):
 
 
 def test_data_parallel_replicas():
-    run_ranks(both, 4, {}, SLOW, MICROBATCHES[:10], stages=2, evaluate_after=(3,))
+    results = run_ranks(both, 4, {}, SLOW, MICROBATCHES[:10], stages=2, evaluate_after=(3,))
+    assert {result["status"]["sessions"][0]["plan_version"] for result in results}.isdisjoint({0})
 
 
 CHECKPOINTED = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
@@ -60,7 +61,10 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant):
     config, kwargs = VARIANTS[variant]
-    run_ranks(both, 2, config, SLOW, [5, 8, 5, 8, 5, 8, 8, 8], stages=2, **{"evaluate_after": (1,), **kwargs})
+    results = run_ranks(both, 2, config, SLOW, [5, 8, 5, 8, 5, 8, 8, 8], stages=2, **{"evaluate_after": (1,), **kwargs})
+    for result in results:
+        (session,) = result["status"]["sessions"]
+        assert session["split_layers"] > 0 and session["plan_version"] > 0, "split, and switched in the middle"
 
 
 @pytest.mark.parametrize(
@@ -74,4 +78,10 @@ def test_variants_with_data_parallelism(config):
     "adaptra", [{"schedule": "1f1b"}, {"schedule": "zb-h1"}, {"split_backward": False}, {"max_activations": 4}]
 )
 def test_other_settings(adaptra):
-    run_ranks(both, 4, {}, adaptra, [5, 8], stages=4)
+    results = run_ranks(both, 4, {}, adaptra, [5, 8], stages=4)
+    for result in results:
+        held, kinds = 0, {action[1] for action in result["actions"]}
+        for action in result["actions"]:
+            held += (action[1] == "F") - (action[1] in "WB")
+            assert held <= adaptra.get("max_activations", 8)
+        assert kinds == ({"F", "B"} if adaptra.get("schedule") == "1f1b" else {"F", "I", "W"})

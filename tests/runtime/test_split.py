@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
 
 
@@ -87,8 +88,9 @@ def test_a_layer_used_twice_in_a_microbatch():
 class Tied(nn.Module):
     """A head that shares its weight with an embedding of the same stage."""
 
-    def __init__(self, functional: bool):
+    def __init__(self, functional: bool, late: bool = False):
         super().__init__()
+        self.late = late
         self.embed = nn.Embedding(11, 8)
         self.head = nn.Linear(8, 11, bias=False)
         if functional:
@@ -99,6 +101,8 @@ class Tied(nn.Module):
             self.table = lambda: self.embed.weight
 
     def forward(self, tokens):
+        if self.late:  # the linear layer first: its backward runs last
+            return self.head(nn.functional.one_hot(tokens % 8, 8).float()) @ self.table()
         return self.head(torch.tanh(nn.functional.embedding(tokens, self.table())))
 
 
@@ -107,9 +111,10 @@ def test_weights_shared_between_modules_stay_fused():
     assert SplitLinears(module, WeightQueue()).report.split == 0
 
 
-def test_weights_also_used_by_a_function_are_found_in_the_first_iteration(caplog):
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_also_used_by_a_function_are_found_in_the_first_iteration(caplog, late):
     torch.manual_seed(4)
-    module = Tied(functional=True)
+    module = Tied(functional=True, late=late)
     queue = WeightQueue()
     split = SplitLinears(module, queue)
     queue.watch(split.weights)
@@ -123,10 +128,10 @@ def test_weights_also_used_by_a_function_are_found_in_the_first_iteration(caplog
         queue.run(m)
         return waiting
 
-    assert step(0) == 1
+    assert step(0) == step(1) == 1, "nothing changes within an iteration"
+    queue.settle()
     assert "not split any more" in caplog.text
-    queue.unwatch()
-    assert step(1) == 0, "from the second microbatch on the weight runs fused"
+    assert step(2) == 0, "from the second iteration on the weight runs fused"
 
 
 def test_hooks_fire_once_a_microbatch_in_w():
@@ -206,6 +211,52 @@ def test_autocast_and_frozen_weights_fall_back():
     with queue.collect(1):
         y.sum().backward()
     assert len(queue._waiting[1]) == 1, "the frozen weight has no W"
+
+
+def test_two_outputs_that_share_a_layer_accumulate_one_by_one():
+    """The host runs one backward per output: autograd accumulates twice."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.a(x)
+            return torch.tanh(y), torch.sin(self.a(y))
+
+    def run(split):
+        torch.manual_seed(8)
+        module, queue = Two(), WeightQueue()
+        if split:
+            SplitLinears(module, queue)
+        for m in range(4):
+            x = torch.randn(5, 8)
+            with queue.recording():
+                first, second = module(x)
+            with queue.collect(m):
+                first.backward(torch.ones(5, 8), retain_graph=True)
+                second.backward(torch.full((5, 8), 0.3))
+            queue.run(m)
+        return [p.grad for p in module.parameters()]
+
+    assert same(run(split=False), run(split=True))
+
+
+def test_complex_layers_run_fused():
+    module = nn.Linear(4, 4, dtype=torch.complex64)
+    batches = [(torch.randn(3, 4, dtype=torch.complex64), torch.randn(3, 4, dtype=torch.complex64))]
+    _, grads = run_fused(module, batches)
+    _, split_grads, _ = run_split(module, batches)
+    assert same(grads, split_grads)
+
+
+def test_differentiating_inside_the_forward_is_an_error_with_a_remedy():
+    module, queue = nn.Linear(4, 1), WeightQueue()
+    SplitLinears(module, queue)
+    x = torch.randn(3, 4, requires_grad=True)
+    with queue.recording(), pytest.raises(UnsupportedError, match='"split_backward": false'):
+        torch.autograd.grad(module(x).sum(), x, create_graph=True)
 
 
 def test_remove_restores_every_layer():
