@@ -53,7 +53,8 @@ def status() -> dict[str, Any]:
 
 
 def open_gate() -> None:
-    """Wraps the host's entry point (see `adaptra_plugin.patches.deepspeed_gate`)."""
+    """Wraps the host's entry point (see `adaptra_plugin.patches.deepspeed_gate`). A hook that waits for the host is done."""
+    _autoload.uninstall()
     from adaptra_plugin.patches import deepspeed_gate
 
     deepspeed_gate.install()

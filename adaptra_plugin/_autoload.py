@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -44,7 +45,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Removes the hook, if it has not fired."""
+    """Removes the hook, if there is one."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     module = sys.modules.get(HOST)
     if isinstance(module, _Unfinished):
@@ -77,15 +78,24 @@ class _Unfinished(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the host with the other finders, and runs `_ready` after its module has been executed."""
+    """Finds the host with the other finders, and runs `_ready` after its module has been executed.
+
+    It stays until then: libraries look whether the host is installed (`importlib.util.find_spec`) without importing it.
+    """
+
+    def __init__(self) -> None:
+        self._asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != HOST:
+        if fullname != HOST or getattr(self._asking, "others", False):
             return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-        spec = importlib.util.find_spec(fullname)
+        self._asking.others = True  # the look-up below asks every finder, this one too
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking.others = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
@@ -97,6 +107,9 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, inner: Any) -> None:
         self._inner = inner
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)  # who has only looked the host up may ask for its path or its source
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
 
@@ -104,4 +117,5 @@ class _Loader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
+        uninstall()
         _ready()

@@ -66,6 +66,8 @@ class PatchSet:
         except UnsupportedError as error:
             self._skipped[patch.id] = (patch, str(error))
             raise
+        if patch.id in self._applied:
+            return  # importing the target, or reading it, has run a hook that applied the very same patch
         replacement = patch.replace(original)
         setattr(module, name, replacement)
         if patch.sweep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -42,11 +43,54 @@ def run_python(code: str, **environment: str) -> str:
     [
         "import torch; from deepspeed import initialize",
         "import deepspeed; initialize = deepspeed.initialize",  # DeepSpeed imports torch in the middle of its own import
+        # accelerate and transformers look first
+        "import torch, importlib.util as u; assert u.find_spec('deepspeed').loader.get_filename('deepspeed')\n"
+        "from deepspeed import initialize",
     ],
-    ids=["torch-first", "deepspeed-first"],
+    ids=["torch-first", "deepspeed-first", "looked-up-first"],
 )
 def test_activates_without_a_change_to_the_script(imports):
     assert run_python(imports) == "gate applied True"
+
+
+GATE_ONCE = """
+import sys, deepspeed, adaptra_plugin
+# in a list, because a global name would follow the gate; from `vars`, because reading the attribute would fire the hook
+stock = [vars(deepspeed)["initialize"]]
+adaptra_plugin.activate()
+assert vars(deepspeed)["initialize"].__wrapped__ is stock[0]
+adaptra_plugin.deactivate()
+initialize = deepspeed.initialize
+assert initialize is stock[0] and type(deepspeed) is type(sys)
+assert not any(type(finder).__module__.startswith("adaptra_plugin") for finder in sys.meta_path)
+"""
+
+
+def test_the_gate_is_applied_once_and_leaves_nothing_behind():
+    assert run_python(GATE_ONCE) == "gate None False"
+
+
+def test_a_patch_is_applied_once_even_if_reading_its_target_applies_it():
+    from adaptra_plugin.patches.registry import Patch, PatchSet
+
+    class Host(types.ModuleType):
+        def __getattribute__(self, name):
+            if name == "function":
+                self.__class__ = types.ModuleType
+                patches.apply(patch)
+            return types.ModuleType.__getattribute__(self, name)
+
+    patches = PatchSet()
+    patch = Patch("x", "adaptra_test_host:function", "deepspeed", ">=0", "because", lambda o: lambda: o)
+    host = sys.modules["adaptra_test_host"] = Host("adaptra_test_host")
+    vars(host)["function"] = stock = lambda: "stock"
+    try:
+        patches.apply(patch)
+        assert host.function() is stock
+        patches.restore()
+        assert host.function is stock
+    finally:
+        del sys.modules["adaptra_test_host"]
 
 
 def test_the_environment_turns_it_off():
@@ -205,8 +249,6 @@ def test_a_missing_target_names_the_version_it_expected():
 
 
 def test_names_imported_by_a_caller_follow_and_are_restored():
-    import types
-
     from adaptra_plugin.patches.registry import Patch, PatchSet
 
     host, caller = types.ModuleType("adaptra_test_host"), types.ModuleType("adaptra_test_caller")
