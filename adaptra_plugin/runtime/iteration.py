@@ -110,7 +110,8 @@ class Iteration:
         started = time.perf_counter()
         message: Message = self._posted.pop((direction, microbatch)).wait()
         self.wait_ms += (time.perf_counter() - started) * 1e3
-        self._delays.setdefault(direction, []).append(message.delay_ms)
+        if not message.delayed_by_ring:  # else it tells how slow this rank is, not its link
+            self._delays.setdefault(direction, []).append(message.delay_ms)
         if message.tag >> 1 != self.version:
             raise TransportError(
                 f"iteration {self.index}: this rank ({self.topology.rank}) runs plan v{self.version}, "

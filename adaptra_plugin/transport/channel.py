@@ -25,6 +25,10 @@ class Link:
         lanes = range(self.connections)
         self.sending = {d: [SendLane(info, d, config, fate) for _ in lanes] for d in Direction}
         self.receiving = {d: [RecvLane(info, d, config, fate) for _ in lanes] for d in Direction}
+        for sender in self.sending[Direction.ACTIVATION]:
+            sender.relieve = self._absorb_gradient
+        for receiver in self.receiving[Direction.GRADIENT]:
+            receiver.on_stuck = self._nudge_activations
 
     def lanes(self, direction: Direction, index: int) -> tuple[SendLane, RecvLane]:
         return self.sending[direction][index], self.receiving[direction][index]
@@ -36,6 +40,13 @@ class Link:
     def recv_lanes(self) -> Iterator[RecvLane]:
         for lanes in self.receiving.values():
             yield from lanes
+
+    def _absorb_gradient(self) -> bool:
+        return any(lane.absorb() for lane in self.receiving[Direction.GRADIENT])
+
+    def _nudge_activations(self) -> None:
+        for lane in self.sending[Direction.ACTIVATION]:
+            lane.nudge()
 
     def abort(self, loss: Loss) -> None:
         for lane in (*self.send_lanes(), *self.recv_lanes()):
@@ -78,15 +89,26 @@ class Channel:
         Blocks only while the ring is full (one warning), at most `transport.deadline_s`. `tag` is a 64-bit number that
         the receiver finds in the message.
 
+        While an activation is blocked, gradients that fill a receive ring of the same peer are absorbed: copied, on this
+        thread and in the order of their keys, into the tickets that are posted for them. Else two stages whose sends to
+        each other are both blocked would wait for ever. Memory stays bounded by the plan: no more gradients can be
+        outstanding than microbatches are between forward and backward on this stage.
+
+        Gradients need not absorb in turn. Stages form a line and a blocked one waits for one neighbour, so a deadlock
+        contains two neighbours that wait for each other. One of them waiting to receive while the other is blocked
+        in a send is none: consumption follows the order of sending, so all that lies in front of the missing message
+        is taken already, and either it arrives or there is room for it. That leaves the earlier stage in sending an
+        activation and the later one in sending a gradient, and there the earlier one absorbs. (By induction from
+        stage 0, which sends no gradients: each stage's gradients find room, so each stage comes to its receives.)
+
         Raises:
             TransportError: the message is longer than the ring, cannot travel, or the endpoint has failed.
             TransferTimeout: the ring stayed full.
             PeerLostError: the peer is gone.
         """
-        sent = self._clock()
         lane = self._link.sending[key.direction][key.microbatch % self._link.connections]
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return lane.send(key, tensors, tag, sent, self._fault.verdict(total).hold_s)
+        return lane.send(key, tensors, tag, self._clock, self._fault.verdict(total).hold_s)
 
     def recv(self, key: Key) -> RecvTicket:
         """Posts a receive and returns at once; failures show in the ticket's `wait`."""

@@ -219,8 +219,9 @@ class Endpoint:
         self._faults.iteration = iteration
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: bytes (frames with headers), messages, ms blocked by a full ring and how often it
-        was full, per peer and direction; offset of the peer's clock and round trip (ms); refused connections."""
+        """Counters since the start, per peer and direction: bytes (frames with headers), messages, ms blocked by a full
+        ring, how often it was full, messages that blocked sends absorbed; per peer: offset of its clock and round trip
+        (ms); and refused connections."""
         return {
             "refused_connections": self._proxy.refused,
             "peers": {rank: link.stats() for rank, link in self._links.items()},

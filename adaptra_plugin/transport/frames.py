@@ -41,7 +41,7 @@ class MalformedFrame(TransportError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """`sent` is the sender's clock (s): at `send` for data, when the answer left for a pong."""
+    """`sent` is the sender's clock (s): when a data frame lay whole in its ring, when the answer left for a pong."""
 
     kind: Kind
     sequence: int

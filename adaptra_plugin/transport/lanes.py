@@ -49,7 +49,9 @@ class Arrived:
     specs: tuple[Spec, ...] = ()
     tag: int = 0
     delay_ms: float = 0.0
+    delayed_by_ring: bool = False
     done: bool = False
+    ticket: RecvTicket | None = None  # the receive that it belongs to, once that is posted
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class Counters:
     bytes: int = 0
     blocked_ms: float = 0.0
     full: int = 0  # how often the ring was full
+    absorbed: int = 0  # messages that a blocked send took out of this receive ring
 
 
 @dataclass
@@ -92,12 +95,17 @@ class SendLane(Lane):
         self.limit = min(self.ring.capacity, self.config.max_message_mib * MIB)  # the handshake may lower it
         self.sequence = 0
         self._producer = threading.Lock()  # one caller at a time fills the ring
-        self._space = threading.Condition()
+        self._change = threading.Event()  # something that a blocked producer waits for may have happened
         self._blocked = False
         self._warned = False
+        self.relieve: Callable[[], bool] = lambda: False
+        """What a blocked producer does, without any lock, to let the peer go on; True: it helped, look again."""
 
-    def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int, sent: float, hold_s: float) -> Ticket:
-        """Stages a message. `sent`: the endpoint's clock at the caller's `send` (s)."""
+    def send(
+        self, key: Key, tensors: Sequence[torch.Tensor], tag: int, clock: Callable[[], float], hold_s: float
+    ) -> Ticket:
+        """Stages a message. `clock`: the endpoint's (s); `hold_s`: the message leaves no earlier than this after it is
+        staged."""
         meta, payload = describe(tensors)
         total = HEADER_BYTES + len(meta) + payload
         if total > self.limit:
@@ -108,6 +116,11 @@ class SendLane(Lane):
             )
         with self._producer:
             self._make_room(total, key)
+            offset = self.ring.place()
+            # nothing is committed before the copy has succeeded: an error in it leaves the lane as it was
+            copy_in(self.ring, offset + HEADER_BYTES + len(meta), tensors)
+            # stamped last: neither the wait for room nor that for the device is the link's doing
+            sent = clock()
             header = Header(
                 Kind.DATA,
                 self.sequence,
@@ -121,10 +134,7 @@ class SendLane(Lane):
                 key.microbatch,
                 tag,
             )
-            offset = self.ring.place()
-            # nothing is committed before the copy has succeeded: an error in it leaves the lane as it was
             self.ring.write(offset, header.pack() + meta)
-            copy_in(self.ring, offset + HEADER_BYTES + len(meta), tensors)
             ticket = Ticket(key, self)
             with self._lock:
                 self._check(key, 0.0)
@@ -144,25 +154,28 @@ class SendLane(Lane):
         started = time.monotonic()
         warn_after = self.config.warn_full_after_ms / 1e3
         self.counters.full += 1
-        with self._space:
-            self._blocked = True
-            try:
-                while self.ring.free < total:
-                    waited = time.monotonic() - started
-                    self._check(key, waited)
-                    if waited >= self.deadline_s:
-                        raise TransferTimeout(
-                            f"{key} could not be staged for {self.peer} within {self.deadline_s:g} s: "
-                            f"{self.situation()} That rank does not consume, or the link is down: look at its log"
-                        )
-                    if not self._warned and waited >= warn_after:
-                        self._warned = True
-                        log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
+        self._blocked = True
+        try:
+            while True:
+                self._change.clear()  # before looking, so that no change is missed
+                if self.ring.free >= total:
+                    return
+                waited = time.monotonic() - started
+                self._check(key, waited)
+                if waited >= self.deadline_s:
+                    raise TransferTimeout(
+                        f"{key} could not be staged for {self.peer} within {self.deadline_s:g} s: "
+                        f"{self.situation()} That rank does not consume, or the link is down: look at its log"
+                    )
+                if not self._warned and waited >= warn_after:
+                    self._warned = True
+                    log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
+                if not self.relieve():
                     pause = self.deadline_s - waited
-                    self._space.wait(pause if self._warned else min(pause, warn_after - waited))
-            finally:
-                self._blocked = False
-                self.counters.blocked_ms += (time.monotonic() - started) * 1e3
+                    self._change.wait(pause if self._warned else min(pause, warn_after - waited))
+        finally:
+            self._blocked = False
+            self.counters.blocked_ms += (time.monotonic() - started) * 1e3
 
     def _check(self, key: Key, waited: float) -> None:
         self.fate.check()
@@ -187,8 +200,7 @@ class SendLane(Lane):
                 self.queue.popleft()
                 with self._lock:
                     head.ticket.settle()
-        if self._blocked:
-            self._wake_producer()
+        self.nudge()
 
     def abort(self, loss: Loss) -> None:
         """Nothing more goes out: fails what waits, and every later send."""
@@ -196,17 +208,18 @@ class SendLane(Lane):
             self.loss = self.loss or loss
             for outgoing in list(self.queue):
                 outgoing.ticket.settle(loss)
-        self._wake_producer()
+        self.nudge()
 
     def refuse(self, loss: Loss) -> None:
         """No later send is taken, what waits still goes out."""
         with self._lock:
             self.loss = self.loss or loss
-        self._wake_producer()
+        self.nudge()
 
-    def _wake_producer(self) -> None:
-        with self._space:
-            self._space.notify_all()
+    def nudge(self) -> None:
+        """A blocked producer looks again: there is room, or a loss, or `relieve` may help now."""
+        if self._blocked:
+            self._change.set()
 
 
 class RecvLane(Lane):
@@ -218,6 +231,8 @@ class RecvLane(Lane):
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._order: deque[Arrived] = deque()  # all frames in the ring, oldest first
         self.paused = False  # the proxy has stopped reading because the ring is full
+        self.on_stuck: Callable[[], None] = lambda: None
+        """Called, on any thread, when `absorb` may have become possible."""
 
     def post(self, key: Key) -> RecvTicket:
         """A receive; it is matched with what has arrived or will, first come first served per key."""
@@ -232,6 +247,8 @@ class RecvLane(Lane):
                 ticket.settle(self.loss)
             else:
                 self._posted.setdefault(key, deque()).append(ticket)
+        if self.paused:
+            self.on_stuck()
         return ticket
 
     def deliver(self, key: Key, arrived: Arrived) -> None:
@@ -260,7 +277,22 @@ class RecvLane(Lane):
         """Caller: copies a message out and gives its place in the ring back."""
         tensors = copy_out(self.ring, arrived.offset + HEADER_BYTES + arrived.meta_bytes, arrived.specs)
         self._finish(arrived)
-        return Message(tensors, arrived.tag, arrived.delay_ms)
+        return Message(tensors, arrived.tag, arrived.delay_ms, arrived.delayed_by_ring)
+
+    def absorb(self) -> bool:
+        """Caller: if the ring is full, so that the peer may be blocked, moves its oldest message into the ticket that
+        waits for it. False if there is nothing to do, or the oldest message has not been asked for: no other one would
+        make room."""
+        with self._lock:
+            if not (self.paused and self.ring.free == 0 and self._order):
+                return False
+            ticket = self._order[0].ticket
+        if ticket is None:
+            return False
+        if ticket.absorb():
+            with self._lock:
+                self.counters.absorbed += 1
+        return True
 
     def _finish(self, arrived: Arrived) -> None:
         with self._lock:
@@ -292,4 +324,10 @@ class RecvLane(Lane):
 def lane_stats(lane: Lane) -> dict[str, Any]:
     """Counters of a lane as plain numbers."""
     c = lane.counters
-    return {"messages": c.messages, "bytes": c.bytes, "blocked_ms": c.blocked_ms, "full": c.full}
+    return {
+        "messages": c.messages,
+        "bytes": c.bytes,
+        "blocked_ms": c.blocked_ms,
+        "full": c.full,
+        "absorbed": c.absorbed,
+    }

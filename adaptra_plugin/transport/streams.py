@@ -199,6 +199,7 @@ class DataStream(Stream):
         self._header: Header | None = None
         self._frame_at = 0  # where in the ring the frame starts that is being received
         self._unparsed = 0
+        self._resumed = float("-inf")  # when reading went on after the ring had been full
         self._sequence = 0
         outbound.wake = lambda: loop.post(self.pump)
         inbound.wake = lambda: loop.post(self._resume)
@@ -236,6 +237,7 @@ class DataStream(Stream):
             window = ring.window()
             if not window:
                 self._want(read=False)
+                self.inbound.on_stuck()
                 return None
             self.inbound.paused = False
         if not self._unparsed:
@@ -249,6 +251,7 @@ class DataStream(Stream):
     def _resume(self) -> None:
         if self.inbound.paused and not self.closed:
             self.inbound.paused = False
+            self._resumed = self._loop.clock()
             self._want(read=True)
 
     def _parse(self, now: float) -> None:
@@ -280,8 +283,14 @@ class DataStream(Stream):
             specs = understand(meta, header.tensors, header.payload_bytes)
         except BadLayout as error:
             raise MalformedFrame(f"{header.key}: {error}") from None
-        delay_ms = self._owner.delay(header.sent, now) * 1e3
-        self.inbound.deliver(header.key, Arrived(header.total, offset, header.meta_bytes, specs, header.tag, delay_ms))
+        delay = self._owner.delay(header.sent, now)
+        # Sent before reading went on: it may have waited for this rank's consumer, in the kernels' buffers or, as TCP
+        # pushed back, in the sender's ring. One sent later may still queue behind those, but they drain at the pace of
+        # the link then: that is congestion, and counts.
+        held = now - delay < self._resumed
+        self.inbound.deliver(
+            header.key, Arrived(header.total, offset, header.meta_bytes, specs, header.tag, delay * 1e3, held)
+        )
 
 
 class ServiceStream(Stream):

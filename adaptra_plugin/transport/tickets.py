@@ -115,15 +115,30 @@ class RecvTicket(_Pending):
         if self._settled:
             return False
         self._arrived = arrived
+        arrived.ticket = self
         return self.settle()
+
+    def absorb(self) -> bool:
+        """Copies the message, which has arrived, out of the staging ring before anybody waits for it. False if another
+        thread has done so."""
+        with self._gate:
+            if self._arrived is None:
+                return False
+            self._take()
+            return True
+
+    def _take(self) -> None:
+        assert self._arrived is not None
+        self._message = self._lane.take(self._arrived)
+        self._arrived = None
 
     def ready(self) -> bool:
         """True when `wait` would not block."""
         return self._settled or self._lane.fate.error is not None
 
     def wait(self, deadline_s: float | None = None) -> Message:
-        """The message, copied out of the staging ring on this thread at the first call (seconds; None:
-        `transport.deadline_s`).
+        """The message, copied out of the staging ring on this thread at the first call unless a blocked send has done
+        it before, see `Channel.send` (seconds; None: `transport.deadline_s`).
 
         Raises:
             TransferTimeout: names the transfer, the peer and what to do.
@@ -133,7 +148,6 @@ class RecvTicket(_Pending):
         self._await(self._lane, deadline_s, "arrive from", "did not arrive from")
         with self._gate:  # settled, so it is a plain mutex now: one thread copies
             if self._message is None:
-                assert self._arrived is not None
-                self._message = self._lane.take(self._arrived)
-                self._arrived = None
+                self._take()
+            assert self._message is not None
             return self._message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,8 +81,13 @@ class Message:
     tag: int
     """The number that the sender gave to `send`."""
     delay_ms: float
-    """From the call of `send` to complete arrival at the receiving proxy, without the difference of clocks; >= 0."""
+    """From the moment the whole message lay in the sender's ring to complete arrival in the receiver's (ms, >= 0), without
+    the difference of clocks. Waiting for room in the sender's ring and copying into it do not count; waiting there behind
+    other messages does."""
+    delayed_by_ring: bool = False
+    """The receiving proxy had stopped reading while this message was under way, for lack of room in its own ring: then
+    `delay_ms` tells of the consumer, not of the link."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Message:
         """The same message with its tensors on `device`."""
-        return Message(tuple(t.to(device, non_blocking=non_blocking) for t in self.tensors), self.tag, self.delay_ms)
+        return replace(self, tensors=tuple(t.to(device, non_blocking=non_blocking) for t in self.tensors))

@@ -123,7 +123,7 @@ def test_stats_count_per_peer_and_direction():
         until(lambda: first.stats()["peers"][1]["directions"]["activation"]["sent"]["messages"] == 3)
         there, back = (e.stats()["peers"][peer]["directions"] for e, peer in ((first, 1), (second, 0)))
         # header 64, description 64, payload 64
-        assert there["activation"]["sent"] == {"messages": 3, "bytes": 576, "blocked_ms": 0.0, "full": 0}
+        assert there["activation"]["sent"] == {"messages": 3, "bytes": 576, "blocked_ms": 0.0, "full": 0, "absorbed": 0}
         assert back["activation"]["received"]["bytes"] == 576
         assert (there["gradient"]["received"]["messages"], back["gradient"]["sent"]["messages"]) == (1, 1)
         assert first.stats()["refused_connections"] == 0
