@@ -1,0 +1,43 @@
+"""What an iteration makes of the messages it receives."""
+
+from __future__ import annotations
+
+import torch
+
+from adaptra_plugin.runtime.iteration import Iteration, Links
+from adaptra_plugin.runtime.pacing import Pacer
+from adaptra_plugin.runtime.stopwatch import stopwatch_for
+from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.transport import Direction, Message
+
+
+class Arrived:
+    def __init__(self, message):
+        self.message = message
+
+    def wait(self):
+        return self.message
+
+
+def iteration(messages):
+    made = Iteration(
+        index=0,
+        epoch=1,
+        version=0,
+        actions=(),
+        microbatches=len(messages),
+        topology=Topology(1, ((0, 1),)),
+        links=Links(None, None),
+        stopwatch=stopwatch_for(torch.device("cpu")),
+        pacer=Pacer(None),
+    )
+    made._posted.update({(Direction.ACTIVATION, n): Arrived(message) for n, message in enumerate(messages)})
+    for n in range(len(messages)):
+        made.receive(Direction.ACTIVATION, n)
+    return made
+
+
+def test_messages_held_up_by_a_full_ring_are_no_samples_of_the_link():
+    delays = iteration([Message((), 0, 2.0), Message((), 0, 900.0, True), Message((), 0, 4.0)]).link_delays()
+    assert [(d.src, d.dst, d.delay_ms, d.messages) for d in delays] == [(0, 1, 3.0, 2)]
+    assert iteration([Message((), 0, 900.0, True)]).link_delays() == ()
