@@ -42,7 +42,7 @@ def deactivate() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is active: patches (applied or skipped, with the reason) and one entry per running session."""
+    """What is active: patches (applied, bound per call, or skipped, each with the reason) and one entry per running session."""
     from adaptra_plugin import _activation
 
     return _activation.status()

@@ -36,6 +36,9 @@ def deactivate() -> None:
     _autoload.uninstall()
     while _sessions:
         _sessions[-1].close()
+    gate = sys.modules.get("adaptra_plugin.patches.deepspeed_gate")
+    if gate is not None:
+        gate.close()
     registry = sys.modules.get("adaptra_plugin.patches.registry")
     if registry is not None:
         registry.PATCHES.restore()

@@ -1,8 +1,9 @@
 """DeepSpeed: a pipeline engine that runs Adaptra's plans.
 
-`deepspeed.PipelineEngine`, the global that `deepspeed.initialize` builds engines from, is rebound to a subclass. No stock class is
-changed: the subclass replaces the schedule in `_exec_schedule` and has an instruction map of its own, whose entries time
-the computations, keep what several microbatches in flight need, and move tensors through the session's channels.
+`deepspeed.PipelineEngine`, the global that `deepspeed.initialize` builds engines from, is a subclass while an engine with the
+block is built. No stock class is changed: the subclass replaces the schedule in `_exec_schedule` and has an instruction map of
+its own, whose entries time the computations, keep what several microbatches in flight need, and move tensors through the
+session's channels.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import deepspeed_support as support
 from adaptra_plugin.patches.deepspeed_gate import effective_config
-from adaptra_plugin.patches.registry import PATCHES, Patch
+from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.topology import Topology
@@ -33,24 +33,22 @@ VERSIONS = ">=0.16,<0.20"
 """DeepSpeed versions whose pipeline engine has the seams used here."""
 
 
-def install(model: Any, host_config: Mapping[str, Any], config: AdaptraConfig) -> None:
-    """Makes `deepspeed.initialize` build `AdaptraPipelineEngine`s, if this job is supported.
+def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
+    """What makes `deepspeed.initialize` build `AdaptraPipelineEngine`s, for a job that is supported.
 
     Raises:
-        UnsupportedError: the DeepSpeed version, the model, or a combination of settings is refused.
+        UnsupportedError: the model, or a combination of settings is refused.
     """
     dual = getattr(deepspeed, "DualPipeVModule", None)
     support.check_model(model, PipelineModule, dual)
     support.check_config(host_config)
-    PATCHES.apply(
-        Patch(
-            id="deepspeed.engine",
-            target="deepspeed:PipelineEngine",
-            host="deepspeed",
-            versions=VERSIONS,
-            reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
-            replace=lambda engine: AdaptraPipelineEngine,
-        )
+    return Patch(
+        id="deepspeed.engine",
+        target="deepspeed:PipelineEngine",
+        host="deepspeed",
+        versions=VERSIONS,
+        reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
+        replace=lambda engine: AdaptraPipelineEngine,
     )
 
 
@@ -107,16 +105,18 @@ class AdaptraPipelineEngine(PipelineEngine):
     _session: Session | None = None
     _running: Iteration | None = None
     grad_layer: Any
+    loss: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.is_pipe_parallel:
-            return  # one stage: nothing to schedule, nothing to send
+        config = effective_config(self._config._param_dict)
+        if not (self.is_pipe_parallel and config.enabled):
+            return  # one stage has nothing to schedule and nothing to send
         support.check_engine(self)
         self._losses: dict[int, Any] = {}
         store = torch.distributed.distributed_c10d._get_default_store()
         self._session = Session(
-            effective_config(self._config._param_dict),
+            config,
             Topology.of(self.global_rank, self._pipelines()),
             store,
             self.module,
@@ -187,6 +187,9 @@ class AdaptraPipelineEngine(PipelineEngine):
             self._running = None
             self._losses.clear()
             self.grad_layer = None
+            if isinstance(self.loss, torch.Tensor):
+                # its graph holds DeepSpeed's hooks, and they the engine: it would never go
+                self.loss = self.loss.detach()
             for slots in self.pipe_buffers.values():
                 slots[:] = [None] * len(slots)  # another plan may have fewer: nothing must stay alive in the others
             session.queue.clear()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -43,6 +44,7 @@ class _Applied:
     patch: Patch
     original: Any
     replacement: Any
+    own_names: set[tuple[str, str]]  # (module, name) that were bound to the replacement before: not ours to restore
 
 
 class PatchSet:
@@ -51,6 +53,7 @@ class PatchSet:
     def __init__(self) -> None:
         self._applied: dict[str, _Applied] = {}
         self._skipped: dict[str, tuple[Patch, str]] = {}
+        self._per_call: dict[str, Patch] = {}
 
     def apply(self, patch: Patch) -> None:
         """Replaces the target, once.
@@ -69,14 +72,32 @@ class PatchSet:
         if patch.id in self._applied:
             return  # importing the target, or reading it, has run a hook that applied the very same patch
         replacement = patch.replace(original)
+        own_names = {(owner.__name__, key) for owner, key in _names_bound_to(replacement)}
         setattr(module, name, replacement)
         if patch.sweep:
             _rebind(original, replacement)
-        self._applied[patch.id] = _Applied(patch, original, replacement)
+        self._applied[patch.id] = _Applied(patch, original, replacement, own_names)
         self._skipped.pop(patch.id, None)
 
-    def restore(self, patch_id: str | None = None) -> None:
-        """Puts back the originals of one patch, or of all."""
+    @contextmanager
+    def during(self, patch: Patch) -> Iterator[None]:
+        """Applies a patch for the time of a `with` block; inside another block of the same patch it changes nothing.
+
+        Raises:
+            UnsupportedError: see `apply`.
+        """
+        if patch.id in self._applied:
+            yield
+            return
+        self.apply(patch)
+        self._per_call[patch.id] = patch
+        try:
+            yield
+        finally:
+            self.restore(patch.id)
+
+    def restore(self, patch_id: str | None = None, *, why: str | None = None) -> None:
+        """Puts back the originals of one patch, or of all. `why`: for `describe`, which lists a single patch as skipped."""
         for key in [patch_id] if patch_id else list(reversed(self._applied)):
             applied = self._applied.pop(key, None)
             if applied is None:
@@ -84,17 +105,26 @@ class PatchSet:
             module, name, current = _resolve(applied.patch)
             if current is applied.replacement:
                 setattr(module, name, applied.original)
-            _rebind(applied.replacement, applied.original)
+            _rebind(applied.replacement, applied.original, but=applied.own_names)
+            if why is not None:
+                self._skipped[key] = (applied.patch, why)
+        if patch_id is None:
+            self._skipped.clear()
+            self._per_call.clear()
 
-    def original(self, patch_id: str) -> Any:
-        """What a patched name was bound to."""
-        return self._applied[patch_id].original
+    def is_applied(self, patch_id: str) -> bool:
+        return patch_id in self._applied
 
     def describe(self) -> list[dict[str, str]]:
-        """One entry per patch: id, target, state and reason."""
+        """One entry per patch: id, target, state (applied, per call: bound while `during` lasts, skipped) and reason."""
         rows = [
             {"id": a.patch.id, "target": a.patch.target, "state": "applied", "reason": a.patch.reason}
             for a in self._applied.values()
+        ]
+        rows += [
+            {"id": patch.id, "target": patch.target, "state": "per call", "reason": patch.reason}
+            for patch in self._per_call.values()
+            if patch.id not in self._applied
         ]
         rows += [
             {"id": patch.id, "target": patch.target, "state": "skipped", "reason": why}
@@ -128,10 +158,11 @@ def _resolve(patch: Patch) -> tuple[ModuleType, str, Any]:
         ) from None
 
 
-def _rebind(old: Any, new: Any) -> None:
+def _rebind(old: Any, new: Any, but: Collection[tuple[str, str]] = ()) -> None:
     """Names in other modules that are bound to `old` (`from host import name`) are bound to `new`."""
-    for module, name in _names_bound_to(old):
-        setattr(module, name, new)
+    for module, name in list(_names_bound_to(old)):
+        if (module.__name__, name) not in but:
+            setattr(module, name, new)
 
 
 def _names_bound_to(value: Any) -> Iterator[tuple[ModuleType, str]]:

@@ -139,7 +139,7 @@ def test_without_the_block_every_name_is_the_stock_one(block):
 @pytest.mark.multiprocess
 def test_deactivate_restores_every_name():
     for during, kind in run_ranks(identity, 2, QUIET):
-        assert during == {("deepspeed", "initialize"), ("deepspeed", "PipelineEngine")}
+        assert during == {("deepspeed", "initialize")}, "the engine class is another one only while an engine is built"
         assert kind == "AdaptraPipelineEngine"
 
 
