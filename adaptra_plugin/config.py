@@ -1,7 +1,9 @@
 """The one typed configuration: the `"adaptra"` block of the host's JSON configuration.
 
 Unknown keys and out-of-range values are refused with one line per mistake that names the key, the value and what is
-allowed (`ConfigError`). Times are milliseconds where a name ends in `_ms`, seconds where it ends in `_s`.
+allowed (`ConfigError`). Types are strict (no `"off"` for false, no `true` for 1), but a whole number may stand for a
+fraction. What two keys must fulfil together is checked on one of them, so that it is reported beside other mistakes.
+Times are milliseconds where a name ends in `_ms`, seconds where it ends in `_s`.
 """
 
 from __future__ import annotations
@@ -9,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from adaptra_plugin.errors import ConfigError
 
-Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class TransportConfig(_Block):
@@ -70,6 +73,14 @@ class DetectorConfig(_Block):
     release: float = Field(0.5, gt=0, lt=1)
     """Healed below `baseline + release * (threshold - baseline)`: hysteresis against flapping."""
 
+    @field_validator("min_history")
+    @classmethod
+    def _can_be_reached(cls, value: int, info: ValidationInfo) -> int:
+        window = info.data.get("window", value)
+        if value > window:
+            raise ValueError(f"it must be at most window ({window}), or it is never reached")
+        return value
+
 
 class ReportConfig(_Block):
     """Where events and per-iteration metrics go. Reporting never blocks and never fails training."""
@@ -106,13 +117,20 @@ class SlowLink(_Block):
     to_iteration: int | None = Field(None, ge=1)
     """First iteration without it again; null: until the end."""
 
-    @model_validator(mode="after")
-    def _neighbours(self) -> SlowLink:
-        if self.src == self.dst:
-            raise ValueError(f"src and dst are both {self.src}: a link joins two different stages")
-        if self.to_iteration is not None and self.to_iteration <= self.from_iteration:
-            raise ValueError(f"to_iteration {self.to_iteration} is not after from_iteration {self.from_iteration}")
-        return self
+    @field_validator("dst")
+    @classmethod
+    def _two_stages(cls, value: int, info: ValidationInfo) -> int:
+        if value == info.data.get("src"):
+            raise ValueError(f"src is {value} too, and a link joins two different stages")
+        return value
+
+    @field_validator("to_iteration")
+    @classmethod
+    def _after_the_first(cls, value: int | None, info: ValidationInfo) -> int | None:
+        first = info.data.get("from_iteration")
+        if value is not None and first is not None and value <= first:
+            raise ValueError(f"it must be greater than from_iteration ({first})")
+        return value
 
     def active(self, iteration: int) -> bool:
         return self.from_iteration <= iteration and (self.to_iteration is None or iteration < self.to_iteration)
@@ -132,7 +150,7 @@ class PacedCompute(_Block):
 class SimulateConfig(_Block):
     """Faults and paced compute for demonstrations and tests. Leave it out in production."""
 
-    links: tuple[SlowLink, ...] = ()
+    links: Annotated[tuple[SlowLink, ...], Field(strict=False)] = ()  # JSON has lists only
     """Links made slow."""
     compute: PacedCompute | None = None
     """Paced compute, for machines that cannot run all stages at full speed at once."""
@@ -160,13 +178,15 @@ class AdaptraConfig(_Block):
     report: ReportConfig = ReportConfig()
     simulate: SimulateConfig = SimulateConfig()
 
-    @model_validator(mode="after")
-    def _limits(self) -> AdaptraConfig:
-        limits = self.max_activations
-        for limit in (limits,) if isinstance(limits, int) else limits or ():
-            if limit < 1:
-                raise ValueError(f"max_activations {limit} is below 1: a stage holds at least one microbatch")
-        return self
+    @field_validator("max_activations", mode="before")
+    @classmethod
+    def _limits(cls, value: Any) -> Any:
+        # before the types are looked at: a value that is neither a number nor a list would be reported once for each
+        limits = tuple(value) if isinstance(value, list | tuple) else value
+        for limit in limits if isinstance(limits, tuple) and limits else (limits,):
+            if limits is not None and (type(limit) is not int or limit < 1):
+                raise ValueError("a whole number of at least 1, a list of such numbers with one per stage, or null")
+        return limits
 
 
 def parse_config(block: Mapping[str, Any] | bool | None) -> AdaptraConfig:
@@ -198,10 +218,11 @@ def _sentence(item: Any) -> str:
         return f"{key}: unknown key (value {item['input']!r}); allowed here: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{key}: missing; it has no default"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if item["type"] == "value_error":
-        return f"{key}: {message}"
+    if item["type"] == "model_type":
+        message = f"it must be an object with some of the keys {', '.join(_model_at(loc).model_fields)}"
+    else:
+        message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        message = message[:1].lower() + message[1:]
     return f"{key}: {item['input']!r} is not allowed: {message}"
 
 

@@ -44,7 +44,7 @@ def test_three_mistakes_are_three_lines():
     [
         ({"schedule": "fastest"}, "adaptra.schedule", "'slack-adaptive'"),
         ({"detector": {"windw": 3}}, "adaptra.detector.windw", "window"),
-        ({"max_activations": 0}, "adaptra", "max_activations 0 is below 1"),
+        ({"max_activations": 0}, "adaptra.max_activations", "0 is not allowed: a whole number of at least 1"),
         ({"transport": {"deadline_s": -1}}, "adaptra.transport.deadline_s", "greater than 0"),
         ({"report": {"wandb": "maybe"}}, "adaptra.report.wandb", "'auto', 'on' or 'off'"),
     ],
@@ -53,6 +53,67 @@ def test_a_mistake_names_key_value_and_what_is_allowed(block, key, says):
     with pytest.raises(ConfigError) as caught:
         parse_config(block)
     assert key in str(caught.value) and says in str(caught.value)
+
+
+LIMIT = "a whole number of at least 1, a list of such numbers with one per stage, or null"
+
+
+@pytest.mark.parametrize(
+    ("block", "key", "value", "allowed"),
+    [
+        ({"enabled": "no"}, "enabled", "'no'", "boolean"),
+        ({"split_backward": "off"}, "split_backward", "'off'", "boolean"),
+        ({"transport": {"ring_mib": True}}, "transport.ring_mib", "True", "integer"),
+        ({"transport": {"ring_mib": 64.0}}, "transport.ring_mib", "64.0", "integer"),
+        ({"refine_s": True}, "refine_s", "True", "number"),
+        ({"refine_s": float("nan")}, "refine_s", "nan", "finite"),
+        ({"detector": {"min_delay_ms": float("inf")}}, "detector.min_delay_ms", "inf", "finite"),
+        ({"detector": {"window": 8, "min_history": 9}}, "detector.min_history", "9", "at most window (8)"),
+        ({"detector": {"min_history": 17}}, "detector.min_history", "17", "at most window (16)"),
+        ({"max_activations": []}, "max_activations", "[]", LIMIT),
+        ({"max_activations": "x"}, "max_activations", "'x'", LIMIT),
+        ({"max_activations": True}, "max_activations", "True", LIMIT),
+        ({"max_activations": [4, 0, "x"]}, "max_activations", "[4, 0, 'x']", LIMIT),
+        ({"transport": 3}, "transport", "3", "an object with some of the keys rail,"),
+        ({"simulate": {"links": "x"}}, "simulate.links", "'x'", "a list"),
+    ],
+)
+def test_types_are_strict_and_each_mistake_is_one_line(block, key, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(block)
+    head, line = str(caught.value).splitlines()
+    assert head.startswith("1 mistake ")
+    assert line.startswith(f"  - adaptra.{key}: {value} is not allowed: ") and allowed in line
+
+
+def test_a_rule_for_two_keys_is_reported_beside_other_mistakes():
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {
+                "max_activations": 0,
+                "refine_s": -1,
+                "detector": {"min_history": 20, "confirm": 0},
+                "simulate": {"links": [{"src": 1, "dst": 1, "latency_ms": 1, "from_iteration": 5, "to_iteration": 5}]},
+            }
+        )
+    keys = [line.split(":")[0].removeprefix("  - adaptra.") for line in str(caught.value).splitlines()[1:]]
+    assert keys == [
+        "max_activations",
+        "refine_s",
+        "detector.min_history",
+        "detector.confirm",
+        "simulate.links.0.dst",
+        "simulate.links.0.to_iteration",
+    ]
+
+
+def test_whole_numbers_stand_for_fractions_and_lists_for_tuples():
+    link = {"src": 0, "dst": 1, "latency_ms": 5}
+    config = parse_config({"refine_s": 0, "max_activations": [4, 3], "simulate": {"links": [link]}})
+    assert config.refine_s == 0.0 and config.max_activations == (4, 3)
+    assert config.simulate.links[0].latency_ms == 5.0
+    assert parse_config({"max_activations": (4, 3)}).max_activations == (4, 3)
+    assert parse_config({"detector": {"window": 8, "min_history": 8}}).detector.min_history == 8
 
 
 def test_a_block_that_is_no_object():
