@@ -8,6 +8,7 @@ session's channels.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -28,6 +29,8 @@ from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 from adaptra_plugin.transport import Direction
+
+logger = logging.getLogger("adaptra")
 
 VERSIONS = ">=0.16,<0.20"
 """DeepSpeed versions whose pipeline engine has the seams used here."""
@@ -104,6 +107,7 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     _session: Session | None = None
     _running: Iteration | None = None
+    _warned = False  # of a schedule that is not known
     grad_layer: Any
     loss: Any
 
@@ -173,9 +177,14 @@ class AdaptraPipelineEngine(PipelineEngine):
         session = self.adaptra
         kind = type(pipe_schedule)
         if session is None or kind not in (stock.TrainSchedule, stock.InferenceSchedule):
+            if session is not None and not self._warned:
+                self._warned = True
+                logger.warning("%s is no schedule that Adaptra knows: it runs as DeepSpeed runs it", kind.__name__)
             self._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
-            super()._exec_schedule(pipe_schedule)
-            del self._INSTRUCTION_MAP
+            try:
+                super()._exec_schedule(pipe_schedule)
+            finally:
+                del self._INSTRUCTION_MAP
             return
         microbatches = pipe_schedule.micro_batches
         training = kind is stock.TrainSchedule
@@ -231,7 +240,7 @@ class AdaptraPipelineEngine(PipelineEngine):
         with iteration.compute(Kind.W, microbatch):
             # BF16_Optimizer adds low-precision gradients to its fp32 copies after each backward of the engine; W is
             # one more. With immediate_grad_update hooks on the parameters do it.
-            manual = self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update
+            manual = self.using_bf16_optimizer and not support.immediate_grad_update(self._config)
             if manual:
                 self.optimizer.clear_lp_grads()
             before = getattr(self, "_running_engine_backward", False)
@@ -251,6 +260,9 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     def _adaptra_receive_activations(self, buffer_id: int, microbatch: int) -> None:
         tensors, is_tuple = self._receive(Direction.ACTIVATION, microbatch)
+        if is_tuple and (self.has_attention_mask or self.has_bool_tensors):
+            assert self._running is not None
+            tensors = support.with_bool_mask(tensors, self._running.training)
         for tensor in tensors:
             tensor.requires_grad_(tensor.is_floating_point())
         self.pipe_buffers["inputs"][buffer_id] = tensors if is_tuple else tensors[0]

@@ -22,8 +22,14 @@ def _on(config: Mapping[str, Any], *path: str) -> bool:
     return bool(value)
 
 
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A block of the configuration; empty if it is absent or has a form that DeepSpeed has to judge."""
+    value = config.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
 def _optimizer(config: Mapping[str, Any]) -> str:
-    return str((config.get("optimizer") or {}).get("type", "")).lower()
+    return str(_section(config, "optimizer").get("type", "")).lower()
 
 
 def _fp16(config: Mapping[str, Any]) -> bool:
@@ -31,14 +37,28 @@ def _fp16(config: Mapping[str, Any]) -> bool:
 
 
 def _zero_stage(config: Mapping[str, Any]) -> int:
-    return int((config.get("zero_optimization") or {}).get("stage", 0) or 0)
+    stage = _section(config, "zero_optimization").get("stage", 0)
+    return stage if isinstance(stage, int) else 0
 
+
+def _offloads(config: Mapping[str, Any]) -> bool:
+    zero = _section(config, "zero_optimization")
+    device = _section(zero, "offload_optimizer").get("device", "none")
+    # DeepSpeed has an enumeration of the devices, too; `cpu_offload` is the old spelling
+    return str(getattr(device, "value", device)).lower() != "none" or bool(
+        zero.get("cpu_offload") or zero.get("zenflow")
+    )
+
+
+ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
+ONE_BIT_REASON = "1-bit optimizers compress gradients inside their own step and replace the engine's gradient reduction"
+ONE_BIT_REMEDY = 'use "Adam", "AdamW" or "Lamb"'
 
 REFUSED: tuple[Check, ...] = (
     (
-        lambda c: _optimizer(c) in ("onebitadam", "zerooneadam", "onebitlamb"),
-        "1-bit optimizers compress gradients inside their own step and replace the engine's gradient reduction",
-        'use "Adam", "AdamW" or "Lamb"',
+        lambda c: _optimizer(c) in ONE_BIT,
+        ONE_BIT_REASON,
+        ONE_BIT_REMEDY,
     ),
     (
         lambda c: (
@@ -60,10 +80,7 @@ REFUSED: tuple[Check, ...] = (
         'set "zero_optimization": {"stage": 1}',
     ),
     (
-        lambda c: (
-            bool((c.get("zero_optimization") or {}).get("offload_optimizer"))
-            or bool((c.get("zero_optimization") or {}).get("zenflow"))
-        ),
+        _offloads,
         "offloaded or asynchronous optimizer states copy gradients on hooks that assume an unsplit backward",
         'remove "offload_optimizer" and "zenflow" from "zero_optimization"',
     ),
@@ -112,7 +129,7 @@ def check_engine(engine: Any) -> None:
     """Refuses an engine whose features show only once it is built.
 
     Raises:
-        UnsupportedError: tensor parallelism, partitioned pipeline buffers, or a compiled module.
+        UnsupportedError: tensor parallelism, a compiled module, or an optimizer object of a 1-bit class.
     """
     found = []
     if engine.is_model_parallel:
@@ -124,10 +141,38 @@ def check_engine(engine: Any) -> None:
         )
     if getattr(engine, "is_compiled", False):
         found.append(("the module is compiled", "do not call engine.compile()"))
+    optimizers = [getattr(engine, name, None) for name in ("client_optimizer", "basic_optimizer")]
+    # by name: importing the classes would need their compression backends
+    bases = {base.__name__.lower() for optimizer in optimizers for base in type(optimizer).__mro__}
+    if bases & set(ONE_BIT):
+        found.append((ONE_BIT_REASON, ONE_BIT_REMEDY))
     _refuse(found)
+
+
+def immediate_grad_update(config: Any) -> bool:
+    """Whether BF16_Optimizer takes over gradients in hooks on the parameters (`bf16.immediate_grad_update`).
+
+    Older versions of DeepSpeed (0.16, 0.17) keep the switch beside the bf16 section of their configuration object, later ones in it.
+    """
+    flat = getattr(config, "bfloat16_immediate_grad_update", None)
+    return bool(config.bfloat16_config.immediate_grad_update if flat is None else flat)
 
 
 def _refuse(found: list[tuple[str, str]]) -> None:
     if found:
         lines = "\n".join(f"  - {reason}: {remedy}" for reason, remedy in found)
         raise UnsupportedError(f'Adaptra cannot run this job (or set "adaptra": {{"enabled": false}}):\n{lines}')
+
+
+def with_bool_mask(received: tuple[Any, ...], training: bool) -> tuple[Any, ...]:
+    """What a stage receives with `has_attention_mask` or `has_bool_tensors`: DeepSpeed turns the last tensor into bool.
+
+    Raises:
+        UnsupportedError: in training, the last tensor is of a floating-point type. DeepSpeed sends no gradient for it, but
+            the stage before waits for one.
+    """
+    *others, mask = received
+    if training and mask.is_floating_point():
+        reason = f"the attention mask that the stage before returns is {mask.dtype}, and nobody sends a gradient for it"
+        _refuse([(reason, "return it as bool, or call engine.set_has_attention_mask(False)")])
+    return (*others, mask.bool())
