@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from adaptra_plugin.errors import AdaptraError
+from adaptra_plugin.launch import PROGRESS
 from adaptra_plugin.launch.demo_report import Summary, picture, summarise, table
 from adaptra_plugin.launch.ports import free_port
 
-PROGRESS = "adaptra-progress"
 STAGES = 4
 RUN_DEADLINE_S = 600.0
 

@@ -17,12 +17,12 @@ import deepspeed
 import torch
 
 from adaptra_plugin.config import parse_config
+from adaptra_plugin.launch import PROGRESS
 from adaptra_plugin.launch.corpus import Windows, read_corpus
 from adaptra_plugin.launch.model import GptSize, build_pipeline
 from adaptra_plugin.launch.stock import StockSimulation
 
 SEED = 1234
-PROGRESS = "adaptra-progress"
 
 
 def parse_arguments() -> argparse.Namespace:

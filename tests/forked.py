@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from adaptra_plugin.launch.ports import free_port
 
 
 @dataclass
@@ -22,12 +23,6 @@ class Outcome:
     error: str | None = None
     exitcode: int | None = None
     seconds: float = 0.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def import_deepspeed() -> None:

@@ -1,0 +1,75 @@
+"""The parts of the demo that need no training."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adaptra_plugin.config import SimulateConfig
+from adaptra_plugin.launch.corpus import Windows, read_corpus
+from adaptra_plugin.launch.demo_report import measured
+from tests.forked import import_deepspeed
+
+import_deepspeed()
+
+
+def test_windows_are_text_and_its_next_bytes_and_the_same_for_a_seed():
+    corpus = read_corpus(200_000)
+    inputs, labels = next(Windows(corpus, 3, 16, seed=1))
+    assert inputs.shape == labels.shape == (3, 16) and inputs.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], labels[:, :-1])
+    assert bytes(inputs[0].tolist()) in bytes(corpus.tolist())
+    again = next(Windows(corpus, 3, 16, seed=1))
+    assert torch.equal(inputs, again[0]) and not torch.equal(inputs, next(Windows(corpus, 3, 16, seed=2))[0])
+
+
+def test_windows_leave_torchs_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    next(Windows(read_corpus(200_000), 2, 8, seed=1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_stock_transfer_over_a_slow_link_blocks_the_sender(monkeypatch: pytest.MonkeyPatch):
+    from deepspeed.runtime.pipe import p2p
+
+    from adaptra_plugin.launch.stock import StockSimulation
+
+    sent: list[tuple[object, int]] = []
+    monkeypatch.setattr(p2p, "send", lambda tensor, stage, async_op: sent.append((tensor, stage)))
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    config = SimulateConfig.model_validate({"links": [{"src": 1, "dst": 2, "latency_ms": 40, "from_iteration": 3}]})
+    simulation = StockSimulation(SimpleNamespace(stage_id=1, _INSTRUCTION_MAP={}), config)
+    for iteration, stage in ((2, 2), (3, 2), (3, 0)):
+        simulation.set_iteration(iteration)
+        p2p.send("x", stage)
+    assert slept == [0.04], "only over the slow link, and only from the iteration on"
+    assert sent == [("x", 2), ("x", 2), ("x", 0)]
+
+
+def record(stage: int, started: float, spans: list[tuple[str, float, float]]) -> dict[str, object]:
+    delays = {f"{stage - 1}-{stage}": 5.0} if stage else {}
+    return {
+        "type": "iteration",
+        "iteration": 4,
+        "stage": stage,
+        "started_unix_ms": started,
+        "spans": spans,
+        "link_delay_ms": delays,
+    }
+
+
+def test_measured_timelines_share_one_clock():
+    first = record(0, 1000.0, [("0F0", 1.0, 3.0), ("0F1", 2.9999, 5.0)])
+    second = record(1, 1002.0, [("1F0", 6.0, 8.0)])
+    timeline = measured([[first], [second]], 4)
+    spans = {str(span.action): (span.start_ms, span.end_ms) for span in timeline.spans}
+    assert spans["0F0"] == (0.0, 2.0) and spans["1F0"] == (7.0, 9.0)
+    assert spans["0F1"][0] == spans["0F0"][1], "rounding makes no overlap"
+    (moved, _) = timeline.transfers
+    assert (moved.src, moved.dst, moved.ready_ms, moved.end_ms) == (0, 1, 2.0, 7.0)
