@@ -9,6 +9,7 @@ ahead of time.
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from adaptra_plugin.schedule.tables import Ints, Tables
 
 SETTLE_WORK = 2.0
 """Deterministic work, about as many seconds, that goes into finding the one schedule among equally short ones."""
+LEAST_S = 0.05
+"""The solver gets this long even if building the model has used the time up."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +185,50 @@ class Model:
         return Listener()
 
     def _rows(self, value: Callable[[Any], int]) -> Ints:
-        """Actions of each rank in order of their starts; of equal starts (actions that take no time) by kind, which
-        keeps F before I before W."""
+        """Actions of each rank in order of their starts. Actions that take no time may share an instant: they come in an
+        order that respects what they wait for, and W first, which gives memory back."""
         n = self.tables.microbatches
-        per_rank = len(self.tables.stage_rank) // len(self.tables.cap)
-        times = np.array([value(v) for v in self.start.ravel()], np.int64)
-        number = np.arange(len(times), dtype=np.int64)
-        kind, rank = number // n % 3, np.repeat(self.tables.stage_rank, 3 * n)
-        cost = np.repeat(self.duration[:, :3].ravel(), n)
-        order = np.lexsort((number % n, kind, times + cost, times, rank))
-        return number[order].reshape(len(self.tables.cap), 3 * n * per_rank)
+        ranks = self.tables.stage_rank.tolist()
+        times = [value(v) for v in self.start.ravel()]
+        cost = np.repeat(self.duration[:, :3].ravel(), n).tolist()
+        followers, waits = _successors(self.tables)
+        # an action that still waits only does so for others of the same instant, which leave the heap before later ones
+        heap = [(times[k], times[k] + cost[k], -(k // n % 3), k % n, k) for k, count in enumerate(waits) if count == 0]
+        heapq.heapify(heap)
+        rows: list[list[int]] = [[] for _ in self.tables.cap]
+        while heap:
+            *_, number = heapq.heappop(heap)
+            rows[ranks[number // (3 * n)]].append(number)
+            for k in followers[number]:
+                waits[k] -= 1
+                if waits[k] == 0:
+                    heapq.heappush(heap, (times[k], times[k] + cost[k], -(k // n % 3), k % n, k))
+        return np.array(rows, np.int64)
+
+
+def _successors(tables: Tables) -> tuple[list[list[int]], list[int]]:
+    """Which action numbers wait for each, and for how many each waits: its input, the microbatch before, and, with one
+    stage a rank, the W that makes room for an F."""
+    n, stages = tables.microbatches, len(tables.stage_rank)
+    followers: list[list[int]] = [[] for _ in range(3 * n * stages)]
+    waits = [0] * len(followers)
+    number = np.arange(len(followers)).reshape(stages, 3, n)
+    pairs = [
+        (number[:, :, :-1], number[:, :, 1:]),  # in order
+        (number[:, 0], number[:, 1]),
+        (number[:, 1], number[:, 2]),
+        (number[:-1, 0], number[1:, 0]),
+        (number[1:, 1], number[:-1, 1]),
+    ]
+    if stages == len(tables.cap):
+        for stage, rank in enumerate(tables.stage_rank.tolist()):
+            cap = min(int(tables.cap[rank]), n)
+            pairs.append((number[stage, 2, : n - cap], number[stage, 0, cap:]))
+    for before, after in pairs:
+        for a, b in zip(before.ravel().tolist(), after.ravel().tolist(), strict=True):
+            followers[a].append(b)
+            waits[b] += 1
+    return followers, waits
 
 
 def starts(tables: Tables, rows: Ints) -> Ints:
@@ -223,7 +260,7 @@ def solve_exactly(
     model = Model(tables, makespan)
     if known.split_only:
         model.hint(known.rows)
-    solution = model.solve(seconds, seed, workers, improved)
+    solution = model.solve(max(until - time.monotonic(), LEAST_S), seed, workers, improved)
     left = until - time.monotonic()
     if workers > 1 and solution.optimal and solution.bound < makespan and left > 0:
         rows = model.settle(solution.bound, left, seed)

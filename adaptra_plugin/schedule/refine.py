@@ -24,6 +24,8 @@ from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.schedule import Schedule
 from adaptra_plugin.schedule.tables import tabulate
 
+MOST_S = 7 * 86400.0
+"""Longest refinement (s)."""
 GRACE_S = 30.0
 """How long a worker may take beyond its time limit (starting up, building the model) before it is ended."""
 
@@ -34,13 +36,14 @@ class Refinement:
     def __init__(self, profile: Profile, plan: Plan, *, seconds: float, seed: int = 0, workers: int = 2) -> None:
         """Starts the worker. Plans that are already optimal are done at once. Raises PlanError for a time limit
         that is not positive and for plans that do not fit the profile."""
-        if not seconds > 0:
-            raise PlanError(f"exact planning for {seconds} s: expected a time above zero")
+        if not 0 < seconds <= MOST_S:
+            raise PlanError(f"exact planning for {seconds} s: expected a time above zero and at most {MOST_S:.0f} s")
         self._tables = tabulate(profile, plan.schedule.stage_rank)
         self._first = self._best = plan
         self._began = time.perf_counter()
         self._lock = threading.Lock()
         self._error: str | None = None
+        self._cancelled = False
         self._process: subprocess.Popen[str] | None = None
         self._done = threading.Event()
         if plan.optimal:
@@ -53,14 +56,15 @@ class Refinement:
             [sys.executable, "-m", "adaptra_plugin.schedule.refine_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         )
         job = {
             "profile": profile.to_json(),
             "ranks": plan.ranks,
-            "seconds": seconds,
+            "parent": os.getpid(),
+            "until_unix": time.time() + seconds,  # starting the worker is part of its time
             "seed": seed,
             "workers": workers,
         }
@@ -94,6 +98,7 @@ class Refinement:
         """Ends the worker; the best plan so far stays. Does nothing when it has ended."""
         process = self._process
         if process is not None and process.poll() is None:
+            self._cancelled = True
             process.kill()
         if process is not None:
             process.wait()
@@ -107,7 +112,8 @@ class Refinement:
 
     def _listen(self, job: str) -> None:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None and process.stdin is not None
+        assert process.stdout is not None and process.stderr is not None
         finished = False
         try:
             process.stdin.write(job + "\n")
@@ -116,15 +122,17 @@ class Refinement:
                 message = json.loads(line)
                 finished = finished or bool(message.get("done"))
                 self._hear(message)
+            last = process.stderr.read()[-500:].strip()
             code = process.wait()
-            if not finished and code not in (0, -9):
-                self._error = self._error or f"the worker ended with exit code {code}"
-        except (OSError, ValueError) as error:  # the pipe of a worker that was ended
+            if not finished and not self._cancelled:
+                self._error = self._error or f"the worker ended with exit code {code} ({last or 'without a word'})"
+        except Exception as error:  # noqa: BLE001 - nobody may wait for a refinement whose listener has ended
             if process.poll() is None:
                 process.kill()
-                self._error = str(error)
+            if not self._cancelled:  # the pipes of a worker that was ended break
+                self._error = f"{type(error).__name__}: {error}"
         finally:
-            for pipe in (process.stdin, process.stdout):
+            for pipe in (process.stdin, process.stdout, process.stderr):
                 try:
                     pipe.close()
                 except OSError:
@@ -138,6 +146,8 @@ class Refinement:
         with self._lock:
             old = self._best
             schedule = old.schedule if message["ranks"] is None else Schedule.from_text(message["ranks"])
+            if any(held > cap for held, cap in zip(schedule.peak_activations, self._tables.cap.tolist(), strict=True)):
+                schedule = old.schedule  # the bound still counts
             name = old.name
             new = assess(name, schedule, self._tables, bound_ms=message["bound_ms"], began=self._began)
             # an equally short schedule is no reason to change; the last one replaces those found on the way to it

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+if __name__ == "__main__":
+    os.nice(19)  # before the other imports: they are work too
+
+import json
 import sys
 import threading
+import time
 from typing import Any
 
 from adaptra_plugin.errors import AdaptraError
-from adaptra_plugin.schedule.exact import Solution, solve_exactly
+from adaptra_plugin.schedule.exact import LEAST_S, Solution, solve_exactly
 from adaptra_plugin.schedule.planner import makespan_ns
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.schedule import Schedule
@@ -36,9 +41,9 @@ def report(tables: Tables, solution: Solution, done: bool) -> None:
 
 def main() -> None:
     """Reads the job, solves, reports; the exit code is 0 unless the process is killed."""
-    os.nice(19)
     job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for watch in (_end_with_input, _end_with_parent):
+        threading.Thread(target=watch, args=(job["parent"],), daemon=True).start()
     try:
         known = Schedule.from_text(job["ranks"])
         tables = tabulate(Profile.from_json(job["profile"]), known.stage_rank)
@@ -46,7 +51,7 @@ def main() -> None:
             tables,
             known,
             makespan_ns(known, tables),
-            job["seconds"],
+            max(job["until_unix"] - time.time(), LEAST_S),
             seed=job["seed"],
             workers=job["workers"],
             improved=lambda better: report(tables, better, done=False),
@@ -56,8 +61,16 @@ def main() -> None:
         tell({"error": str(error), "done": True})
 
 
-def _end_with_parent() -> None:
+def _end_with_input(parent: int) -> None:
+    """The process that waits has closed its end of the pipe, or is gone."""
     sys.stdin.read()
+    os._exit(0)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A child that the parent has forked since holds the pipe open even when the parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os._exit(0)
 
 
