@@ -91,7 +91,7 @@ def replay(
         if kind != 2 and 0 <= to < stages:
             way = 0 if kind == 0 else 1
             q = queue[way, to]
-            if q >= 0 and transfer[way, to] > 0:
+            if q >= 0:  # a transfer that takes no time waits for its turn too
                 if queue_free[q] > now:
                     moved[n, 0] = queue_free[q]
                     cause[n, 1] = queue_last[q]
