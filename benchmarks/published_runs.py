@@ -2,9 +2,13 @@
 
     python -m benchmarks.published_runs
 
-Table 1: rows with a stage profile. Our plan against the published one; the published one is rebuilt from its warm-ups, its makespan
-is the authors' own. Table 2: the other rows. The delayed iteration predicted by a replay, plus the time outside the
-pipeline taken from the healthy run, against the measured one. Nothing is fitted.
+Table 1: rows with a stage profile. Our plan against the published one, twice: by the authors' own figure, and rebuilt.
+Of the published plans only the warm-ups and the makespan were published, not the full orders. They are therefore rebuilt
+by the list schedule of the paper (sec. 4.3) with the published warm-ups and no limits, the best over PATIENCE, and
+replayed by the simulator that our own plan is replayed by.
+
+Table 2: the other rows. The delayed iteration predicted by a replay, plus the time outside the pipeline taken from the
+healthy run, against the measured one. Nothing is fitted.
 
 "ZB" is replayed as ZB-H2: the measured healthy iterations (755 ms against 872 of 1F1B on 14B) save what a schedule without
 bubbles saves, more than ZB-H1 could, and with ZB-H1's slackness of one the delegated rows come out 25 % too slow.
@@ -26,12 +30,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from adaptra_plugin.schedule.listing import NEVER, list_schedule
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
+from adaptra_plugin.schedule.schedule import Schedule
 from adaptra_plugin.schedule.simulator import simulate
+from adaptra_plugin.schedule.tables import tabulate
 
 DATA = Path(__file__).parent / "data" / "published_runs.csv"
 MODELS = {"1F1B": ("1f1b", "blocking"), "ZB": ("zb-h2", "blocking"), "ZB-delegated": ("zb-h2", "delegated")}
+
+PATIENCE = (0, 25, 50, 100)
+"""How long the rebuilt plan may wait for an F or I before it runs a W instead, in percent of the W."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +89,50 @@ def runs() -> Iterator[Run]:
             )
 
 
-def plans() -> list[tuple[Run, float, int, float]]:
-    """Per row with a profile: the run, our makespan, our sum of warm-ups, and the lower bound."""
-    out = []
-    for run in runs():
-        if run.stages:
-            profile = run.profile(run.stages)
-            made = plan(profile)
-            out.append((run, simulate(made.schedule, profile).makespan_ms, sum(made.warmup), made.lower_bound_ms))
-    return out
+@dataclass(frozen=True)
+class Planned:
+    """One row of table 1: both plans' makespans by our simulator, our lower bound and our sum of warm-ups."""
+
+    run: Run
+    ours_ms: float
+    rebuilt_ms: float
+    bound_ms: float
+    warmups: int
+
+    @property
+    def good(self) -> bool:
+        """Whether ours is at most the authors' figure and at most the rebuilt plan, with no more warm-ups."""
+        shortest = min(self.run.planned_ms, self.rebuilt_ms)
+        return self.ours_ms <= shortest and self.warmups <= sum(self.run.planned_warmup)
+
+
+def rebuilt(run: Run) -> Schedule:
+    """The published plan as far as it is known: its warm-ups, completed by the list schedule."""
+    profile = run.profile(run.stages)
+    tables = tabulate(profile)
+    n, ranks = profile.microbatches, profile.ranks
+    warm = np.array(run.planned_warmup, np.int64)
+    rows = np.zeros((ranks, 3 * n), np.int64)
+    made = []
+    for patience in PATIENCE:
+        latency = tables.latency + tables.transfer
+        rest = (warm, np.full(ranks, n, np.int64), patience, 0, rows)
+        if list_schedule(tables.stage_rank, tables.duration, latency, n, *rest) < NEVER:
+            made.append(Schedule.from_rows(rows.copy(), n))
+    return min(made, key=lambda schedule: simulate(schedule, profile).makespan_ms)
+
+
+def planned() -> list[Run]:
+    """The rows with a profile and a published plan."""
+    return [run for run in runs() if run.stages]
+
+
+def compare(run: Run) -> Planned:
+    """Our plan for a row beside the published one, both replayed by our simulator."""
+    profile = run.profile(run.stages)
+    made = plan(profile)
+    ours, theirs = (simulate(schedule, profile).makespan_ms for schedule in (made.schedule, rebuilt(run)))
+    return Planned(run, ours, theirs, made.lower_bound_ms, sum(made.warmup))
 
 
 def predictions() -> list[tuple[Run, float]]:
@@ -111,13 +158,18 @@ def predictions() -> list[tuple[Run, float]]:
 
 def main() -> None:
     """Prints both tables and their summaries."""
-    print("Table 1: planned makespan (ms) and sum of warm-ups; bound: ours; published: the authors' plan")
-    print(f"{'run':36s} {'ours':>7s} {'published':>9s} {'bound':>7s}   {'warm-ups':>8s} {'published':>9s}")
-    rows = plans()
-    for run, ours, warm, bound in rows:
-        print(f"{run.name:36s} {ours:7.1f} {run.planned_ms:9.1f} {bound:7.1f}   {warm:8d} {sum(run.planned_warmup):9d}")
-    good = sum(o <= r.planned_ms and w <= sum(r.planned_warmup) for r, o, w, _ in rows)
-    print(f"at most the published makespan with at most its warm-ups: {good} of {len(rows)} rows\n")
+    print(
+        "Table 1: planned makespan (ms) and sum of warm-ups. Published: the authors' figure; rebuilt: a list schedule with"
+    )
+    print("their warm-ups (the full orders were not published), replayed like ours; bound: below which no plan can be")
+    head = ("ours", "published", "rebuilt", "bound")
+    print(f"{'run':36s} {head[0]:>7s} {head[1]:>9s} {head[2]:>7s} {head[3]:>7s}   {'warm-ups':>8s} {'published':>9s}")
+    rows = [compare(run) for run in planned()]
+    for row in rows:
+        times = f"{row.ours_ms:7.1f} {row.run.planned_ms:9.1f} {row.rebuilt_ms:7.1f} {row.bound_ms:7.1f}"
+        print(f"{row.run.name:36s} {times}   {row.warmups:8d} {sum(row.run.planned_warmup):9d}")
+    good = sum(row.good for row in rows)
+    print(f"at most the shorter published makespan with at most its warm-ups: {good} of {len(rows)} rows\n")
     print("Table 2: delayed iteration (ms), predicted and measured")
     errors: dict[str, list[float]] = {}
     for run, predicted in predictions():
