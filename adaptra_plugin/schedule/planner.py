@@ -95,7 +95,7 @@ def _offloaded(profile: Profile, name: str, current: Plan | None, seed: int, off
     tables = tabulate(without_limits(profile, offload_ms, using))
     bound = bound_of(tabulate(without_limits(profile, 0.0, paying))).ms  # of any plan, whatever it moves
     made = assess(name, made.schedule, tables, bound_ms=0.0)
-    low = min(bound, made.makespan_ms)
+    low = proven(bound, made.makespan_ms)
     return replace(
         made,
         lower_bound_ms=low,
@@ -106,9 +106,12 @@ def _offloaded(profile: Profile, name: str, current: Plan | None, seed: int, off
 
 
 def assess(name: str, schedule: Schedule, tables: Tables, *, bound_ms: float = 0.0, began: float | None = None) -> Plan:
-    """The plan that a schedule makes on the profile of the tables; ``bound_ms`` is a better lower bound, if known."""
+    """The plan that a schedule makes on the profile of the tables; ``bound_ms`` is a better lower bound, if known.
+
+    Raises PlanError for a schedule that is shorter than the lower bound, see ``proven``.
+    """
     makespan = makespan_ns(schedule, tables) / NS
-    bound = min(max(bound_of(tables).ms, bound_ms), makespan)
+    bound = proven(max(bound_of(tables).ms, bound_ms), makespan)
     return Plan(
         name,
         schedule,
@@ -120,6 +123,20 @@ def assess(name: str, schedule: Schedule, tables: Tables, *, bound_ms: float = 0
         schedule.warmup,
         schedule.peak_activations,
     )
+
+
+def proven(bound_ms: float, makespan_ms: float) -> float:
+    """The lower bound for a plan of this makespan, at most the makespan.
+
+    Only rounding (1 ns) is evened out. Raises PlanError for a bound above the makespan: taken as it is, or cut down to
+    the makespan, it would declare a plan optimal that nobody has proven to be.
+    """
+    if round(bound_ms * NS) > round(makespan_ms * NS) + 1:
+        raise PlanError(
+            f"the lower bound of {bound_ms} ms is above the makespan of {makespan_ms} ms: the schedule breaks a limit "
+            "that the bound counts on, or the bound is wrong; plan within the limits, or report the profile"
+        )
+    return min(bound_ms, makespan_ms)
 
 
 def makespan_ns(schedule: Schedule, tables: Tables) -> int:

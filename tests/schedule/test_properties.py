@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adaptra_plugin.errors import PlanError
-from adaptra_plugin.schedule.bound import lower_bound
+from adaptra_plugin.schedule.bound import bound_ns, bound_of
 from adaptra_plugin.schedule.names import NAMES
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import makespan_ns, plan
@@ -54,7 +54,10 @@ def test_every_profile_gets_a_valid_plan_within_its_limits(profile):
     cap = tabulate(profile).cap
     assert all(peak <= limit for peak, limit in zip(made.peak_activations, cap, strict=True))
     assert made.peak_activations == simulate(made.schedule, profile).peak_activations
-    assert made.makespan_ms >= made.lower_bound_ms
+    tables = tabulate(profile)
+    bound, found = bound_ns(tables)[0], makespan_ns(made.schedule, tables)
+    assert bound <= found  # computed anew, in whole nanoseconds: the plan's own figures went through its checks
+    assert made.lower_bound_ms == bound / NS and made.optimal == (bound == found)
     assert made.makespan_ms == pytest.approx(simulate(made.schedule, profile).makespan_ms)
     assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
 
@@ -64,14 +67,15 @@ def test_every_profile_gets_a_valid_plan_within_its_limits(profile):
 def test_no_schedule_beats_the_lower_bound(profile, name):
     try:
         made = plan(profile, schedule=name)
-    except PlanError:
+    except PlanError as error:
+        assert "lower bound" not in str(error)
         return  # does not fit this profile, and said so
     tables = tabulate(profile, made.schedule.stage_rank)
-    if name != "zb-v":
-        assert makespan_ns(made.schedule, tables) / NS >= lower_bound(profile).ms
+    assert makespan_ns(made.schedule, tables) >= bound_ns(tables)[0]
     for model in ("delegated", "blocking"):
         for duplex in ("full", "half"):
             timeline = simulate(made.schedule, profile, model, duplex=duplex)
+            assert timeline.makespan_ms >= bound_of(tables).ms
             busy = sum(s.end_ms - s.start_ms for s in timeline.spans)
             total = timeline.ranks * timeline.makespan_ms
             assert busy + sum(timeline.idle_ms.values()) == pytest.approx(total, abs=1e-6)
