@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adaptra_plugin.errors import PlanError
 
+MOST_MS = 2.0**50 / 1e6
+"""Longest total of a profile. The planner adds up several such totals in nanoseconds, scales them by percentages of up
+to 300 and takes 2**62 for never: 2**50 ns, 13 days, is far below and far above any iteration."""
+
+MOST_ACTIONS = 10_000_000
+"""Most actions of a profile: tables of more would not fit into memory, and no pipeline comes near."""
+
 
 def _time(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise PlanError(f"{where} is {value!r}: expected a number of milliseconds")
-    if not math.isfinite(value) or value < 0 or value > 1e9:
+    if not 0 <= value <= 1e9:  # false for nan too
         raise PlanError(f"{where} is {value} ms: expected a finite time between 0 and 1e9 ms")
     return float(value)
 
@@ -31,8 +37,8 @@ class StageProfile:
     """One stage: milliseconds a microbatch, and how many activations it may hold (None: no limit).
 
     An activation counts from the start of its F to the end of its W. With several stages a rank, the limits of a
-    rank's stages add up, because they share its memory. Raises PlanError for times that are negative or not finite
-    and for limits below one.
+    rank's stages add up to the rank's limit, because they share its memory; either all stages of a rank have one or
+    none. Raises PlanError for times that are negative or not finite and for limits below one.
     """
 
     forward_ms: float
@@ -74,7 +80,9 @@ class LinkProfile:
 class Profile:
     """Microbatches, stages in pipeline order, links between ranks, stages a rank.
 
-    ``stages`` has ``ranks * virtual_stages`` entries. A link holds for both directions unless its reverse is listed
+    ``stages`` has ``ranks * virtual_stages`` entries; stage s lives on rank s modulo ranks, unless a schedule
+    places it elsewhere (zb-v). The ``max_activations`` of a rank's stages add up to the rank's limit: all of them have
+    one or none (checked where the placement is known, see tabulate). A link holds for both directions unless its reverse is listed
     too; links not listed cost nothing. Raises PlanError when the parts do not fit together.
     """
 
@@ -95,6 +103,7 @@ class Profile:
                 f"{len(self.stages)} stages cannot be spread over ranks that hold {self.virtual_stages} each: "
                 "stages lists every stage of the pipeline, so its length is a multiple of virtual_stages"
             )
+        self._check_size()
         seen: set[tuple[int, int]] = set()
         for link in self.links:
             if max(link.src, link.dst) >= self.ranks:
@@ -102,6 +111,23 @@ class Profile:
             if (link.src, link.dst) in seen:
                 raise PlanError(f"link {link.src} -> {link.dst} is listed twice")
             seen.add((link.src, link.dst))
+
+    def _check_size(self) -> None:
+        """Sums of times are kept in 64-bit nanoseconds; no makespan is longer than everything one after the other."""
+        actions = 3 * self.microbatches * len(self.stages)
+        if actions > MOST_ACTIONS:
+            raise PlanError(
+                f"{self.microbatches} microbatches on {len(self.stages)} stages are {actions} actions, "
+                f"at most {MOST_ACTIONS} can be planned: give fewer microbatches"
+            )
+        stages = sum(stage.total_ms for stage in self.stages)
+        links = 2 * sum(link.latency_ms + link.transfer_ms for link in self.links)  # there and back
+        total = self.microbatches * (stages + links * self.virtual_stages)
+        if total > MOST_MS:
+            raise PlanError(
+                f"all work and transfers of {self.microbatches} microbatches add up to {total:.3g} ms, at most "
+                f"{MOST_MS:.3g} ms can be planned: times are milliseconds, for one microbatch"
+            )
 
     @property
     def ranks(self) -> int:

@@ -48,7 +48,8 @@ class Tables:
 def tabulate(profile: Profile, stage_rank: Sequence[int] | None = None) -> Tables:
     """Tables of a profile; ``stage_rank`` places the stages (default: stage s on rank s modulo ranks).
 
-    Raises PlanError when the placement does not fit the profile.
+    Raises PlanError when the placement does not fit the profile, and when only some stages of a rank have a limit: the
+    limits of a rank's stages add up, and a limit plus none would be none, so that what was asked for would be lost.
     """
     stages, ranks = len(profile.stages), profile.ranks
     places = np.array([s % ranks for s in range(stages)] if stage_rank is None else stage_rank, np.int64)
@@ -57,6 +58,7 @@ def tabulate(profile: Profile, stage_rank: Sequence[int] | None = None) -> Table
             f"the schedule has {len(places)} stages on {len(set(places.tolist()))} ranks, "
             f"the profile {stages} stages on {ranks} ranks"
         )
+    _check_limits(profile, places)
     duration = np.zeros((stages, 4), np.int64)
     latency, transfer = np.zeros((2, stages), np.int64), np.zeros((2, stages), np.int64)
     link = np.full((2, stages), -1, np.int64)
@@ -64,13 +66,27 @@ def tabulate(profile: Profile, stage_rank: Sequence[int] | None = None) -> Table
     for s, stage in enumerate(profile.stages):
         parts = [nanoseconds(t) for t in (stage.forward_ms, stage.backward_input_ms, stage.backward_weight_ms)]
         duration[s] = [*parts, parts[1] + parts[2]]
-        cap[places[s]] += UNLIMITED if stage.max_activations is None else stage.max_activations
+        cap[places[s]] += UNLIMITED if stage.max_activations is None else min(stage.max_activations, UNLIMITED)
         for way, source in ((0, s - 1), (1, s + 1)):
             if 0 <= source < stages and places[source] != places[s]:
                 cost = profile.link(int(places[source]), int(places[s]))
                 latency[way, s], transfer[way, s] = nanoseconds(cost.latency_ms), nanoseconds(cost.transfer_ms)
                 link[way, s] = places[source] * ranks + places[s]
     return Tables(profile.microbatches, places, duration, latency, transfer, link, np.minimum(cap, UNLIMITED))
+
+
+def _check_limits(profile: Profile, places: Ints) -> None:
+    limits = [stage.max_activations for stage in profile.stages]
+    for rank in range(profile.ranks):
+        mine = np.flatnonzero(places == rank).tolist()
+        without = [s for s in mine if limits[s] is None]
+        if without and len(without) < len(mine):
+            limited = ", ".join(f"stage {s} allows {limits[s]}" for s in mine if limits[s] is not None)
+            raise PlanError(
+                f"rank {rank} mixes stages with and without max_activations: {limited}, "
+                f"stage {', '.join(map(str, without))} has no limit; the limits of a rank's stages add up, "
+                "so give all of them one or none"
+            )
 
 
 def per_microbatch(tables: Tables, durations: Mapping[Action, float] | None) -> Ints:

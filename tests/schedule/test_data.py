@@ -7,8 +7,11 @@ import pytest
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.actions import Action, Kind
 from adaptra_plugin.schedule.catalogue.zb_h1 import zb_h1
+from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 from adaptra_plugin.schedule.schedule import Schedule
+from adaptra_plugin.schedule.simulator import simulate
+from adaptra_plugin.schedule.tables import tabulate
 from tests.schedule.helpers import even
 
 
@@ -65,11 +68,44 @@ STAGE = {"forward_ms": 1, "backward_input_ms": 1, "backward_weight_ms": 1}
         ({"microbatches": 4, "stages": [STAGE] * 2, "links": [{"src": 0, "dst": 2, "latency_ms": 1}]}, "beyond"),
         ({"microbatches": 4, "stages": [STAGE] * 2, "links": [{"src": 0, "dst": 0, "latency_ms": 1}]}, "leads to"),
         ({"microbatches": 4, "stages": [STAGE] * 2, "links": [{"src": 0, "dst": 1, "latency_ms": 1}] * 2}, "twice"),
+        ({"microbatches": 10**400, "stages": [STAGE]}, "at most 10000000 can be planned"),
+        ({"microbatches": 4, "stages": [STAGE | {"forward_ms": 10**400}]}, "forward_ms is 1000"),
+        ({"microbatches": 64, "stages": [STAGE | {"forward_ms": 1e8}]}, r"64 microbatches add up to 6.4e\+09 ms"),
+        (
+            {"microbatches": 9, "stages": [STAGE] * 2, "links": [{"src": 0, "dst": 1, "latency_ms": 1e8}]},
+            r"add up to 1.8e\+09 ms, at most 1.13e\+09 ms",
+        ),
     ],
 )
 def test_wrong_profiles_are_refused_with_the_place(data, message):
     with pytest.raises(PlanError, match=message):
         Profile.from_json(data)
+
+
+def test_the_longest_times_that_are_accepted_can_be_planned():
+    profile = even(4, 8, (8e6, 8e6, 8e6), links=[(1, 2, 1e7), (2, 3, 0.0, 1e7)], cap=3)
+    made = plan(profile)
+    assert made.lower_bound_ms <= made.makespan_ms == simulate(made.schedule, profile).makespan_ms
+
+
+def test_the_limits_of_a_rank_add_up_and_are_never_dropped():
+    kept = [StageProfile(1, 1, 1, cap) for cap in (3, 2, 4, 3)]
+    assert tabulate(Profile(8, tuple(kept), (), 2)).cap.tolist() == [7, 5]
+    mixed = Profile(8, (*kept[:3], StageProfile(1, 1, 1)), (), 2)
+    message = "rank 1 mixes .*: stage 1 allows 2, stage 3 has no limit; .* give all of them one or none"
+    with pytest.raises(PlanError, match=message):
+        plan(mixed)
+    huge = Profile(8, (StageProfile(1, 1, 1, 10**30),) * 4, (), 2)
+    assert plan(huge).schedule == plan(even(4, 8, virtual=2)).schedule
+
+
+def test_which_stages_share_a_limit_is_a_matter_of_placement():
+    """In zb-v rank 0 holds the first and the last stage, in the default placement the first and the third."""
+    stages = [StageProfile(1, 1, 1, cap) for cap in (9, None, None, 9)]
+    profile = Profile(4, tuple(stages), (), 2)
+    assert plan(profile, schedule="zb-v").peak_activations[0] <= 18
+    with pytest.raises(PlanError, match="rank 0 mixes"):
+        plan(profile)
 
 
 def test_csv_round_trip():

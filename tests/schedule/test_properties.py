@@ -30,9 +30,10 @@ def profiles(draw, most_stages=6, most_microbatches=12, virtual=MOSTLY_ONE, tran
     """Any profile: times of zero, limits from one on, links between any neighbours, some in one direction only."""
     per_rank = draw(virtual)
     ranks = draw(st.integers(1, max(1, most_stages // per_rank)))
+    limited = draw(st.sets(st.integers(0, ranks - 1)))  # all stages of a rank have a limit, or none
     stages = tuple(
-        StageProfile(draw(times), draw(times), draw(times), draw(st.one_of(st.none(), st.integers(1, 8))))
-        for _ in range(ranks * per_rank)
+        StageProfile(draw(times), draw(times), draw(times), draw(st.integers(1, 8)) if s % ranks in limited else None)
+        for s in range(ranks * per_rank)
     )
     pairs = [(a, b) for a in range(ranks) for b in range(ranks) if a != b]
     chosen = draw(st.lists(st.sampled_from(pairs), max_size=3, unique=True)) if pairs else []
