@@ -46,9 +46,9 @@ class Action:
     @classmethod
     def parse(cls, text: str) -> Action:
         """Reads ``2F0``. Raises PlanError for anything else."""
-        found = _PATTERN.match(text)
+        found = _PATTERN.match(text) if len(text) <= 64 else None  # beyond: no number of a stage, whatever it says
         if not found:
-            raise PlanError(f"{text!r} is not an action: expected <stage><F|I|W|B><microbatch>, for example 2F0")
+            raise PlanError(f"{text[:64]!r} is not an action: expected <stage><F|I|W|B><microbatch>, for example 2F0")
         return intern(int(found[1]), CODE[Kind(found[2])], int(found[3]))
 
 

@@ -27,6 +27,9 @@ TINY = 0.01
 """A latency below this share of a stage's time for one microbatch is not planned for: it is within the noise of its
 own measurement, and slack for it would cost memory (one more warm-up a stage) to save less than it can be known."""
 
+MOST_SEED = 2**31 - 1
+"""Largest seed: what both the search kernels and CP-SAT take."""
+
 
 @dataclass(frozen=True)
 class Stock:
@@ -62,10 +65,12 @@ def plan(
     With ``offload_ms``, what exceeds a limit may go to host memory at that price (see offload): the plan then says in
     ``offloaded`` how much, and its makespan includes the price.
 
-    Raises PlanError for unknown names, for limits that the schedule cannot keep (which stage needs how many),
-    and for schedules that do not fit the number of stages a rank.
+    Raises PlanError for unknown names, for seeds that are not from 0 to MOST_SEED, for limits that the schedule cannot
+    keep (which stage needs how many), and for schedules that do not fit the number of stages a rank.
     """
     began = time.perf_counter()
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
+        raise PlanError(f"seed is {seed!r}: expected a whole number from 0 to {MOST_SEED}")
     if schedule in BUILDERS:
         found = _stock(profile, schedule)
         tables = tabulate(profile, v_placement(profile.ranks) if schedule == "zb-v" else None)

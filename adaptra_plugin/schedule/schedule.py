@@ -144,6 +144,9 @@ class Schedule:
         offsets = np.zeros(len(self.ranks) + 1, np.int64)
         offsets[1:] = np.cumsum([len(actions) for actions in self.ranks])
         rows = [(a.stage, CODE[a.kind], a.microbatch) for actions in self.ranks for a in actions]
+        # tables have an entry a stage: one mistyped number must not decide how large they are
+        if any(stage >= len(rows) or microbatch >= len(rows) for stage, _, microbatch in rows):
+            self._check_numbers(len(rows))
         return offsets, np.array(rows, np.int64).reshape(-1, 3)
 
     def grid(self, mark: dict[int, int] | None = None, most: int = 40) -> str:
@@ -163,6 +166,17 @@ class Schedule:
     def _fail(self, rank: int, step: int, rule: str) -> None:
         action = self.ranks[rank][step] if step < len(self.ranks[rank]) else "end"
         raise PlanError(f"rank {rank}, step {step} ({action}): {rule}\n{self.grid({rank: step})}")
+
+    def _check_numbers(self, count: int) -> None:
+        for rank, actions in enumerate(self.ranks):
+            for step, action in enumerate(actions):
+                for name, number in (("stage", action.stage), ("microbatch", action.microbatch)):
+                    if number >= count:
+                        self._fail(
+                            rank,
+                            step,
+                            f"{name} {number} in a schedule of {count} actions: each needs actions of its own",
+                        )
 
     def _check_places(self) -> None:
         if not any(self.ranks):

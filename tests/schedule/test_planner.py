@@ -59,6 +59,18 @@ def test_wrong_plans_are_refused(data, message):
         Plan.from_json(data)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31, 1.0, True])
+@pytest.mark.parametrize("schedule", ["zb-h1", "slack-adaptive"])
+def test_seeds_out_of_range_are_refused(seed, schedule):
+    with pytest.raises(PlanError, match=f"seed is {seed!r}: expected a whole number from 0 to 2147483647"):
+        plan(even(2, 4), schedule=schedule, seed=seed)
+
+
+def test_the_largest_seed_is_taken():
+    profile = even(4, 8, (9, 10, 6), links=[(1, 2, 40.0)], cap=3)
+    assert plan(profile, seed=2**31 - 1).makespan_ms >= plan(profile).lower_bound_ms
+
+
 def test_offload_is_used_where_it_pays_and_only_there():
     profile = even(4, 12, (9, 10, 6), links=[(1, 2, 40.0)], cap=3)
     kept, free = plan(profile), plan(profile, offload_ms=0.0)
