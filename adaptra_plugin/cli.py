@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptra_plugin.errors import AdaptraError, PlanError
+from adaptra_plugin.errors import AdaptraError, PlanError, UnsupportedError
 
 if TYPE_CHECKING:
     from adaptra_plugin.schedule.plan import Plan
     from adaptra_plugin.schedule.profile import Profile
     from adaptra_plugin.schedule.timeline import Timeline
 
+MOST_EXACT_S = 86400.0
+"""Longest exact planning (s): nobody waits longer for one command."""
 Subparsers = Any  # argparse does not name the type
 SLOW_SHARE = 0.05
 """Links whose latency exceeds this share of a stage's time for one microbatch are marked in pictures."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for input that is wrong (the message is on stderr)."""
+    """Runs the command line; returns the exit code: 0, or 2 for input that is wrong (the message is on stderr) and for
+    output that nobody reads to its end."""
     parser = argparse.ArgumentParser(prog="adaptra", description="Slack-adaptive pipeline schedules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
     options = parser.parse_args(argv)
     try:
-        return int(options.run(options) or 0)
+        code = int(options.run(options) or 0)
+        sys.stdout.flush()  # here, so that a reader that has gone is noticed while it can be handled
+        return code
+    except BrokenPipeError:
+        # whoever read the output has what it wanted; what is left in the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except AdaptraError as error:
         print(f"adaptra {options.command}: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"adaptra {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"adaptra {options.command}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
     return 2
 
 
@@ -77,24 +87,62 @@ def run_plan(options: argparse.Namespace) -> int:
     from adaptra_plugin.schedule.profile import Profile
     from adaptra_plugin.schedule.refine import refine
 
-    if options.out == "-" and options.csv == "-":
-        raise PlanError("the plan and its CSV cannot both go to stdout: give --out or --csv a file")
+    _check_plan_options(options)
     profile = Profile.from_json(_read(options.profile))
     found = plan(profile, schedule=options.schedule, seed=options.seed, offload_ms=options.offload)
     if options.exact is not None:
-        from adaptra_plugin.schedule.names import ADAPTIVE
-
-        if options.offload is not None:
-            raise PlanError("--exact keeps every limit: it cannot be combined with --offload")
-
-        if options.schedule not in ADAPTIVE:
-            raise PlanError(f"--exact searches for a schedule of its own: it refines {' or '.join(ADAPTIVE)} only")
         found = refine(profile, found, seconds=options.exact, seed=options.seed)
+    _pictures(options, lambda: _before_and_after(profile, found), profile)
     if options.csv:
         _write(options.csv, found.schedule.to_csv())
-    _pictures(options, lambda: _before_and_after(profile, found), profile)
     _write(options.out, json.dumps(found.to_json()) + "\n")
     return 0
+
+
+def _check_plan_options(options: argparse.Namespace) -> None:
+    """All that can be known to be wrong before the profile is read: planning may take minutes, and what a mistake
+    leaves behind must not be half of the files."""
+    from adaptra_plugin.schedule.names import ADAPTIVE
+
+    if options.out == "-" and options.csv == "-":
+        raise PlanError("the plan and its CSV cannot both go to stdout: give --out or --csv a file")
+    if options.exact is not None:
+        if not 0 < options.exact <= MOST_EXACT_S:  # false for nan too
+            raise PlanError(
+                f"--exact {options.exact:g}: expected seconds, a number above zero and at most {MOST_EXACT_S:.0f}"
+            )
+        if options.schedule not in ADAPTIVE:
+            raise PlanError(f"--exact searches for a schedule of its own: it refines {' or '.join(ADAPTIVE)} only")
+        if options.offload is not None:
+            raise PlanError("--exact keeps every limit: it cannot be combined with --offload")
+    if options.offload is not None:
+        if not (math.isfinite(options.offload) and options.offload >= 0):
+            raise PlanError(f"--offload {options.offload:g}: expected a finite time of at least 0 ms")
+        if options.schedule not in ADAPTIVE:
+            raise PlanError(f"--offload is weighed against limits by {' or '.join(ADAPTIVE)} only")
+    _check_outputs(options, "out", "csv", "plot", "trace")
+
+
+def _check_outputs(options: argparse.Namespace, *names: str) -> None:
+    """Whether every file can be written, and a picture drawn."""
+    for name in names:
+        path = getattr(options, name)
+        if path in (None, "-"):
+            continue
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise PlanError(f"--{name} {path}: there is no folder {folder}")
+        if Path(path).is_dir():
+            raise PlanError(f"--{name} {path} is a folder: expected a file")
+        if not os.access(path if Path(path).exists() else folder, os.W_OK):
+            raise PlanError(f"--{name} {path}: no permission to write there")
+    if options.plot:
+        if Path(options.plot).suffix.lower() not in (".png", ".svg"):
+            raise PlanError(f"--plot {options.plot}: expected a file that ends in .png or .svg")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise UnsupportedError("pictures need matplotlib: pip install 'adaptra-plugin[plots]'") from error
 
 
 def run_simulate(options: argparse.Namespace) -> int:
@@ -105,6 +153,7 @@ def run_simulate(options: argparse.Namespace) -> int:
 
     if options.plan == options.profile == "-":
         raise PlanError("the plan and the profile cannot both come from stdin")
+    _check_outputs(options, "plot", "trace")
     loaded = Plan.from_json(_read(options.plan))
     profile = Profile.from_json(_read(options.profile))
     timeline = simulate(loaded.schedule, profile, options.link_model, duplex=options.duplex)
@@ -134,8 +183,6 @@ def _pictures(options: argparse.Namespace, panels: Callable[[], list[tuple[str, 
     if options.plot:
         from adaptra_plugin.report.gantt import draw_gantt
 
-        if Path(options.plot).suffix.lower() not in (".png", ".svg"):
-            raise PlanError(f"--plot {options.plot}: expected a file that ends in .png or .svg")
         draw_gantt(panels(), options.plot, slow_links(profile))
     if options.trace:
         from adaptra_plugin.report.trace import write_trace
@@ -150,12 +197,17 @@ def slow_links(profile: Profile) -> list[tuple[int, int]]:
 
 
 def _read(path: str) -> object:
-    text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    name = "stdin" if path == "-" else path
     try:
-        return json.loads(text)
+        return json.loads(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        name = "stdin" if path == "-" else path
         raise PlanError(f"{name} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{name} is not UTF-8 text: byte {error.start}: {error.reason}") from None
+    except RecursionError:
+        raise PlanError(f"{name} is nested too deeply: neither a profile nor a plan is") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise PlanError(f"{name} cannot be read: {error}") from None
 
 
 def _write(path: str, text: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -86,12 +89,71 @@ def test_exact(profile, capsys):
         (["simulate", "-", "--profile", "-"], "both come from stdin"),
         (["simulate", "PROFILE", "--profile", "PROFILE"], "plan.ranks"),
         (["plan", "BROKEN"], "not JSON: line 1"),
+        (["plan", "LATIN"], "latin.json is not UTF-8 text: byte 1"),
+        (["plan", "DEEP"], "deep.json is nested too deeply"),
+        (["plan", "DIGITS"], "digits.json cannot be read"),
+        (["plan", "PROFILE", "--seed", "-1"], "seed is -1: expected a whole number from 0 to 2147483647"),
+        (["plan", "PROFILE", "--seed", "2147483648"], "seed is 2147483648"),
+        (["simulate", "FAR", "--profile", "PROFILE"], "stage 999999999999 in a schedule of 2 actions"),
+        (["simulate", "FARTHER", "--profile", "PROFILE"], "stage 99999999999999999999 in a schedule of 2 actions"),
+        (["simulate", "PROFILE", "--profile", "PROFILE", "--plot", "a.pdf"], ".png or .svg"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_code_2(arguments, message, profile, tmp_path, capsys):
-    (tmp_path / "broken.json").write_text("{")
-    places = {"PROFILE": profile, "BROKEN": str(tmp_path / "broken.json")}
+    contents = {
+        "BROKEN": b"{", "LATIN": b'"\xe9"', "DEEP": b"[" * 200_000, "DIGITS": b"9" * 5000,
+        "FAR": b'{"ranks": [["999999999999F0", "0B0"]]}', "FARTHER": b'{"ranks": [["99999999999999999999F0", "0B0"]]}',
+    }  # fmt: skip
+    places = {"PROFILE": profile}
+    for name, content in contents.items():
+        places[name] = str(tmp_path / f"{name.lower()}.json")
+        (tmp_path / f"{name.lower()}.json").write_bytes(content)
     assert main([places.get(a, a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exact", "inf"], "--exact inf: expected seconds"),
+        (["--exact", "nan"], "--exact nan"),
+        (["--exact", "0"], "--exact 0"),
+        (["--exact", "86401"], "at most 86400"),
+        (["--exact", "1", "--schedule", "zb-h1"], "refines slack-adaptive"),
+        (["--exact", "1", "--offload", "1"], "cannot be combined"),
+        (["--offload", "1", "--schedule", "zb-h1"], "--offload is weighed"),
+        (["--offload", "nan"], "--offload nan"),
+        (["--plot", "a.pdf"], ".png or .svg"),
+        (["--trace", "missing/trace.json"], "there is no folder missing"),
+        (["--plot", "."], "is a folder"),
+    ],
+)
+def test_wrong_options_are_refused_before_planning_and_nothing_is_written(
+    arguments, message, profile, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("adaptra_plugin.schedule.planner.plan", lambda *_, **__: pytest.fail("planned"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", profile, "--out", "plan.json", "--csv", "plan.csv", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_picture_without_matplotlib_is_refused_before_planning(profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("adaptra_plugin.schedule.planner.plan", lambda *_, **__: pytest.fail("planned"))
+    assert main(["plan", profile, "--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png")]) == 2
+    assert "pictures need matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_reader_that_goes_away_is_no_traceback(profile):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "adaptra_plugin.cli", "plan", profile, "--schedule", "zb-h1"]
+    try:
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (2, "")
