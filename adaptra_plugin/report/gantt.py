@@ -27,7 +27,7 @@ def draw_gantt(
     """Draws one panel per titled timeline, all on one time axis, into a PNG or SVG (by the suffix of ``path``).
 
     One row a rank, lighter shades for its later stages, microbatch numbers where they fit, bubbles by cause;
-    ``slow_links`` are pairs of ranks whose link is marked between their rows. The picture is as wide as its actions
+    ``slow_links`` are pairs of ranks whose link is marked, see ``link_marks``. The picture is as wide as its actions
     need, within limits. Raises UnsupportedError without matplotlib.
     """
     try:
@@ -99,11 +99,12 @@ def _panel(
                 clip_on=True,
             )
     for low, high in marked:
-        if high < timeline.ranks:
-            axes.axhline((low + high) / 2, color=SLOW, linewidth=1.6, linestyle=(0, (5, 2)), zorder=3)
+        for height, line in link_marks(low, high, timeline.ranks):
+            if line:
+                axes.axhline(height, color=SLOW, linewidth=1.6, linestyle=(0, (5, 2)), zorder=3, clip_on=False)
             axes.annotate(
                 f" slow {low}–{high}",
-                (1, (low + high) / 2),
+                (1, height),
                 xycoords=("axes fraction", "data"),
                 color=SLOW,
                 fontsize=9,
@@ -120,6 +121,21 @@ def _panel(
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def link_marks(low: int, high: int, ranks: int) -> list[tuple[float, bool]]:
+    """Where the link of two ranks is marked: heights in rows, and whether a line is drawn there beside the label.
+
+    Between the rows of neighbours; at both outer edges for the link that wraps around, and at the rows of both ranks,
+    without a line, for any other: a line in the middle would lie between two ranks that it does not connect.
+    """
+    if high >= ranks:
+        return []
+    if high - low == 1:
+        return [((low + high) / 2, True)]
+    if (low, high) == (0, ranks - 1):
+        return [(-0.5, True), (ranks - 0.5, True)]
+    return [(float(low), False), (float(high), False)]
 
 
 def _shade(colour: str, chunk: int, chunks: int) -> tuple[float, ...]:
