@@ -207,8 +207,8 @@ def wandb_run(rank, folder):
 
     os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
     report = {"report": {"directory": f"{folder}/events", "wandb": "auto"}}
-    links = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 4}]}}
-    eager = {"detector": {"warmup_iterations": 1, "min_history": 2, "confirm": 1}}
+    links = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 120, "from_iteration": 6}]}}
+    eager = {"detector": {"warmup_iterations": 2, "min_history": 3, "confirm": 1}}
     host = {"wandb": {"enabled": True, "project": "host"}}
     train(host, {**report, **links, **eager}, [8] * 12, stages=2)
     if wandb.run is None:
