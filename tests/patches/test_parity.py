@@ -34,7 +34,7 @@ def test_fp32_dropout_tied_clipped(stages, adaptra):
     assert all(session["split_layers"] > 0 for session in sessions)
     assert len({session["plan_version"] for session in sessions}) == 1
     if adaptra:
-        assert sessions[0]["plan_version"] >= 1, "the slow link led to another plan"
+        assert sessions[0]["plan_version"] >= 2, "the slow link led to another plan"
     assert results[0]["losses"][-1] < results[0]["losses"][0]
 
 
