@@ -28,6 +28,7 @@ class Reporter:
         wandb_here: bool,
         clock: Callable[[], float] = time.time,
         logger: logging.Logger | None = None,
+        at_exit: Callable[[], object] | None = None,
     ) -> None:
         """
         Args:
@@ -36,6 +37,7 @@ class Reporter:
             wandb_here: whether this rank is the one that feeds W&B (the rank that owns the host's run).
             clock: seconds since the epoch.
             logger: for lines that people read; `adaptra` by default.
+            at_exit: ends the owner of this reporter, and the reporter with it; called before W&B's own exit handler.
         """
         self._config = config
         self._rank = rank
@@ -53,7 +55,7 @@ class Reporter:
                 logger=self._logger,
             )
         if wandb_here and config.wandb != "off":
-            self._wandb = WandbSink(config, logger=self._logger)
+            self._wandb = WandbSink(config, logger=self._logger, at_exit=at_exit or self.close)
 
     def iteration(self, metrics: Mapping[str, Any], *, to_wandb: bool = True) -> None:
         """Metrics of one iteration of this rank, every `metrics_every` iterations.

@@ -62,14 +62,18 @@ class WandbSink:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         logger: logging.Logger | None = None,
+        at_exit: Callable[[], object] | None = None,
     ) -> None:
         """
         Args:
             config: `wandb` must be `auto` (only a run that exists) or `on` (else open one).
+            at_exit: called at the exit of the process, before W&B ends its connection; it must `close` this sink in
+                the end, and may feed it before that. By default `close`.
             monotonic: seconds, for the intervals between alerts.
             logger: for the line about a failing W&B.
         """
         self._config = config
+        self._at_exit = at_exit or self.close
         self._monotonic = monotonic
         self._logger = logger or logging.getLogger("adaptra")
         self._run: Any = None
@@ -101,7 +105,7 @@ class WandbSink:
         Returns:
             Whether that was done within `deadline_s`.
         """
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         return self._worker.close(deadline_s)
 
     def _guarded(self, batch: list[Mapping[str, Any] | StragglerEvent]) -> None:
@@ -161,8 +165,8 @@ class WandbSink:
         run.define_metric("adaptra/*", step_metric=AXIS)
         self._run, self._used_step = run, None
         # W&B ends its connection in an exit handler of its own; handlers registered later run earlier
-        atexit.unregister(self.close)
-        atexit.register(self.close)
+        atexit.unregister(self._at_exit)
+        atexit.register(self._at_exit)
         return True
 
     def _open(self) -> Any:

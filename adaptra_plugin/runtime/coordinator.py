@@ -143,6 +143,7 @@ class Coordinator:
         self._refiner = _exact_refiner(config) if refiner is None else refiner
         self._refinement: tuple[Refinement, Profile, Plan] | None = None
         self._committed: tuple[Profile, Plan] | None = None
+        self._complete = -1  # newest iteration that all ranks have reported
         self._last_first = 0  # first iteration of the newest committed plan
         self._stopped = False
         self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
@@ -158,7 +159,12 @@ class Coordinator:
         """Takes a message from a rank; returns at once."""
         self._inbox.put((rank, message))
 
-    def close(self, deadline_s: float = 5.0) -> None:
+    def close(self, last: int = -1, patience_s: float = 2.0, deadline_s: float = 5.0) -> None:
+        """Ends the thread; before that, waits up to `patience_s` for the ranks' reports of iteration `last`, which may
+        still be on their way when this rank has finished."""
+        until = time.monotonic() + patience_s
+        while self._thread is not None and not self._stopped and self._complete < last and time.monotonic() < until:
+            time.sleep(0.01)
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join(deadline_s)
@@ -228,6 +234,7 @@ class Coordinator:
         for old in [i for i in self._reports if i < report.iteration]:
             del self._reports[old]
         self._on_overview(overview(list(together.values())))
+        self._complete = report.iteration
         for pipeline in self._topology.pipelines:
             reports = [together[rank] for rank in pipeline]
             self._owed += self._detector.observe(reports)

@@ -88,7 +88,9 @@ class Session:
         unknown = Profile(microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits))
         self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
         self._book.plan_for(microbatches)
-        self._reporter = Reporter(config.report, topology.rank, wandb_here=topology.rank == COORDINATOR)
+        self._reporter = Reporter(
+            config.report, topology.rank, wandb_here=topology.rank == COORDINATOR, at_exit=self.close
+        )
         host = socket.gethostname()
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
         self._me = PeerInfo(rank=topology.rank, stage=topology.stage, host=host)
@@ -383,7 +385,8 @@ class Session:
         if self._broken is not None and self.failure is None:
             self._tell_error(self._broken)
         if self._coordinator is not None:
-            self._coordinator.close()
+            whole = self.failure is None and self._broken is None and self.config.detector.enabled
+            self._coordinator.close(last=self._iteration - 1 if whole else -1)
         if self._split is not None:
             self._split.remove()
         self.queue.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -123,6 +124,29 @@ def test_a_slow_link_leads_to_a_plan_that_all_ranks_begin_together_and_back():
     plans = {version: plan for version, _, plan, _, _ in world.plans}
     assert sum(plans[ran[13][0]].warmup) > sum(plans[ran[-1][0]].warmup), "the warm-ups go back"
     assert len(world.overviews) == 22
+
+
+def test_the_end_waits_for_the_reports_of_the_last_iteration_that_are_still_on_their_way():
+    world = World()
+    for i in range(3):
+        world.iteration(i)
+    report = dict(replica=0, host="n", iteration=3, microbatches=8, iteration_ms=300.0, plan_version=0)
+    times = StageTimes(10.0, 10.0, 6.0)
+
+    def last(rank: int) -> None:
+        mine = IterationReport(stage=rank, rank=rank, times=times, links=(), **report)
+        world.coordinator.post(rank, {"type": "report", "report": mine.to_json()})
+
+    world.coordinator.start()
+    for rank in range(3):
+        last(rank)
+    late = threading.Timer(0.2, last, (3,))
+    late.start()
+    world.coordinator.close(last=3, patience_s=20.0)
+    assert len(world.overviews) == 4
+    begun = time.monotonic()
+    world.coordinator.close(last=3, patience_s=20.0)
+    assert time.monotonic() - begun < 10.0, "nothing is missing: no wait"
 
 
 def test_a_link_of_one_replica_is_found_in_that_replica_and_all_switch():
