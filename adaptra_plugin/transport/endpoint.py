@@ -16,7 +16,7 @@ from adaptra_plugin.transport.channel import Channel, Link
 from adaptra_plugin.transport.faults import Faults
 from adaptra_plugin.transport.frames import MAX_CONTROL_BACKLOG, encode_control
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.proxy import Proxy
+from adaptra_plugin.transport.threaded import Proxy
 from adaptra_plugin.transport.tickets import Fate, Loss
 from adaptra_plugin.transport.types import Address, PeerInfo
 

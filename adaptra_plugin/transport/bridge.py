@@ -1,0 +1,154 @@
+"""What an endpoint and its proxy say to each other, over two pairs of connected sockets.
+
+The *data* pair (SOCK_SEQPACKET) carries fixed records, several a packet: transfers to start, what has arrived. The
+*control* pair (SOCK_STREAM) carries JSON objects with a length in front, and descriptors of shared memory: everything
+rare. Both ends belong to one job and one user: nothing here is authenticated, and nothing is pickled.
+
+Control messages to the proxy, by `op`:
+    start    me {rank, stage, host}, config (transport block), secret (hex), bind, source, simulate, clock_offset_s
+    connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s;
+             descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
+             rank fills, then the mirror of the ring that the peer fills
+    mapped   rank (the peer's rings are mapped: chunks may come by reference)
+    control  rank, message
+    iteration number
+    stats    id
+    close    linger_s
+and from it, by `event`:
+    ready           card (text)
+    start_failed    text
+    connected       links {rank: {rails [names], why}}
+    connect_failed  error (class name), text
+    segments        rank, descriptors: the peer's rings, for each direction, for each lane, or none if `rails` is false
+    lost, left      rank, error (class name), reason, remedy
+    control         rank, message
+    rail            rank, rail, state, why, ... (a step in the life of a rail: for the report)
+    stats           id, data
+    log             level, text
+    closed
+"""
+
+from __future__ import annotations
+
+import array
+import enum
+import json
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from adaptra_plugin.errors import TransportError
+
+RECORD = struct.Struct("<BBBBiQQdQ")
+"""op, direction, lane, flags, rank, message (position in the ring), total (bytes), value, after."""
+MAX_PACKET = 64 * RECORD.size
+MAX_MESSAGE_BYTES = 64 << 20
+_LENGTH = struct.Struct("<II")  # bytes of JSON, descriptors
+_MAX_DESCRIPTORS = 240  # that one call may carry
+
+
+class Op(enum.IntEnum):
+    """Records; the first four go to the proxy, the others come from it."""
+
+    SEND = 1
+    """A message lies in the ring. `value`: when it was complete (s, clock of the endpoint); `after`: 1 + position of an earlier
+    message of the same key that is not acknowledged yet and has to arrive before, 0: none."""
+    RELEASE = 2
+    """A received message has been copied out: its room is free. Answered with nothing."""
+    STUCK = 3
+    """A producer waits for room in this lane (`total` 1) or no longer (0)."""
+    ARRIVED = 16
+    """A whole message has come; `flags` bit 0: it lies in the peer's ring, not in the mirror; `value`: delay (ms)."""
+    ACKED = 17
+    """A sent message has arrived at the peer's proxy."""
+    CONSUMED = 18
+    """... and has been copied out there: its room in this rank's ring is free."""
+    PEER_STUCK = 19
+    """The peer's producer waits for room in the ring that this rank empties (`total` 1), or no longer (0)."""
+    LOST = 20
+    """Nothing more goes to, or comes from, `rank`; the control stream says why, and said so before."""
+    WAKE = 21
+    """Nothing has happened; a thread that waits for records has to look again."""
+
+
+def pairs() -> tuple[tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]:
+    """(data, control), each (endpoint's end, proxy's end); blocking."""
+    return (
+        socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET),
+        socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM),
+    )
+
+
+def encode(message: dict[str, Any], descriptors: int = 0) -> bytes:
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TransportError(f"a message of {len(data)} bytes between endpoint and proxy; {MAX_MESSAGE_BYTES} may be")
+    return _LENGTH.pack(len(data), descriptors) + data
+
+
+class Reader:
+    """Takes control messages with their descriptors out of a stream; blocking or not, as the socket is."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._descriptors: deque[int] = deque()
+
+    def receive(self) -> list[tuple[dict[str, Any], list[int]]] | None:
+        """Reads once; the messages that are complete. None: the other end is closed. Raises BlockingIOError."""
+        size = array.array("i").itemsize
+        data, ancillary, _, _ = self._sock.recvmsg(
+            1 << 18, socket.CMSG_SPACE(_MAX_DESCRIPTORS * size), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received = array.array("i")
+                received.frombytes(payload[: len(payload) - len(payload) % size])
+                self._descriptors.extend(received)
+        if not data:
+            return None
+        self._buffer += data
+        found = []
+        while len(self._buffer) >= _LENGTH.size:
+            length, count = _LENGTH.unpack_from(self._buffer)
+            end = _LENGTH.size + length
+            if len(self._buffer) < end or len(self._descriptors) < count:
+                break
+            message = json.loads(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            found.append((message, [self._descriptors.popleft() for _ in range(count)]))
+        return found
+
+
+class Writer:
+    """Queues control messages for a stream; `flush` writes what the socket takes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._queue: deque[tuple[memoryview, Sequence[int]]] = deque()
+
+    def put(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """The descriptors must stay open until `flush` has returned True."""
+        data = memoryview(encode(message, len(descriptors)))
+        rest = list(descriptors)
+        # descriptors travel with the first bytes, a limited number a call, so a long list takes a byte for each batch
+        while len(rest) > _MAX_DESCRIPTORS:
+            self._queue.append((data[:1], rest[:_MAX_DESCRIPTORS]))
+            data, rest = data[1:], rest[_MAX_DESCRIPTORS:]
+        self._queue.append((data, rest))
+
+    def flush(self) -> bool:
+        """True when nothing waits any more. Raises OSError when the other end is gone."""
+        while self._queue:
+            data, descriptors = self._queue[0]
+            try:
+                sent = socket.send_fds(self._sock, [data], descriptors) if descriptors else self._sock.send(data)
+            except BlockingIOError:
+                return False
+            if sent < len(data):
+                self._queue[0] = (data[sent:], ())
+            else:
+                self._queue.popleft()
+        return True

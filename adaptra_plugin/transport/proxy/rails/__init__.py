@@ -1,0 +1,1 @@
+"""The ways frames travel: TCP, shared memory, RDMA."""

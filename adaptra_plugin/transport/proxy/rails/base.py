@@ -1,0 +1,99 @@
+"""What a rail is: one way for frames to travel to one peer.
+
+A rail carries frames in order and loses none, until it fails. It knows nothing of messages, retries or other rails:
+those are the link's (`proxy/link.py`), which is told of everything through `Sink`. All calls happen on the proxy's
+loop; none blocks.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from adaptra_plugin.transport.proxy.wire import Header
+
+
+class RailKind(enum.IntEnum):
+    """In order of preference."""
+
+    SHM = 0
+    RDMA = 1
+    TCP = 2
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(slots=True)
+class Frame:
+    """A frame on its way out. `body` has `header.body_bytes` bytes in all; those of a chunk are windows into the
+    sender's ring, at offset `(header.message + header.at) % capacity` and, around its end, 0, and stay untouched until
+    the receiver has acknowledged the frame."""
+
+    header: Header
+    body: Sequence[memoryview | bytes] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the link counts as under way: those of the chunk, also where only a reference travels."""
+        return self.header.length
+
+
+class Sink(Protocol):
+    """Who hears of a rail: the link to the peer."""
+
+    limit: int
+    """Longest message (bytes), for `wire.parse`."""
+    lanes: int
+    """Lanes per direction, for `wire.parse`."""
+
+    def place(self, header: Header) -> list[memoryview] | None:
+        """Where the body of a chunk goes (`header.length` bytes in one or two windows of the mirror ring); None: it has
+        come before and is to be thrown away. Raises MalformedFrame."""
+
+    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+        """A whole frame has come. `body`: of a frame that is no chunk; a chunk's bytes lie where `place` said, or, if it
+        said None, nowhere. Raises MalformedFrame."""
+
+    def failed(self, rail: Rail, reason: str) -> None:
+        """The rail is unusable from now on, and closed. Never called from within `submit` or `close`."""
+
+    def drained(self, rail: Rail) -> None:
+        """All that was submitted has left this process."""
+
+
+class Rail(ABC):
+    """One connection, or pair of queues, to a peer."""
+
+    kind: RailKind
+    name: str
+    """Unique among the rails to a peer and the same on both ends: `tcp0`, `rdma1`, `shm`."""
+    by_reference = False
+    """The peer reads the sender's ring itself."""
+    closed = False
+
+    def __init__(self, kind: RailKind, name: str, sink: Sink) -> None:
+        self.kind = kind
+        self.name = name
+        self.sink = sink
+
+    @abstractmethod
+    def submit(self, frame: Frame) -> None:
+        """Takes a frame; returns at once. After `close`, or a failure that the sink has not heard of yet, it is dropped."""
+
+    @property
+    @abstractmethod
+    def backlog(self) -> int:
+        """Bytes submitted that have not left this process, headers included."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back all resources at once; nothing more is heard of it. Idempotent."""
+
+    def describe(self) -> str:
+        """Its two ends, in words for logs."""
+        return self.name

@@ -1,0 +1,136 @@
+"""What proxies say to each other after the handshake: frames of one fixed header and a body.
+
+Everything is little-endian; a header carries its own checksum and is checked against the limits before a byte of the
+body is touched. No pickle; JSON only in CONTROL and RAIL bodies.
+
+A message is a piece of a sender's ring, `[message, message + total)` in positions. It travels as chunks, each of which
+says to which message it belongs, so chunks may come in any order, twice, and over different rails. The receiver keeps
+them at the same positions of its own ring, the mirror.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+import zlib
+from dataclasses import dataclass
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.types import Direction
+
+MAGIC = b"AD2\n"
+# magic, kind, flags, direction, lane, after, sequence, message, total, at, length, floor, checksum, sent
+_HEADER = struct.Struct("<4sBBBBIQQQQQQQd")
+_CHECK = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CHECK.size + 4
+MAX_BODY_BYTES = 4 << 20
+"""Longest body that is no chunk's (bytes)."""
+UNIT = 64
+"""Messages begin at multiples of this (bytes)."""
+POSITIONS = struct.Struct("<BBxxxxxxQ")  # direction, lane, message: an entry of a CONSUMED body
+RANGE = struct.Struct("<QQ")  # first, last sequence number: an entry of an ACK body
+TIMES = struct.Struct("<dd")  # of a pong: when the ping was sent (pinger's clock), when it came (answerer's clock)
+
+
+class FrameKind(enum.IntEnum):
+    CHUNK = 1
+    """A piece of a message."""
+    ACK = 2
+    """Which numbered frames have come over this rail: all up to `message`, and those of the body. Not numbered."""
+    CONSUMED = 3
+    """Messages whose room in the ring is free again."""
+    STUCK = 4
+    """A producer waits for room in the ring of this lane (`total` 1), or no longer (0); `message` counts the changes."""
+    CONTROL = 5
+    """JSON for the endpoint; `message` numbers them."""
+    PING = 6
+    PONG = 7
+    GOODBYE = 8
+    """Nothing follows."""
+    RAIL = 9
+    """JSON for the proxy: rails to open and to close."""
+
+
+class Flag(enum.IntFlag):
+    REFERENCE = 1
+    """The bytes stay in the sender's ring, which the receiver has mapped: the frame has no body."""
+    VERIFIED = 2
+    """`checksum` is that of the body (xxh3, 64 bits)."""
+
+
+class MalformedFrame(TransportError):
+    """An authenticated peer sent something that is no frame."""
+
+
+@dataclass(slots=True)
+class Header:
+    """`sequence` numbers the frames of a rail that want an acknowledgement, from 1; 0: none is wanted. `floor`: all
+    messages of the lane before this position are done with. `sent`: when the message lay whole in the ring (sender's clock,
+    s). `after`: how far in front of this message (in units of `UNIT` bytes) lies one that has to be delivered before it;
+    0: none."""
+
+    kind: FrameKind
+    sequence: int = 0
+    flags: int = 0
+    direction: Direction = Direction.ACTIVATION
+    lane: int = 0
+    message: int = 0
+    total: int = 0
+    at: int = 0
+    length: int = 0
+    floor: int = 0
+    checksum: int = 0
+    sent: float = 0.0
+    after: int = 0
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes that follow on the wire."""
+        return 0 if self.kind == FrameKind.CHUNK and self.flags & Flag.REFERENCE else self.length
+
+    def pack(self) -> bytes:
+        raw = _HEADER.pack(
+            *(MAGIC, self.kind, self.flags, self.direction, self.lane, self.after, self.sequence, self.message, self.total),
+            *(self.at, self.length, self.floor, self.checksum, self.sent),
+        )
+        return raw + _CHECK.pack(zlib.crc32(raw)) + b"\0\0\0\0"
+
+
+def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> Header:
+    """Checks and unpacks a header.
+
+    Args:
+        raw: `HEADER_BYTES` bytes.
+        limit: longest message that may be announced (bytes).
+        lanes: number of lanes per direction.
+
+    Raises:
+        MalformedFrame: says which field is wrong, with the numbers.
+    """
+    body = bytes(raw[: _HEADER.size])
+    magic, kind, flags, direction, lane, after, sequence, message, total, at, length, floor, checksum, sent = (
+        _HEADER.unpack(body)
+    )
+    if magic != MAGIC:
+        raise MalformedFrame(f"a frame starts with {magic.hex()} instead of {MAGIC.hex()}")
+    if zlib.crc32(body) != _CHECK.unpack_from(raw, _HEADER.size)[0]:
+        raise MalformedFrame("the checksum of a frame's header is wrong")
+    try:
+        header = Header(
+            *(FrameKind(kind), sequence, flags, Direction(direction), lane, message, total),
+            *(at, length, floor, checksum, sent, after),
+        )
+    except ValueError as error:
+        raise MalformedFrame(f"a frame has an unknown kind or direction: {error}") from None
+    if lane >= lanes:
+        raise MalformedFrame(f"a frame is for lane {lane}; there are {lanes}")
+    if header.kind == FrameKind.CHUNK:
+        if not 0 < total <= limit or length < 1 or at + length > total:
+            raise MalformedFrame(
+                f"a chunk announces bytes {at} to {at + length} of a message of {total}; at most {limit} are accepted"
+            )
+        if message + total >= 1 << 63 or floor > message:
+            raise MalformedFrame(f"a chunk announces the impossible position {message} with floor {floor}")
+    elif length > MAX_BODY_BYTES:
+        raise MalformedFrame(f"a {header.kind.name.lower()} frame announces {length} bytes; {MAX_BODY_BYTES} may come")
+    return header

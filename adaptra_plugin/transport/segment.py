@@ -1,0 +1,77 @@
+"""Memory without a name that two processes share: what staging rings live in.
+
+A memory file (`memfd`) has no path, so nothing is left behind by a process that is killed, and it is sealed against
+shrinking, so that nobody who has its descriptor can make a reader of it fault.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+
+class Segment:
+    """`capacity` bytes of shared memory, mapped at first use and touched page by page.
+
+    Positions only grow: position `p` lies at offset `p % capacity`, and a piece that runs over the end continues at 0.
+    """
+
+    def __init__(self, fd: int, capacity: int) -> None:
+        """Takes over the descriptor. Raises ValueError if the memory behind it is smaller than `capacity`."""
+        size = os.fstat(fd).st_size
+        if size < capacity:
+            os.close(fd)
+            raise ValueError(f"a shared segment has {size} bytes, {capacity} were announced")
+        self.fd = fd
+        self.capacity = capacity
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
+
+    @classmethod
+    def create(cls, capacity: int) -> Segment:
+        """Raises OSError when the system has no memory file to give."""
+        fd = os.memfd_create("adaptra-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, capacity)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, capacity)
+
+    @property
+    def view(self) -> memoryview:
+        if self._view is None:
+            self._map = mmap.mmap(self.fd, self.capacity)
+            # a forked child must not keep a window into its parent's traffic, nor pay for its pages
+            self._map.madvise(mmap.MADV_DONTFORK)
+            self._view = memoryview(self._map)
+        return self._view
+
+    def pieces(self, position: int, nbytes: int) -> list[tuple[int, int]]:
+        """(start, stop) offsets of the bytes at `position`: one piece or, around the end, two; none for no bytes."""
+        start = position % self.capacity
+        first = min(nbytes, self.capacity - start)
+        found = [(start, start + first)] if first else []
+        return found if first == nbytes else [*found, (0, nbytes - first)]
+
+    def slices(self, position: int, nbytes: int) -> list[memoryview]:
+        view = self.view
+        return [view[start:stop] for start, stop in self.pieces(position, nbytes)]
+
+    def read(self, position: int, nbytes: int) -> bytes:
+        return b"".join(self.slices(position, nbytes))
+
+    def write(self, position: int, data: bytes | memoryview) -> None:
+        done = 0
+        for piece in self.slices(position, len(data)):
+            piece[:] = data[done : done + len(piece)]
+            done += len(piece)
+
+    def close(self) -> None:
+        """Closes the descriptor. The mapping goes with the last view of it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self._view = self._map = None
