@@ -25,7 +25,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.16,<0.20"],
         "megatron": ["megatron-core>=0.14,<0.20"],
-        "rdma": ["pyverbs"],  # must match the system's rdma-core; Debian: python3-pyverbs
+        "rdma": ["pyverbs"],  # must match rdma-core; better from the system (Debian: python3-pyverbs), where it is found too
         "wandb": ["wandb>=0.17"],
         "plots": ["matplotlib>=3.7"],
         "exact": ["ortools>=9.10"],  # CP-SAT, the exact planner

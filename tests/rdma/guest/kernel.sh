@@ -1,0 +1,72 @@
+#!/bin/bash
+# Prints the path of a guest kernel (User-Mode Linux with software RDMA, netem and network namespaces), the first of:
+#   1. $ADAPTRA_GUEST_KERNEL, a binary or an .xz of one;
+#   2. the cached build of exactly this script and kernel.config;
+#   3. a new build from Debian's kernel source, cached.
+# The cache is ${XDG_CACHE_HOME:-~/.cache}/adaptra/. Everything but the path goes to standard error.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/packages.sh"
+SOURCE=linux-source-6.12
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/adaptra
+mkdir -p "$cache"
+
+hash_of() { cat "$@" | sha256sum | cut -c1-16; }
+
+unpack() { # .xz -> cached binary
+    local out
+    out=$cache/guest-kernel-given-$(hash_of "$1")
+    if [ ! -x "$out" ]; then
+        need_packages "unpacking the guest kernel" xz-utils
+        xz -dc "$1" >"$out.$$"
+        chmod +x "$out.$$"
+        mv "$out.$$" "$out"
+    fi
+    echo "$out"
+}
+
+compile() { # FOLDER OUT; every step with its own "or return", because `set -e` does not reach into an `if`
+    tar -C "$1" --strip-components=1 -xf "/usr/src/$SOURCE.tar.xz" || return
+    KCONFIG_ALLCONFIG=$here/kernel.config timeout 300 make -s -C "$1" ARCH=um allnoconfig || return
+    # what this source does not know is dropped without a word, so look for what the tests rest on
+    if grep '=y$' "$here/kernel.config" | grep -vxF -f "$1/.config"; then
+        echo "the kernel source refused these lines of kernel.config"
+        return 1
+    fi
+    timeout 3600 make -s -C "$1" ARCH=um -j"$(nproc)" linux || return
+    strip -o "$2" "$1/linux"
+}
+
+build() { # OUT
+    local out=$1 work began=$SECONDS
+    need_packages "building the guest kernel" "$SOURCE" flex bison bc make gcc libc6-dev binutils xz-utils
+    echo "building the guest kernel from $SOURCE with $(nproc) jobs (4 minutes on 2 cores, 1.5 GB of disk meanwhile) ..." >&2
+    work=$(mktemp -d -p "$cache" build.XXXXXX)
+    trap "rm -rf '$work'" EXIT
+    if ! compile "$work" "$out.$$" >"$cache/build.log" 2>&1 </dev/null; then
+        tail -n 20 "$cache/build.log" >&2
+        echo "building the guest kernel failed; all its output is in $cache/build.log" >&2
+        return 1
+    fi
+    mv "$out.$$" "$out"
+    echo "built $out in $((SECONDS - began)) s" >&2
+}
+
+if [ -n "${ADAPTRA_GUEST_KERNEL:-}" ]; then
+    [ -f "$ADAPTRA_GUEST_KERNEL" ] || {
+        echo "ADAPTRA_GUEST_KERNEL=$ADAPTRA_GUEST_KERNEL is no file; unset it to have a kernel built" >&2
+        exit 1
+    }
+    case $ADAPTRA_GUEST_KERNEL in
+    *.xz) unpack "$ADAPTRA_GUEST_KERNEL" ;;
+    *) realpath "$ADAPTRA_GUEST_KERNEL" ;;
+    esac
+    exit
+fi
+kernel=$cache/guest-kernel-$(hash_of "$here/kernel.sh" "$here/kernel.config")
+if [ ! -x "$kernel" ]; then
+    exec 9>"$cache/build.lock"
+    flock -w 3600 9 # somebody else may be building the same
+    [ -x "$kernel" ] || build "$kernel"
+fi
+echo "$kernel"
