@@ -1,4 +1,4 @@
-"""The command ``adaptra``: plan, simulate. A further subcommand is one more function in COMMANDS."""
+"""The command ``adaptra``: plan, simulate, doctor. A further subcommand is one more function in COMMANDS."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 MOST_EXACT_S = 86400.0
 """Longest exact planning (s): nobody waits longer for one command."""
+MOST_RANKS = 4096
+"""Most processes on one node that the doctor is asked about."""
 Subparsers = Any  # argparse does not name the type
 SLOW_SHARE = 0.05
 """Links whose latency exceeds this share of a stage's time for one microbatch are marked in pictures."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for input that is wrong (the message is on stderr) and for
-    output that nobody reads to its end."""
+    """Runs the command line; returns the exit code: 0, 1 for a node that is not ready, or 2 for input that is wrong (the
+    message is on stderr) and for output that nobody reads to its end."""
     parser = argparse.ArgumentParser(prog="adaptra", description="Slack-adaptive pipeline schedules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in COMMANDS:
@@ -78,7 +80,18 @@ def add_simulate(commands: Subparsers) -> None:
     parser.set_defaults(run=run_simulate)
 
 
-COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate]
+def add_doctor(commands: Subparsers) -> None:
+    """``adaptra doctor``."""
+    parser = commands.add_parser("doctor", help="examine whether this node is ready; exit code 1 if not")
+    parser.add_argument("--config", metavar="DS_CONFIG.json", help="the job's configuration; default: all defaults")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="processes of the job on this node; default: one per GPU"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of {check, status, found, advice}")
+    parser.set_defaults(run=run_doctor)
+
+
+COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate, add_doctor]
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -160,6 +173,16 @@ def run_simulate(options: argparse.Namespace) -> int:
     _pictures(options, lambda: [(f"{loaded.name}, {options.link_model} links", timeline)], profile)
     print(json.dumps(timeline.to_json()))
     return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Examines this node and prints what was found."""
+    from adaptra_plugin.doctor.command import run
+    from adaptra_plugin.errors import ConfigError
+
+    if options.ranks is not None and not 1 <= options.ranks <= MOST_RANKS:
+        raise ConfigError(f"--ranks {options.ranks}: expected a whole number from 1 to {MOST_RANKS}")
+    return run(options.config, options.ranks, options.json)
 
 
 def _before_and_after(profile: Profile, found: Plan) -> list[tuple[str, Timeline]]:

@@ -97,6 +97,8 @@ def test_exact(profile, capsys):
         (["simulate", "FAR", "--profile", "PROFILE"], "stage 999999999999 in a schedule of 2 actions"),
         (["simulate", "FARTHER", "--profile", "PROFILE"], "stage 99999999999999999999 in a schedule of 2 actions"),
         (["simulate", "PROFILE", "--profile", "PROFILE", "--plot", "a.pdf"], ".png or .svg"),
+        (["doctor", "--ranks", "0"], "--ranks 0: expected a whole number from 1 to 4096"),
+        (["doctor", "--ranks", "4097"], "--ranks 4097"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_code_2(arguments, message, profile, tmp_path, capsys):

@@ -1,0 +1,125 @@
+"""What the job asks of this node: from its configuration, or the defaults if none is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptra_plugin.config import AdaptraConfig, parse_config
+from adaptra_plugin.doctor.rows import Row, Status, gib
+from adaptra_plugin.errors import AdaptraError, ConfigError
+
+NEIGHBOURS = 2
+"""A stage in the middle of the pipeline: the most that a rank has."""
+DIRECTIONS = 2
+"""Activations and gradients have connections of their own."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one node must give. `ranks`: processes of the job on this node."""
+
+    config: AdaptraConfig = field(default_factory=AdaptraConfig)
+    ranks: int = 1
+    host: str | None = None
+    """Distribution that the configuration is of; None: no configuration was given, any host will do."""
+
+    @property
+    def ring_bytes(self) -> int:
+        """One staging ring."""
+        return self.config.transport.ring_mib << 20
+
+    @property
+    def connections(self) -> int:
+        """Data connections of a rank in the middle of the pipeline; each has a ring at this end."""
+        return self.config.transport.connections_per_direction * DIRECTIONS * NEIGHBOURS
+
+    @property
+    def rank_bytes(self) -> int:
+        """All rings of one rank."""
+        return self.ring_bytes * self.connections
+
+    @property
+    def node_bytes(self) -> int:
+        return self.rank_bytes * self.ranks
+
+    @property
+    def rail(self) -> str:
+        return str(self.config.transport.rail)
+
+    @property
+    def wants_rdma(self) -> bool:
+        return self.rail in ("auto", "rdma")
+
+    @property
+    def insists_on_rdma(self) -> bool:
+        return self.rail == "rdma"
+
+    def rings(self) -> str:
+        """The sum in words."""
+        transport = self.config.transport
+        return (
+            f"{gib(self.rank_bytes)} a rank ({gib(self.ring_bytes)} x {transport.connections_per_direction} connections x "
+            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours)"
+        )
+
+
+def from_file(path: str) -> tuple[AdaptraConfig, Row]:
+    """The `"adaptra"` block of a DeepSpeed configuration, and a row that says what is wrong with it; then the defaults stand
+    in for it, so that the rest can be examined. Raises nothing."""
+    check = "configuration"
+    try:
+        host = _load(path)
+        if "adaptra" not in host:
+            advice = 'add "adaptra": {"enabled": true} to it; the defaults were examined'
+            return AdaptraConfig(), Row(
+                check, Status.WARN, f'{path} has no "adaptra" block: the plug-in stays off', advice
+            )
+        config = parse_config(host["adaptra"])
+        if not config.enabled:
+            found = f"{path}: valid, but the plug-in is off (adaptra.enabled is false)"
+            return config, Row(check, Status.WARN, found, "set adaptra.enabled to true")
+        from adaptra_plugin.patches.deepspeed_support import check_config
+
+        check_config(host)
+    except OSError as error:
+        found = f"{path}: {error.strerror or error}"
+        return AdaptraConfig(), Row(check, Status.FAIL, found, "give the file that the job is started with")
+    except AdaptraError as error:
+        return AdaptraConfig(), Row(
+            check, Status.FAIL, f"{path}: {error}", "correct it as said; the defaults were examined"
+        )
+    count = len(config.model_fields_set | config.transport.model_fields_set)
+    transport = config.transport
+    found = (
+        f"{path}: valid, {count} keys set; rail {transport.rail}, {transport.connections_per_direction} connections per "
+        f"direction, rings of {transport.ring_mib} MiB"
+    )
+    return config, Row(check, Status.OKAY, found)
+
+
+def _load(path: str) -> Mapping[str, Any]:
+    """JSON, or Hjson (comments) where DeepSpeed has brought its reader. Raises OSError, ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            found = _hjson(text, error)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"it cannot be read as JSON: {error or type(error).__name__}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"it holds a {type(found).__name__}: expected an object with the settings of DeepSpeed")
+    return found
+
+
+def _hjson(text: str, error: json.JSONDecodeError) -> Any:
+    """Raises ValueError."""
+    try:
+        import hjson
+    except ImportError:
+        raise error from None
+    return hjson.loads(text, object_pairs_hook=dict)
