@@ -30,6 +30,7 @@ CHECKS: tuple[Check, ...] = (
     memory.huge_pages,
     pinned.pinned_memory,
     topology.network_cards,
+    topology.interfaces,
     topology.gpus,
     rdma.rdma,
     verbs.pyverbs,

@@ -68,14 +68,14 @@ def memlock(machine: Machine, needs: Needs) -> Iterator[Row]:
     soft, hard = machine.limit(resource.RLIMIT_MEMLOCK)
     words = [("unlimited" if n == UNLIMITED else gib(n)) for n in (soft, hard)]
     found = f"soft {words[0]}, hard {words[1]}; rings need {needs.rings()}"
-    counts = usable(machine) and needs.wants_rdma
+    counts = usable(machine, needs)
     if soft == UNLIMITED or soft >= needs.rank_bytes:
         yield Row("memlock", Status.OKAY, found)
     elif _may_lock(machine):
         advice = "other users have only the limit: run the doctor as the user of the job" if counts else ""
         yield Row("memlock", Status.OKAY, f"{found}; CAP_IPC_LOCK is held, so the limit does not count", advice)
     elif not counts:
-        why = "RDMA is switched off by adaptra.transport.rail" if not needs.wants_rdma else "no RDMA port is active"
+        why = "the configuration switches RDMA off" if not needs.wants_rdma else "no RDMA port is active"
         yield Row("memlock", Status.WARN, f"{found}; not needed now: {why}", f"before RDMA is used: {MEMLOCK_ADVICE}")
     elif hard == UNLIMITED or hard >= needs.rank_bytes:
         advice = f"`ulimit -l {words[1] if hard == UNLIMITED else hard >> 10}` before the job starts"

@@ -52,7 +52,18 @@ class Needs:
 
     @property
     def wants_rdma(self) -> bool:
-        return self.rail in ("auto", "rdma")
+        return self.rail in ("auto", "rdma") and self.rdma_devices != ()
+
+    @property
+    def rdma_devices(self) -> tuple[str, ...] | None:
+        """Devices that the configuration names; None: all that work."""
+        named = getattr(self.config.transport, "rdma_devices", "auto")  # a key that older configurations lack
+        return None if named == "auto" else tuple(named)
+
+    @property
+    def interfaces(self) -> tuple[str, ...]:
+        """Names and addresses of further interfaces that the configuration names."""
+        return tuple(getattr(self.config.transport, "interfaces", ()))
 
     @property
     def insists_on_rdma(self) -> bool:

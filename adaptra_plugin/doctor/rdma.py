@@ -77,21 +77,33 @@ def ports(machine: Machine) -> list[Port]:
     return found
 
 
-def usable(machine: Machine) -> bool:
-    """Whether any port can carry bytes."""
-    return any(_judge(port)[0] is Status.OKAY for port in ports(machine))
+def wanted(machine: Machine, needs: Needs) -> list[Port]:
+    """Ports of the devices that the job may use."""
+    if not needs.wants_rdma:
+        return []
+    return [port for port in ports(machine) if needs.rdma_devices is None or port.device in needs.rdma_devices]
+
+
+def usable(machine: Machine, needs: Needs) -> bool:
+    """Whether the job can use any port."""
+    return any(_judge(port)[0] is Status.OKAY for port in wanted(machine, needs))
 
 
 def rdma(machine: Machine, needs: Needs) -> Iterator[Row]:
     """A row for the node, one per port, and one for the device files."""
     worst = Status.FAIL if needs.insists_on_rdma else Status.WARN
-    found = ports(machine)
+    found = wanted(machine, needs) if needs.wants_rdma else ports(machine)
+    absent = sorted(set(needs.rdma_devices or ()) - set(machine.names(BASE)))
+    if absent:
+        here = ", ".join(machine.names(BASE)) or "none"
+        words = f"adaptra.transport.rdma_devices names {', '.join(absent)}; this node has {here}"
+        yield Row("rdma names", Status.FAIL, words, "correct the names (`rdma link` lists them), or leave them to auto")
     if not found:
         advice = "for RDMA: look at `lspci` and the driver's messages (`dmesg`); in a container pass the devices on"
         if needs.insists_on_rdma:
             yield Row("rdma", worst, "no RDMA devices, but adaptra.transport.rail is rdma", advice)
         elif not needs.wants_rdma:
-            yield Row("rdma", Status.OKAY, f"no RDMA devices; adaptra.transport.rail {needs.rail} needs none")
+            yield Row("rdma", Status.OKAY, "no RDMA devices; the configuration needs none")
         else:
             yield Row("rdma", worst, NONE_FOUND, advice)
         return

@@ -80,6 +80,23 @@ def network_cards(machine: Machine, needs: Needs) -> Iterator[Row]:
         yield Row("network cards", Status.WARN, "; ".join(parts), "none is up: look at `ip link` and at the cables")
 
 
+def interfaces(machine: Machine, needs: Needs) -> Iterator[Row]:
+    """Interfaces that the configuration names; addresses are left to the transport, which binds to them."""
+    names = [
+        name for name in needs.interfaces if not re.search(r"[.:]", name) or name in machine.names("/sys/class/net")
+    ]
+    absent = [name for name in names if name not in machine.names("/sys/class/net")]
+    off = [name for name in names if machine.text(f"/sys/class/net/{name}/operstate") == "down"]
+    if absent:
+        words = f"adaptra.transport.interfaces names {', '.join(absent)}; this node has none of that name"
+        yield Row("interfaces", Status.FAIL, words, f"expected: {', '.join(machine.names('/sys/class/net'))}")
+    elif off:
+        advice = f"`ip link set {off[0]} up`, or look at the cable"
+        yield Row("interfaces", Status.WARN, f"down: {', '.join(off)}; one rail less each", advice)
+    elif names:
+        yield Row("interfaces", Status.OKAY, ", ".join(names))
+
+
 def gpus(machine: Machine, needs: Needs) -> Iterator[Row]:
     """Each GPU with the card that is nearest to it."""
     places = find_gpus(machine)

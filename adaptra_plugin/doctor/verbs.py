@@ -57,7 +57,7 @@ def pyverbs(machine: Machine, needs: Needs) -> Iterator[Row]:
     if aside:
         found = _import(machine, str(machine.path(DIST_PACKAGES)))
     core = _version_in(found.get("library")) or rdma_core(machine)
-    devices = {port.device for port in rdma.ports(machine)} if needs.wants_rdma else set()
+    devices = {port.device for port in rdma.wanted(machine, needs)}
     wrong, advice = [], []
     if "error" in found:
         source = f"{pip} from PyPI " if pip else "the distribution's " if there else ""

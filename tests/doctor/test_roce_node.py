@@ -66,8 +66,37 @@ def test_without_rdma_in_the_configuration_nothing_of_it_is_wanted(node):
     node.pyverbs = node.pyverbs_aside = {"error": "ModuleNotFoundError: no"}
     rows = node.rows(Needs(parse_config({"transport": {"rail": "tcp"}}), 2))
     assert rows["memlock"].status is Status.WARN
-    assert "switched off by adaptra.transport.rail" in rows["memlock"].found
+    assert "the configuration switches RDMA off" in rows["memlock"].found
     assert rows["pyverbs"].status is Status.OKAY
+
+
+def with_transport(**changes) -> Needs:
+    """Also with keys that the configuration of this version need not know."""
+    config = parse_config({})
+    return Needs(config.model_copy(update={"transport": config.transport.model_copy(update=changes)}), 2)
+
+
+def test_devices_that_the_configuration_names(node):
+    node.file("/sys/class/infiniband/mlx5_1/ports/1/state", "1: DOWN")
+    rows = node.rows(with_transport(rdma_devices=("mlx5_1", "mlx5_7")))
+    assert rows["rdma names"].status is Status.FAIL
+    assert rows["rdma names"].found.endswith("names mlx5_7; this node has mlx5_0, mlx5_1")
+    assert "rdma mlx5_0:1" not in rows
+    assert rows["rdma"].found.startswith("1 device, 0 of 1 ports usable")
+    node.limits[resource.RLIMIT_MEMLOCK] = (64 << 10, 64 << 10)
+    assert node.rows(with_transport(rdma_devices=("mlx5_1",)))["memlock"].status is Status.WARN
+    assert node.rows(with_transport(rdma_devices=("mlx5_0",)))["memlock"].status is Status.FAIL
+    assert node.rows(with_transport(rdma_devices=()))["memlock"].status is Status.WARN
+
+
+def test_interfaces_that_the_configuration_names(node):
+    assert "interfaces" not in node.rows()
+    assert node.rows(with_transport(interfaces=("ens0", "10.0.0.7")))["interfaces"].found == "ens0"
+    row = node.rows(with_transport(interfaces=("ens0", "ens7")))["interfaces"]
+    assert (row.status, "names ens7" in row.found) == (Status.FAIL, True)
+    node.file("/sys/class/net/ens1/operstate", "down")
+    row = node.rows(with_transport(interfaces=("ens0", "ens1")))["interfaces"]
+    assert (row.status, row.found.startswith("down: ens1;")) == (Status.WARN, True)
 
 
 @pytest.mark.parametrize(
