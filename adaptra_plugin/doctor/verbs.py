@@ -1,8 +1,8 @@
 """pyverbs: whether it can be imported, from where, and whether it belongs to the system's rdma-core.
 
 pyverbs is a part of rdma-core and is compiled against one release of it. PyPI has the sources of the newest release only,
-which neither build nor run with an older rdma-core; Debian's package fits by construction but lies where virtual
-environments do not look.
+which neither build nor run with an older rdma-core; Debian's package fits by construction and lies where virtual
+environments do not look, but the transport does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from adaptra_plugin.doctor.machine import Machine
 from adaptra_plugin.doctor.needs import Needs
 from adaptra_plugin.doctor.rows import Row, Status
 
-DIST_PACKAGES = "/usr/lib/python3/dist-packages"
+SYSTEM_PACKAGES = ("/usr/lib/python3/dist-packages", "/usr/lib64/python3/site-packages")
+"""Where distributions put it; the transport looks there, too, when Python's path has none."""
 LIBRARY = re.compile(r"libibverbs\.so\.1\.\d+\.(\d+(?:\.\d+)*)$")
 """The file name ends in rdma-core's version: libibverbs.so.1.14.44.0 is of rdma-core 44.0."""
 LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/local/lib64")
@@ -50,12 +51,11 @@ print(json.dumps(found))
 def pyverbs(machine: Machine, needs: Needs) -> Iterator[Row]:
     """One row. Without an RDMA device nothing is missing."""
     pip = machine.version("pyverbs")
-    there = machine.path(f"{DIST_PACKAGES}/pyverbs").is_dir()
+    there = next((place for place in SYSTEM_PACKAGES if machine.path(f"{place}/pyverbs").is_dir()), None)
     found = _import(machine)
-    # the packages of a distribution lie aside; they are second to what pip has installed, even if that is broken
-    aside = "error" in found and there and not pip
-    if aside:
-        found = _import(machine, str(machine.path(DIST_PACKAGES)))
+    # the distribution's is second to what pip has installed, even if that is broken
+    if "error" in found and there and not pip:
+        found = _import(machine, str(machine.path(there)))
     core = _version_in(found.get("library")) or rdma_core(machine)
     devices = {port.device for port in rdma.wanted(machine, needs)}
     wrong, advice = [], []
@@ -70,9 +70,6 @@ def pyverbs(machine: Machine, needs: Needs) -> Iterator[Row]:
         if version and core and _major(version) != _major(core):
             wrong.append("they do not fit each other")
             advice.append(f"they must be of one release: {_remedy(core, pip, there)}")
-        if aside:
-            wrong.append("it is not on Python's path")
-            advice.append(f"`ln -s {str(found['file']).removesuffix('/__init__.py')} {_site_packages()}`")
         lacking = devices - set(found["devices"])
         if lacking:
             wrong.append(f"it does not see {', '.join(sorted(lacking))}")
@@ -107,7 +104,7 @@ def _import(machine: Machine, *places: str) -> dict[str, Any]:
 
 def _version(machine: Machine, file: str) -> str | None:
     """Of the pyverbs that was imported: a Debian package has no metadata that Python could read."""
-    if DIST_PACKAGES in file:
+    if any(place in file for place in SYSTEM_PACKAGES):
         for block in (machine.text("/var/lib/dpkg/status") or "").split("\n\n"):
             if block.strip().startswith("Package: python3-pyverbs\n"):
                 match = re.search(r"^Version: (?:\d+:)?([\d.]+)", block, re.MULTILINE)
@@ -116,15 +113,13 @@ def _version(machine: Machine, file: str) -> str | None:
     return machine.version("pyverbs")
 
 
-def _remedy(core: str | None, version: str | None, there: bool) -> str:
+def _remedy(core: str | None, version: str | None, there: str | None) -> str:
     if core is None:
         return "install rdma-core with its Python binding (Debian: apt install ibverbs-providers python3-pyverbs)"
     away = "`pip uninstall pyverbs` (PyPI has the newest release only), then " if version else ""
     if there and not version:
         tag = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return (
-            f"{DIST_PACKAGES}/pyverbs is for another Python than {tag}: use the system's, or build rdma-core {core}'s"
-        )
+        return f"{there}/pyverbs is for another Python than {tag}: use the system's, or build rdma-core {core}'s"
     return (
         f"{away}take the one of this rdma-core: Debian: apt install python3-pyverbs; otherwise build it from "
         f"rdma-core {core}'s sources; PyPI's pyverbs does not fit unless its version is {_major(core)}"
@@ -138,7 +133,3 @@ def _version_in(name: str | None) -> str | None:
 
 def _major(version: str) -> str:
     return version.partition(".")[0]
-
-
-def _site_packages() -> str:
-    return next((place for place in sys.path if place.endswith("site-packages")), "SITE-PACKAGES")
