@@ -10,7 +10,7 @@ Control messages to the proxy, by `op`:
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
              rank fills, then the mirror of the ring that the peer fills
     mapped   rank (the peer's rings are mapped: chunks may come by reference)
-    control  rank, message
+    control  rank, message (JSON text; it is passed on as it is)
     iteration number
     stats    id
     close    linger_s
@@ -21,7 +21,8 @@ and from it, by `event`:
     connect_failed  error (class name), text
     segments        rank, descriptors: the peer's rings, for each direction, for each lane, or none if `rails` is false
     lost, left      rank, error (class name), reason, remedy
-    control         rank, message
+    control         rank, message (an object)
+    backlog         rank, waiting (bytes): the control messages that wait for `rank` have become more, or less, than may be
     rail            rank, rail, state, why, ... (a step in the life of a rail: for the report)
     stats           id, data
     log             level, text
@@ -45,6 +46,8 @@ RECORD = struct.Struct("<BBBBiQQdQ")
 """op, direction, lane, flags, rank, message (position in the ring), total (bytes), value, after."""
 MAX_PACKET = 64 * RECORD.size
 MAX_MESSAGE_BYTES = 64 << 20
+MAX_CONTROL_BACKLOG = 64 << 20
+"""Control messages that may wait for one peer (bytes); one that reads nothing must not fill this rank's memory."""
 _LENGTH = struct.Struct("<II")  # bytes of JSON, descriptors
 _MAX_DESCRIPTORS = 240  # that one call may carry
 
@@ -88,6 +91,16 @@ def encode(message: dict[str, Any], descriptors: int = 0) -> bytes:
     return _LENGTH.pack(len(data), descriptors) + data
 
 
+def _parse(data: bytearray) -> dict[str, Any]:
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TransportError(f"{len(data)} bytes between endpoint and proxy are not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise TransportError(f"a {type(message).__name__} came between endpoint and proxy instead of an object")
+    return message
+
+
 class Reader:
     """Takes control messages with their descriptors out of a stream; blocking or not, as the socket is."""
 
@@ -97,7 +110,10 @@ class Reader:
         self._descriptors: deque[int] = deque()
 
     def receive(self) -> list[tuple[dict[str, Any], list[int]]] | None:
-        """Reads once; the messages that are complete. None: the other end is closed. Raises BlockingIOError."""
+        """Reads once; the messages that are complete. None: the other end is closed.
+
+        Raises BlockingIOError, and TransportError if what came is no message of the bridge.
+        """
         size = array.array("i").itemsize
         data, ancillary, _, _ = self._sock.recvmsg(
             1 << 18, socket.CMSG_SPACE(_MAX_DESCRIPTORS * size), socket.MSG_CMSG_CLOEXEC
@@ -113,10 +129,12 @@ class Reader:
         found = []
         while len(self._buffer) >= _LENGTH.size:
             length, count = _LENGTH.unpack_from(self._buffer)
+            if length > MAX_MESSAGE_BYTES:
+                raise TransportError(f"a message of {length} bytes is announced between endpoint and proxy")
             end = _LENGTH.size + length
             if len(self._buffer) < end or len(self._descriptors) < count:
                 break
-            message = json.loads(self._buffer[_LENGTH.size : end])
+            message = _parse(self._buffer[_LENGTH.size : end])
             del self._buffer[:end]
             found.append((message, [self._descriptors.popleft() for _ in range(count)]))
         return found
