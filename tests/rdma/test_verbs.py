@@ -44,8 +44,15 @@ def test_mistakes_are_told():
     with pytest.raises(VerbsError, match="cannot have 1500 bytes"):
         pair.connect(device.port().gid(), 1, 1, device.port().gid().raw, 0, 1500)
     assert pair.state == "INIT"
+    queue = device.completions(8)
     device.close()
     device.close()
+    # pyverbs itself ends the process here
+    calls = [lambda: pair.state, pair.fail, queue.drain, device.port, device.active, device.events]
+    calls += [lambda: pair.post([]), lambda: device.completions(8), lambda: device.register(memoryview(bytearray(8)))]
+    for call in calls:
+        with pytest.raises(VerbsError, match="has been closed"):
+            call()
 
 
 def test_send_carries_bytes_both_ways():

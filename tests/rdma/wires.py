@@ -57,3 +57,8 @@ def fault(wire: int, *netem: str, sides: str = "ab") -> None:
     _touched.add(wire)
     for side in sides:
         _run("tc", "qdisc", "replace", "dev", f"{side}{wire}", "root", "netem", *netem)
+
+
+def touched() -> None:
+    """Processes that are about to be forked may do anything to all wires."""
+    _touched.update(range(COUNT))

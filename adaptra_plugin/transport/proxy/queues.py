@@ -25,6 +25,12 @@ MAX_RETRIES = 6
 """7 means for ever on some devices."""
 
 
+def _require(open_: bool) -> None:
+    """pyverbs would follow a null pointer."""
+    if not open_:
+        raise VerbsError("this queue has been closed")
+
+
 class Region:
     """Registered memory. `address`, `lkey` and `rkey` are what work requests name; `address` is that of its first byte."""
 
@@ -91,8 +97,12 @@ class Completions:
         self._error = modules.pyverbs_error.PyverbsError
         self._closed = False
 
+    def fileno(self) -> int:
+        return self.fd
+
     def drain(self) -> list[Completion]:
         """All that is there now; never blocks. Whatever comes later makes `fd` readable again. Raises VerbsError."""
+        _require(not self._closed)
         try:
             while True:
                 self._channel.get_cq_event(self._queue)
@@ -193,6 +203,7 @@ class QueuePair:
         Raises:
             VerbsError: also for numbers out of range.
         """
+        _require(not self._closed)
         codes = {nbytes: code for code, nbytes in MTUS.items()}
         if mtu not in codes:
             raise VerbsError(f"an RDMA packet cannot have {mtu} bytes; possible are {sorted(codes)}")
@@ -225,6 +236,7 @@ class QueuePair:
     @property
     def state(self) -> str:
         """RESET, INIT, RTR, RTS, SQD, SQE or ERR; asks the kernel. Raises VerbsError."""
+        _require(not self._closed)
         with told(f"query a queue pair of {self.device.name}"):
             attributes, _ = self._pair.query(self._enums.IBV_QP_STATE)
         states = ("RESET", "INIT", "RTR", "RTS", "SQD", "SQE", "ERR")
@@ -232,12 +244,14 @@ class QueuePair:
 
     def fail(self) -> None:
         """Into ERR: nothing more is sent or accepted; what is posted completes as flushed. Raises VerbsError."""
+        _require(not self._closed)
         attributes = load().qp.QPAttr(qp_state=self._enums.IBV_QPS_ERR)
         with told(f"take a queue pair of {self.device.name} out of service"):
             self._pair.modify(attributes, self._enums.IBV_QP_STATE)
 
     def post_receive(self, request: int, region: Region, offset: int, nbytes: int) -> None:
         """Where the next SEND goes; a write with an immediate uses it up without touching it. Raises VerbsError."""
+        _require(not self._closed)
         piece = self._wr.SGE(region.address + offset, nbytes, region.lkey)
         try:
             self._pair.post_recv(self._wr.RecvWR(request, 1, [piece]))
@@ -247,6 +261,7 @@ class QueuePair:
     def post(self, works: Sequence[Work]) -> None:
         """Posts the requests together; they are carried out in order: at the other end, what a SEND announces after a write
         is seen after its bytes. Raises VerbsError."""
+        _require(not self._closed)
         enums = self._enums
         chain: list[Any] = []
         for work in works:

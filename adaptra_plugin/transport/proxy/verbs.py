@@ -170,6 +170,7 @@ class Device:
 
     def port(self, number: int = 1) -> Port:
         """Raises VerbsError."""
+        self._require_open()
         with told(f"query port {number} of {self.name}"):
             attributes = self._context.query_port(number)
             entries = self._context.query_gid_table(max(1, int(attributes.gid_tbl_len) * self.port_count))
@@ -194,11 +195,13 @@ class Device:
 
     def active(self, number: int = 1) -> bool:
         """Whether the port is up; cheaper than `port`. Raises VerbsError."""
+        self._require_open()
         with told(f"query port {number} of {self.name}"):
             return bool(self._context.query_port(number).state == _ACTIVE)
 
     def events(self) -> list[str]:
         """Names of the events since the last call, such as `port down`; never blocks. Raises VerbsError."""
+        self._require_open()
         modules, found = load(), []
         enums = modules.enums
         names = {
@@ -221,23 +224,31 @@ class Device:
 
     def register(self, memory: memoryview, remote_write: bool = False) -> Region:
         """Pins writable memory for the device; it stays mapped until the region is closed. Raises VerbsError."""
+        self._require_open()
         region = Region(self._domain, memory, remote_write)
         self._children.append(region)
         return region
 
     def completions(self, depth: int) -> Completions:
         """A queue for at least `depth` completions (at most what the device can). Raises VerbsError."""
+        self._require_open()
         queue = Completions(self._context, min(depth, self.max_completions))
         self._children.append(queue)
         return queue
 
     def queue_pair(self, completions: Completions, sends: int, receives: int, number: int = 1) -> QueuePair:
         """A new pair on port `number`, in state INIT, for so many posted requests. Raises VerbsError."""
+        self._require_open()
         pair = QueuePair(
             self, self._domain, completions, min(sends, self.max_requests), min(receives, self.max_requests), number
         )
         self._children.append(pair)
         return pair
+
+    def _require_open(self) -> None:
+        """pyverbs would follow a null pointer."""
+        if self._closed:
+            raise VerbsError(f"the RDMA device {self.name} has been closed")
 
     def close(self) -> None:
         """Closes all that was made from this device, newest first. Idempotent; never raises."""

@@ -1,0 +1,181 @@
+"""The RDMA ports that a proxy uses: which there are, which of a peer's they reach, and what happens to them."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from adaptra_plugin.transport.proxy import verbs
+from adaptra_plugin.transport.proxy.loop import READ, Loop
+from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, Region, VerbsError
+from adaptra_plugin.transport.segment import Segment
+
+
+class _Descriptor:
+    """What the loop watches."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+class Nic:
+    """A port of an open device, shared by all rails over it. Rings that are sent from are registered once."""
+
+    def __init__(self, loop: Loop, device: str, number: int = 1, address: str | None = None) -> None:
+        """`address`: which of the port's addresses to use; None: the best. Raises VerbsError."""
+        self.loop = loop
+        self.device = Device(device)
+        try:
+            self.port: Port = self.device.port(number)
+            self.gid: Gid | None = self.port.gid(address) if self.port.gids or address else None
+        except BaseException:
+            self.device.close()
+            raise
+        self._rings: dict[Segment, Region] = {}
+        self._listeners: list[Callable[[str], None]] = []
+        self._events: _Descriptor | None = None
+        if self.device.events_fd is not None:
+            self._events = _Descriptor(self.device.events_fd)
+            loop.watch(self._events, READ, self._ready)
+
+    @property
+    def name(self) -> str:
+        where = self.gid.address if self.gid else f"lid {self.port.lid}"
+        return f"{self.device.name}/{self.port.number} {where}"
+
+    def card(self) -> dict[str, Any]:
+        """For `Card.rdma`: what a peer has to know to choose between its ports."""
+        return {
+            "device": self.device.name,
+            "port": self.port.number,
+            "layer": self.port.link_layer,
+            "kind": self.gid.kind if self.gid else "ib",
+            "address": self.gid.address if self.gid else "",
+        }
+
+    def ring(self, segment: Segment) -> Region:
+        """The registered form of a ring that is sent from. Raises VerbsError."""
+        region = self._rings.get(segment)
+        if region is None:
+            region = self._rings[segment] = self.device.register(segment.view)
+        return region
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """`listener(what)` for every event of the device that may concern a rail, such as `port down`."""
+        self._listeners.append(listener)
+
+    def forget(self, listener: Callable[[str], None]) -> None:
+        with contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
+
+    def up(self) -> bool:
+        """Whether the port is up now, the chosen address included: it may have gone, or moved, with the link."""
+        try:
+            self.port = self.device.port(self.port.number)
+            if self.gid is not None:
+                self.gid = self.port.gid(self.gid.address)
+        except VerbsError:
+            return False
+        return self.port.active
+
+    def _ready(self, mask: int) -> None:
+        for event in self.device.events():
+            if event == "port down" and self._still_up():
+                continue  # another port of the device
+            for listener in list(self._listeners):
+                listener(event)
+
+    def _still_up(self) -> bool:
+        try:
+            return self.device.port_count > 1 and self.device.active(self.port.number)
+        except VerbsError:
+            return False
+
+    def close(self) -> None:
+        """Gives back everything, rings included. Rails over it must be closed before. Idempotent."""
+        if self._events is not None:
+            self.loop.watch(self._events, 0, self._ready)
+            self._events = None
+        self._rings.clear()
+        self.device.close()
+
+
+def find(loop: Loop, wanted: str | Sequence[str] = "auto") -> tuple[list[Nic], list[str]]:
+    """Opens the ports to use.
+
+    Args:
+        wanted: `auto`: every port that is up; else names, `mlx5_0` (its first port) or `mlx5_0:2`, or addresses, in the
+            order of the rails.
+
+    Returns:
+        The ports, and a reason for each that cannot be used.
+    """
+    known, problems = verbs.ports()
+    if not known:
+        return [], problems
+    if wanted == "auto":
+        chosen = [port for port in known if port.active]
+        problems += [f"{port.device} port {port.number} is down" for port in known if not port.active]
+        picks: list[tuple[str, int, str | None]] = [(port.device, port.number, None) for port in chosen]
+    else:
+        picks = []
+        for name in [wanted] if isinstance(wanted, str) else wanted:
+            pick = _pick(name, known)
+            if pick is None:
+                have = ", ".join(f"{port.device}:{port.number}" for port in known)
+                problems.append(f"there is no RDMA device or address {name}; this host has {have}")
+            else:
+                picks.append(pick)
+    nics: list[Nic] = []
+    for device, number, address in picks:
+        try:
+            nics.append(Nic(loop, device, number, address))
+        except VerbsError as error:
+            problems.append(str(error))
+    return nics, problems
+
+
+def _pick(name: str, known: Sequence[Port]) -> tuple[str, int, str | None] | None:
+    device, _, number = name.partition(":")
+    for port in known:
+        if port.device == device and (number or "1") == str(port.number):
+            return port.device, port.number, None
+        if any(gid.address == name for gid in port.gids):
+            return port.device, port.number, name
+    return None
+
+
+def pairs(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Which of our ports goes with which of a peer's: indices into both lists of `Nic.card`, in our order.
+
+    Ports of one kind are joined, each at most once: those whose addresses have most in common first (rails often are subnets
+    of their own), then in their order. Both ends come to the same pairs.
+    """
+    candidates = []
+    for i, own in enumerate(mine):
+        for j, other in enumerate(theirs):
+            if (own.get("layer"), own.get("kind")) == (other.get("layer"), other.get("kind")):
+                common = _common_bits(str(own.get("address", "")), str(other.get("address", "")))
+                # the last two keys are the same seen from the other end, so ties fall alike there
+                candidates.append((-common, abs(i - j), i + j, i, j))
+    found: list[tuple[int, int]] = []
+    for *_, i, j in sorted(candidates):
+        if all(i != a and j != b for a, b in found):
+            found.append((i, j))
+    return sorted(found)
+
+
+def _common_bits(one: str, other: str) -> int:
+    """Length of the common prefix of two addresses; 0 if they are none, or of different families."""
+    try:
+        first, second = ipaddress.ip_address(one), ipaddress.ip_address(other)
+    except ValueError:
+        return 0
+    if first.version != second.version:
+        return 0
+    return first.max_prefixlen - (int(first) ^ int(second)).bit_length()

@@ -1,0 +1,456 @@
+"""Frames over a reliable connected RDMA queue pair.
+
+The body of a chunk goes straight from the sender's ring, by RDMA WRITE, into the receiver's *landing*, and its header follows
+in a SEND. The queue pair carries requests out in order, so when the header is seen, the body is there: one completion for
+a chunk. The receiver then asks its link where the body belongs and copies it there.
+
+Why not write into the mirror ring itself: the link sends a chunk again over another rail when this one is late, and the
+message may then be complete, consumed, and its room used for the next one, while the first write is still on its way. Nothing
+could stop that write, and nobody would notice. What lands here is copied only if the link still wants it, so this rail keeps
+the promise of all rails: what `place` declines lands nowhere.
+
+Nothing is sent that has nowhere to go (`slots`), so the receiver is never found without a buffer. Everything else that goes
+wrong (no acknowledgement after all retries, the port down, an error of the queue pair) ends the rail.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptra_plugin.transport.proxy.loop import READ, Timer
+from adaptra_plugin.transport.proxy.nics import Nic
+from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
+from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES, Budget, Debt, Prefix, SlotKind, parse_prefix
+from adaptra_plugin.transport.proxy.verbs import Completion, Region, VerbsError, Work, status_text
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.types import Direction
+
+VERSION = 1
+SLOTS = 256
+"""Receives that are posted, and sends that may be under way."""
+SLOT_BYTES = 4096
+LANDING_BYTES = 64 << 20
+"""Bodies that may be under way: as many as a link ever has on one rail."""
+SLOWEST = 1e6
+"""A wire that moves fewer bytes per second counts as dead, if nothing else is acknowledged meanwhile."""
+_RECEIVE = 1 << 32  # bit of the request numbers of receives
+_OFFER: dict[str, tuple[int, int]] = {  # field -> smallest and largest value
+    "version": (VERSION, VERSION),
+    "number": (0, (1 << 24) - 1),
+    "psn": (0, (1 << 24) - 1),
+    "lid": (0, (1 << 16) - 1),
+    "mtu": (256, 4096),
+    "slots": (4, 1 << 16),
+    "slot_bytes": (512, 1 << 16),
+    "landing": (SLOT_BYTES, 1 << 40),
+    "address": (1, (1 << 64) - 1),
+    "key": (0, (1 << 32) - 1),
+}
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A frame that has not been posted yet, or not all of it. `rest`: what is still to go in slots."""
+
+    header: Header
+    rest: memoryview
+    body_region: Region | None = None
+    body_pieces: tuple[tuple[int, int], ...] = ()
+    """(start, stop) offsets of a chunk's body in its ring."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.rest) + sum(stop - start for start, stop in self.body_pieces)
+
+
+class RdmaRail(Rail):
+    """One queue pair. `offer` and `accept`, in either order, then it carries frames.
+
+    The end that accepts before it offers is ready when the other one hears of it, so the other one begins.
+
+    Args:
+        rings: what this rank fills, per direction and lane: chunks are sent from there.
+        timeout_exponent, retries: see `QueuePair.connect`; by default a peer that does not answer is given up after 1.4 s,
+            and by our own clock after twice that: devices may take four times as long, and some start anew with every
+            request that is posted meanwhile.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sink: Sink,
+        nic: Nic,
+        rings: Mapping[tuple[Direction, int], Segment],
+        *,
+        landing_bytes: int = LANDING_BYTES,
+        slots: int = SLOTS,
+        timeout_exponent: int = 16,
+        retries: int = 4,
+    ) -> None:
+        """Raises VerbsError."""
+        super().__init__(RailKind.RDMA, name, sink)
+        self._nic = nic
+        self._loop = nic.loop
+        self._patience = (timeout_exponent, retries)
+        self._silence_s = 2 * (retries + 1) * 4.096e-6 * 2**timeout_exponent
+        self._watchdog: Timer | None = None
+        self._progress = 0.0  # when the oldest send that is under way became the oldest
+        self._segments = dict(rings)
+        self._count = slots
+        self._broken: str | None = None
+        self._offered = False
+        self._open = False  # the other end is known to be ready
+        self._peer_text = ""
+        self._slot_bytes = SLOT_BYTES
+        self._budget = Budget(slots, landing_bytes)
+        self._debt = Debt(slots, landing_bytes)
+        self._target = (0, 0)  # address and key of the other end's landing
+        self._waiting: deque[_Waiting] = deque()
+        self._posted: deque[tuple[int, int]] = deque()  # (slot, bytes) under way, oldest first
+        self._free = deque(range(slots))
+        self._backlog = 0
+        self._partial: tuple[Header, bytearray] | None = None
+        device = nic.device
+        self._parts: list[Any] = []
+        if not nic.up():
+            raise VerbsError(f"{nic.name}: its port is down")
+        try:
+            self._rings = {key: nic.ring(segment) for key, segment in rings.items()}
+            self._send_memory = self._memory(slots * SLOT_BYTES)
+            self._send_region = self._owned(device.register(self._send_memory))
+            self._receive_memory = self._memory(slots * SLOT_BYTES)
+            self._receive_region = self._owned(device.register(self._receive_memory))
+            self._landing = self._memory(landing_bytes)
+            self._landing_region = self._owned(device.register(self._landing, remote_write=True))
+            # a chunk takes at most two writes, where its ring ends, and a send
+            self._completions = self._owned(device.completions(5 * slots))
+            self._pair = self._owned(device.queue_pair(self._completions, 3 * slots, slots, nic.port.number))
+            for index in range(slots):
+                self._post_receive(index)
+        except BaseException:
+            self.close()
+            raise
+        nic.listen(self._event)
+        self._loop.watch(self._completions, READ, self._ready)
+
+    @staticmethod
+    def _memory(nbytes: int) -> memoryview:
+        area = mmap.mmap(-1, nbytes)
+        area.madvise(mmap.MADV_DONTFORK)  # the device writes to these pages, not to a copy that a fork makes
+        return memoryview(area)
+
+    def _owned(self, part: Any) -> Any:
+        self._parts.append(part)
+        return part
+
+    def describe(self) -> str:
+        return f"{self.name} ({self._nic.name} - {self._peer_text or 'not connected'})"
+
+    # --- coming up
+
+    def offer(self) -> dict[str, Any]:
+        """What the other end has to `accept`; plain values."""
+        self._offered = True
+        gid = self._nic.gid
+        return {
+            "version": VERSION,
+            "name": self._nic.name,
+            "number": self._pair.number,
+            "psn": self._pair.psn,
+            "gid": gid.raw if gid else "",
+            "lid": self._nic.port.lid,
+            "mtu": self._nic.port.mtu,
+            "slots": self._count,
+            "slot_bytes": SLOT_BYTES,
+            "landing": self._landing_region.nbytes,
+            "address": self._landing_region.address,
+            "key": self._landing_region.rkey,
+        }
+
+    def accept(self, offer: Mapping[str, Any]) -> None:
+        """Connects with the end that made the offer. Raises VerbsError, also for offers that make no sense."""
+        for field, (least, most) in _OFFER.items():
+            value = offer.get(field)
+            if type(value) is not int or not least <= value <= most:
+                raise VerbsError(f"the offer of rail {self.name} has {field} {value!r}; {least} to {most} is possible")
+        gid = offer.get("gid")
+        if not isinstance(gid, str) or bool(gid) != (self._nic.gid is not None):
+            raise VerbsError(
+                f"the offer of rail {self.name} has the address {gid!r}, which {self._nic.name} cannot reach"
+            )
+        timeout_exponent, retries = self._patience
+        self._pair.connect(
+            self._nic.gid if gid else None,
+            number=offer["number"],
+            psn=offer["psn"],
+            gid=gid or None,
+            lid=offer["lid"],
+            mtu=min(offer["mtu"], self._nic.port.mtu),
+            timeout_exponent=timeout_exponent,
+            retries=retries,
+        )
+        self._peer_text = str(offer.get("name", ""))[:80]
+        self._slot_bytes = min(SLOT_BYTES, offer["slot_bytes"])
+        self._budget = Budget(offer["slots"], offer["landing"])
+        self._target = (offer["address"], offer["key"])
+        if self._offered:
+            self._open = True
+            self._post(SlotKind.CREDIT, b"", 0)  # the other end waits to hear from this one
+            self._pump()
+
+    # --- sending
+
+    def submit(self, frame: Frame) -> None:
+        if self.closed or self._broken is not None:
+            return
+        header = frame.header
+        length = header.body_bytes
+        if length != sum(len(piece) for piece in frame.body):
+            raise ValueError(f"a frame announces {length} bytes and has {sum(map(len, frame.body))}")
+        head = header.pack()
+        if header.kind == FrameKind.CHUNK and HEADER_BYTES + length > self._room:
+            if length > self._budget.landing:
+                self._fail(f"a chunk of {length} bytes does not fit into the other end's {self._budget.landing}")
+                return
+            key = (header.direction, header.lane)
+            pieces = tuple(self._segments[key].pieces(header.message + header.at, length))
+            waiting = _Waiting(header, memoryview(head), self._rings[key], pieces)
+        else:
+            waiting = _Waiting(header, memoryview(b"".join((head, *frame.body))))
+        self._backlog += waiting.nbytes
+        self._waiting.append(waiting)
+        if len(self._waiting) == 1:
+            self._pump()
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that the other end's device has not acknowledged: what is lost if the rail is closed now."""
+        return self._backlog
+
+    @property
+    def _room(self) -> int:
+        """Bytes of payload in a slot."""
+        return self._slot_bytes - PREFIX_BYTES
+
+    def _pump(self) -> None:
+        """Posts what there is room for at the other end."""
+        try:
+            # the last slot is for returning credit
+            while self._waiting and self._open and self._free and self._budget.free_slots > 1:
+                first = self._waiting[0]
+                if first.body_region is not None:
+                    if not self._post_chunk(first):
+                        return
+                    self._waiting.popleft()
+                    continue
+                piece, first.rest = first.rest[: self._room], first.rest[self._room :]
+                self._post(SlotKind.FRAME, piece, len(piece), more=bool(first.rest))
+                if not first.rest:
+                    self._waiting.popleft()
+        except VerbsError as error:
+            self._fail(str(error))
+
+    def _post_chunk(self, waiting: _Waiting) -> bool:
+        """False: the other end has no room for the body now."""
+        region = waiting.body_region
+        assert region is not None
+        length = waiting.header.length
+        at = self._budget.place(length)
+        if at is None:
+            return False
+        address, key = self._target
+        target = address + at % self._budget.landing
+        works = []
+        for start, stop in waiting.body_pieces:
+            # unsignaled: the send that follows tells of its end too
+            works.append(Work(0, region, start, stop - start, remote=(target, key), signaled=False))
+            target += stop - start
+        self._post(SlotKind.CHUNK, waiting.rest, waiting.nbytes, works=works, at=at)
+        return True
+
+    def _post(
+        self,
+        kind: SlotKind,
+        payload: bytes | memoryview,
+        nbytes: int,
+        *,
+        works: list[Work] | None = None,
+        at: int = 0,
+        more: bool = False,
+    ) -> None:
+        """Fills a slot and posts it behind `works`. `nbytes`: part of the backlog that has gone when it has. Raises
+        VerbsError."""
+        slot = self._free.popleft()
+        emptied, landed = self._debt.told()
+        prefix = Prefix(kind, len(payload), self._budget.sent, emptied, landed, at, more)
+        start = slot * SLOT_BYTES
+        total = PREFIX_BYTES + len(payload)
+        self._send_memory[start : start + PREFIX_BYTES] = prefix.pack()
+        self._send_memory[start + PREFIX_BYTES : start + total] = payload
+        self._budget.sent += 1
+        if not self._posted:
+            self._progress = self._loop.clock()
+            if self._watchdog is None:
+                self._watchdog = self._loop.call_later(self._silence_s, self._watch_progress)
+        self._posted.append((slot, nbytes))
+        self._pair.post([*(works or ()), Work(slot, self._send_region, start, total)])
+
+    def _post_receive(self, index: int) -> None:
+        self._pair.post_receive(_RECEIVE | index, self._receive_region, index * SLOT_BYTES, SLOT_BYTES)
+
+    # --- completions
+
+    def _ready(self, mask: int) -> None:
+        try:
+            for completion in self._completions.drain():
+                if self.closed or self._broken is not None:
+                    return
+                if completion.status:
+                    self._fail(self._reason(completion))
+                elif completion.received:
+                    self._received(completion)
+                else:
+                    self._sent(completion)
+            if self.closed or self._broken is not None:
+                return
+            self._pump()
+            if self._debt.due and self._open and self._free and self._budget.free_slots:
+                self._post(SlotKind.CREDIT, b"", 0)
+            if not self._posted and not self._waiting:
+                self.sink.drained(self)
+        except VerbsError as error:
+            self._fail(str(error))
+        except MalformedFrame as error:
+            self._fail(f"what came is no frame: {error}")
+
+    @staticmethod
+    def _reason(completion: Completion) -> str:
+        vendor = f", vendor's code {completion.vendor}" if completion.vendor else ""
+        return f"its queue pair failed: {status_text(completion.status)}{vendor}"
+
+    def _sent(self, completion: Completion) -> None:
+        slot, nbytes = self._posted.popleft()
+        if slot != completion.request:
+            raise VerbsError(f"send {completion.request} is complete where {slot} was due")
+        self._free.append(slot)
+        self._backlog -= nbytes
+        self._progress = self._loop.clock()
+
+    def _watch_progress(self) -> None:
+        """Devices retry, give up and tell; this is for those that do not."""
+        self._watchdog = None
+        if self.closed or self._broken is not None or not self._posted:
+            return
+        silent = self._loop.clock() - self._progress
+        patience = self._silence_s + self._posted[0][1] / SLOWEST
+        if silent >= patience:
+            self._fail(f"no acknowledgement from the remote end for {silent:.1f} s")
+        else:
+            self._watchdog = self._loop.call_later(patience - silent, self._watch_progress)
+
+    def _received(self, completion: Completion) -> None:
+        index = completion.request & (_RECEIVE - 1)
+        start = index * SLOT_BYTES
+        slot = self._receive_memory[start : start + completion.nbytes]
+        prefix = parse_prefix(slot, self._debt.emptied)
+        payload = bytes(slot[PREFIX_BYTES:])
+        self._debt.emptied += 1
+        self._post_receive(index)
+        self._budget.returned(prefix)
+        self._open = True
+        if prefix.kind is SlotKind.FRAME:
+            self._piece(payload, prefix.more)
+        elif prefix.kind is SlotKind.CHUNK:
+            self._chunk(payload, prefix.at)
+
+    def _parse(self, raw: bytes) -> Header:
+        if len(raw) < HEADER_BYTES:
+            raise MalformedFrame(f"a frame begins with {len(raw)} bytes; a header has {HEADER_BYTES}")
+        return parse(raw[:HEADER_BYTES], limit=self.sink.limit, lanes=self.sink.lanes)
+
+    def _piece(self, payload: bytes, more: bool) -> None:
+        """A frame, or the next piece of one."""
+        if self._partial is None:
+            header, body = self._parse(payload), bytearray(payload[HEADER_BYTES:])
+        else:
+            (header, body), self._partial = self._partial, None
+            body += payload
+        if len(body) > header.body_bytes or more != (len(body) < header.body_bytes):
+            raise MalformedFrame(
+                f"a {header.kind.name.lower()} frame announces {header.body_bytes} bytes, {len(body)} came"
+            )
+        if more:
+            self._partial = (header, body)
+        elif header.kind == FrameKind.CHUNK and header.body_bytes:
+            self._deliver(header, memoryview(body))
+        else:
+            self.sink.arrived(self, header, bytes(body))
+
+    def _chunk(self, payload: bytes, at: int) -> None:
+        """A chunk whose body has landed."""
+        header = self._parse(payload)
+        if header.kind != FrameKind.CHUNK or len(payload) != HEADER_BYTES or header.body_bytes != header.length:
+            raise MalformedFrame(f"a {header.kind.name.lower()} frame has a body in the landing")
+        start, stop = self._debt.window(at, header.length)
+        try:
+            self._deliver(header, self._landing[start:stop])
+        finally:
+            self._debt.landed = at + header.length
+
+    def _deliver(self, header: Header, body: memoryview) -> None:
+        windows = self.sink.place(self, header)
+        done = 0
+        for window in windows or ():
+            window[:] = body[done : done + len(window)]
+            done += len(window)
+        self.sink.arrived(self, header)
+
+    # --- the end
+
+    def _event(self, what: str) -> None:
+        """The device reports something."""
+        if what in ("port down", "device failed"):
+            self._fail(f"{self._nic.name}: {what}")
+        elif "queue pair failed" in what or "completion queue" in what:
+            try:
+                state = self._pair.state
+            except VerbsError as error:
+                self._fail(str(error))
+                return
+            if state == "ERR":
+                self._fail(f"{self._nic.name}: {what}")
+
+    def _fail(self, reason: str) -> None:
+        """Tells the link from the loop, not from here: it may be in the middle of using this rail."""
+        if not self.closed and self._broken is None:
+            self._broken = reason
+            self._loop.watch(self._completions, 0, self._ready)
+            self._loop.post(functools.partial(self._report, reason))
+
+    def _report(self, reason: str) -> None:
+        if not self.closed:
+            self.close()
+            self.sink.failed(self, reason)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._nic.forget(self._event)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        if hasattr(self, "_completions"):
+            self._loop.watch(self._completions, 0, self._ready)
+        for part in reversed(self._parts):
+            self._nic.device.forget(part)
+        self._parts.clear()
+        self._waiting.clear()
+        self._posted.clear()
+        self._partial = None
