@@ -11,6 +11,7 @@ them at the same positions of its own ring, the mirror.
 from __future__ import annotations
 
 import enum
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.types import Direction
 
 MAGIC = b"AD2\n"
-# magic, kind, flags, direction, lane, after, sequence, message, total, at, length, floor, checksum, sent
-_HEADER = struct.Struct("<4sBBBBIQQQQQQQd")
+# magic, kind, flags, direction, lane, after, behind, sequence, message, total, at, length, floor, checksum, sent
+_HEADER = struct.Struct("<4sBBBBIIQQQQQQQd")
 _CHECK = struct.Struct("<I")
-HEADER_BYTES = _HEADER.size + _CHECK.size + 4
+HEADER_BYTES = _HEADER.size + _CHECK.size
 MAX_BODY_BYTES = 4 << 20
 """Longest body that is no chunk's (bytes)."""
+MAX_NOTE_BYTES = 64 << 10
+"""Longest body of a frame that is neither a chunk's nor the endpoint's (bytes)."""
 UNIT = 64
 """Messages begin at multiples of this (bytes)."""
 POSITIONS = struct.Struct("<BBxxxxxxQ")  # direction, lane, message: an entry of a CONSUMED body
@@ -47,6 +50,8 @@ class FrameKind(enum.IntEnum):
     PONG = 7
     GOODBYE = 8
     """Nothing follows."""
+    TAKEN = 10
+    """The endpoint has taken all control messages up to number `message`."""
     RAIL = 9
     """JSON for the proxy: rails to open and to close."""
 
@@ -55,7 +60,7 @@ class Flag(enum.IntFlag):
     REFERENCE = 1
     """The bytes stay in the sender's ring, which the receiver has mapped: the frame has no body."""
     VERIFIED = 2
-    """`checksum` is that of the body (xxh3, 64 bits)."""
+    """`checksum` is that of the body (xxh3, 64 bits). Always so for bodies that are no chunk's."""
 
 
 class MalformedFrame(TransportError):
@@ -64,10 +69,11 @@ class MalformedFrame(TransportError):
 
 @dataclass(slots=True)
 class Header:
-    """`sequence` numbers the frames of a rail that want an acknowledgement, from 1; 0: none is wanted. `floor`: all
-    messages of the lane before this position are done with. `sent`: when the message lay whole in the ring (sender's clock,
-    s). `after`: how far in front of this message (in units of `UNIT` bytes) lies one that has to be delivered before it;
-    0: none."""
+    """`sequence` numbers the frames of a connection that want an acknowledgement, from 1; 0: none is wanted. `behind`: this
+    many numbers before it, and no older ones, are still waited for. `floor`: all messages of the lane before this position
+    are done with. `sent`: when the message lay whole in the ring (sender's clock, s). `after`: how far in front of this
+    message (in units of `UNIT` bytes) lies one that has to be delivered before it; 0: none. A ping's `message`: which
+    connection it is to the pinger."""
 
     kind: FrameKind
     sequence: int = 0
@@ -82,6 +88,7 @@ class Header:
     checksum: int = 0
     sent: float = 0.0
     after: int = 0
+    behind: int = 0
 
     @property
     def body_bytes(self) -> int:
@@ -90,10 +97,10 @@ class Header:
 
     def pack(self) -> bytes:
         raw = _HEADER.pack(
-            *(MAGIC, self.kind, self.flags, self.direction, self.lane, self.after, self.sequence, self.message, self.total),
-            *(self.at, self.length, self.floor, self.checksum, self.sent),
+            *(MAGIC, self.kind, self.flags, self.direction, self.lane, self.after, self.behind, self.sequence),
+            *(self.message, self.total, self.at, self.length, self.floor, self.checksum, self.sent),
         )
-        return raw + _CHECK.pack(zlib.crc32(raw)) + b"\0\0\0\0"
+        return raw + _CHECK.pack(zlib.crc32(raw))
 
 
 def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> Header:
@@ -108,29 +115,32 @@ def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> Header:
         MalformedFrame: says which field is wrong, with the numbers.
     """
     body = bytes(raw[: _HEADER.size])
-    magic, kind, flags, direction, lane, after, sequence, message, total, at, length, floor, checksum, sent = (
-        _HEADER.unpack(body)
-    )
+    magic, kind, flags, direction, lane, after, behind, sequence, *rest = _HEADER.unpack(body)
     if magic != MAGIC:
         raise MalformedFrame(f"a frame starts with {magic.hex()} instead of {MAGIC.hex()}")
     if zlib.crc32(body) != _CHECK.unpack_from(raw, _HEADER.size)[0]:
         raise MalformedFrame("the checksum of a frame's header is wrong")
     try:
+        message, total, at, length, floor, checksum, sent = rest
         header = Header(
             *(FrameKind(kind), sequence, flags, Direction(direction), lane, message, total),
-            *(at, length, floor, checksum, sent, after),
+            *(at, length, floor, checksum, sent, after, behind),
         )
     except ValueError as error:
         raise MalformedFrame(f"a frame has an unknown kind or direction: {error}") from None
     if lane >= lanes:
         raise MalformedFrame(f"a frame is for lane {lane}; there are {lanes}")
+    if not math.isfinite(sent):
+        raise MalformedFrame(f"a frame says that it was sent at {sent}")
     if header.kind == FrameKind.CHUNK:
         if not 0 < total <= limit or length < 1 or at + length > total:
             raise MalformedFrame(
                 f"a chunk announces bytes {at} to {at + length} of a message of {total}; at most {limit} are accepted"
             )
-        if message + total >= 1 << 63 or floor > message:
+        if message + total >= 1 << 63 or floor > message or message % UNIT:
             raise MalformedFrame(f"a chunk announces the impossible position {message} with floor {floor}")
-    elif length > MAX_BODY_BYTES:
-        raise MalformedFrame(f"a {header.kind.name.lower()} frame announces {length} bytes; {MAX_BODY_BYTES} may come")
+        if flags & Flag.REFERENCE and length != total:
+            raise MalformedFrame(f"a reference is to {length} bytes of a message of {total}")
+    elif length > (most := MAX_BODY_BYTES if header.kind == FrameKind.CONTROL else MAX_NOTE_BYTES):
+        raise MalformedFrame(f"a {header.kind.name.lower()} frame announces {length} bytes; {most} may come")
     return header

@@ -51,9 +51,10 @@ class Sink(Protocol):
     lanes: int
     """Lanes per direction, for `wire.parse`."""
 
-    def place(self, header: Header) -> list[memoryview] | None:
+    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
         """Where the body of a chunk goes (`header.length` bytes in one or two windows of the mirror ring); None: it has
-        come before and is to be thrown away. Raises MalformedFrame."""
+        come before and is to be thrown away. From then on until `arrived` or `failed` the room is not used for anything
+        else. Raises MalformedFrame."""
 
     def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
         """A whole frame has come. `body`: of a frame that is no chunk; a chunk's bytes lie where `place` said, or, if it
@@ -89,6 +90,12 @@ class Rail(ABC):
     @abstractmethod
     def backlog(self) -> int:
         """Bytes submitted that have not left this process, headers included."""
+
+    def discard(self, header: Header) -> bool:
+        """The bytes of a chunk that is on its way in have come another way: the rail may drop what is still to come, and
+        lets go of the room that `place` gave. True if it has; False (it cannot) leaves all as it was. `arrived` follows at
+        the end either way."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

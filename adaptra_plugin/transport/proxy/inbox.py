@@ -1,0 +1,156 @@
+"""What has come: chunks of messages that fill the mirror of the peer's ring. Pure, but for the bytes themselves."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from adaptra_plugin.transport.proxy.wire import UNIT, Header, MalformedFrame
+from adaptra_plugin.transport.segment import Segment
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A message of which at least a chunk is known."""
+
+    message: int
+    total: int
+    sent: float
+    after: int | None
+    """Position of a message of the same key that has to be delivered before this one."""
+    chunks: set[int] = field(default_factory=set)
+    missing: int = 0
+    by_reference: bool = False
+    delivered: bool = False
+    released: bool = False
+    writing: int = 0
+    """Rails that are in the middle of a chunk of it: its room must not be reused before they are done."""
+
+
+class LaneInbox:
+    """One lane of one direction.
+
+    Args:
+        mirror: memory of the same size as the peer's ring.
+        limit: longest message (bytes).
+    """
+
+    def __init__(self, mirror: Segment, limit: int) -> None:
+        self.mirror = mirror
+        self.limit = limit
+        self.messages: dict[int, Incoming] = {}
+        self.gone: set[int] = set()  # released, and the sender may not know yet
+        self._gone_first: list[int] = []  # the same as a heap
+        self._followers: dict[int, list[int]] = {}  # by the message that has to be delivered before
+        self.floor = 0
+        self.duplicates = 0
+
+    def _message(self, header: Header) -> Incoming | None:
+        """The message that a chunk belongs to; None: it is done with."""
+        if header.floor > self.floor:
+            self.floor = header.floor
+            while self._gone_first and self._gone_first[0] < self.floor:
+                self.gone.remove(heapq.heappop(self._gone_first))
+        if header.message < self.floor or header.message in self.gone:
+            return None
+        found = self.messages.get(header.message)
+        if found is None:
+            self._check(header)
+            after = header.message - header.after * UNIT if header.after else None
+            found = Incoming(header.message, header.total, header.sent, after, missing=header.total)
+            self.messages[header.message] = found
+            if after is not None and self._waits(found):
+                self._followers.setdefault(after, []).append(found.message)
+        elif found.total != header.total:
+            raise MalformedFrame(
+                f"a chunk says its message at {header.message} has {header.total} bytes, another said {found.total}"
+            )
+        return found
+
+    def _check(self, header: Header) -> None:
+        """A new message. One that its sender's ring cannot hold, or ever so many, would fill this process."""
+        if header.total > self.limit:
+            raise MalformedFrame(f"a message of {header.total} bytes is announced; at most {self.limit} fit here")
+        if header.message + header.total > header.floor + self.mirror.capacity:
+            raise MalformedFrame(
+                f"a message of {header.total} bytes at {header.message} is announced, and a ring of "
+                f"{self.mirror.capacity} that begins at {header.floor} cannot hold it"
+            )
+        if len(self.messages) >= self.mirror.capacity // UNIT:
+            raise MalformedFrame(f"{len(self.messages)} messages have been begun, more than the ring has room for")
+
+    def has(self, header: Header) -> bool:
+        """Whether the bytes of a chunk have come, or the message is done with."""
+        found = self._message(header)
+        return found is None or not found.missing or header.at in found.chunks
+
+    def place(self, header: Header) -> list[memoryview] | None:
+        """Where the bytes of a chunk go; None if they have come before. Every place must be ended by `filled` or `left`."""
+        if self.has(header):
+            self.duplicates += 1
+            return None
+        self.messages[header.message].writing += 1
+        return self.mirror.slices(header.message + header.at, header.length)
+
+    def left(self, header: Header) -> Incoming | None:
+        """A chunk that was placed will not be completed. The message, if its room has become free by that."""
+        found = self.messages[header.message]
+        found.writing -= 1
+        return self._freed(found)
+
+    def filled(self, header: Header) -> tuple[list[Incoming], Incoming | None]:
+        """A chunk that was placed is complete. The messages that can be delivered by that, and the one whose room is free
+        by that."""
+        found = self.messages[header.message]
+        found.writing -= 1
+        if not found.missing or header.at in found.chunks:
+            self.duplicates += 1
+            return [], self._freed(found)
+        found.chunks.add(header.at)
+        found.missing = max(0, found.missing - header.length)
+        return self._deliverable(found), None
+
+    def referenced(self, header: Header) -> list[Incoming]:
+        """The whole of a message lies in the peer's ring, whatever of it has come. The messages that can be delivered."""
+        if self.has(header):
+            self.duplicates += 1
+            return []
+        found = self.messages[header.message]
+        found.by_reference, found.missing = True, 0
+        return self._deliverable(found)
+
+    def _deliverable(self, first: Incoming) -> list[Incoming]:
+        ready: list[Incoming] = []
+        candidates = [first.message]
+        while candidates:
+            # the oldest one first: a newer one of its key may name the same message, or one before
+            found = self.messages[heapq.heappop(candidates)]
+            if found.missing or found.delivered or self._waits(found):
+                continue
+            found.delivered = True
+            ready.append(found)
+            for message in self._followers.pop(found.message, ()):
+                heapq.heappush(candidates, message)
+        return ready
+
+    def _waits(self, found: Incoming) -> bool:
+        if found.after is None or found.after < self.floor or found.after in self.gone:
+            return False
+        before = self.messages.get(found.after)
+        return before is None or not before.delivered
+
+    def release(self, message: int) -> Incoming | None:
+        """The endpoint has copied a delivered message out. The message, if its room is free by that."""
+        found = self.messages.get(message)
+        if found is None or not found.delivered:
+            return None
+        found.released = True
+        return self._freed(found)
+
+    def _freed(self, found: Incoming) -> Incoming | None:
+        if not found.released or found.writing or found.message not in self.messages:
+            return None
+        del self.messages[found.message]
+        self.gone.add(found.message)
+        heapq.heappush(self._gone_first, found.message)
+        return found

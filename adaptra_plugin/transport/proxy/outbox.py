@@ -1,0 +1,166 @@
+"""What is to go: messages of this rank's ring, cut into chunks, until the peer has consumed them. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from adaptra_plugin.transport.proxy.wire import UNIT, FrameKind, Header
+from adaptra_plugin.transport.types import Direction
+
+SMALL = 64 << 10
+"""Messages up to this size (bytes) go in front of larger ones, and so does the first piece of a larger one."""
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """Something that has to arrive once: a chunk, or a frame with a body of its own."""
+
+    kind: FrameKind
+    length: int
+    outgoing: Outgoing | None = None
+    at: int = 0
+    body: bytes = b""
+    number: int = 0
+    total: int = 0
+    direction: Direction = Direction.ACTIVATION
+    lane: int = 0
+    done: bool = False
+    queued: bool = True
+    sends: int = 0
+    covered: bool = False
+    """The whole message is under way by reference."""
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A message in the ring."""
+
+    direction: Direction
+    lane: int
+    message: int
+    total: int
+    sent: float
+    after: int
+    """Units of `UNIT` bytes in front of it, as in the header; 0: none."""
+    items: list[Item] = field(default_factory=list)
+    missing: int = 0
+    acked: bool = False
+
+    @property
+    def started(self) -> bool:
+        return any(item.sends for item in self.items)
+
+
+class Outbox:
+    """All lanes of a link. `small` goes before `large`; what is sent again goes first."""
+
+    def __init__(self, lanes: int, chunk_bytes: int) -> None:
+        self._chunk = chunk_bytes
+        self.lanes: dict[tuple[Direction, int], dict[int, Outgoing]] = {
+            (direction, lane): {} for direction in Direction for lane in range(lanes)
+        }
+        self.small: deque[Item] = deque()
+        self.large: deque[Item] = deque()
+        self.waiting_bytes = 0
+
+    def add(self, direction: Direction, lane: int, message: int, total: int, sent: float, after: int) -> None:
+        """`after`: 1 + position of a message that has to be delivered before, 0: none."""
+        units = (message - (after - 1)) // UNIT if after else 0
+        found = Outgoing(direction, lane, message, total, sent, units)
+        self.lanes[direction, lane][message] = found
+        at = 0
+        while at < total:
+            # a short first piece lets the receiver know of a large message early
+            step = min(total - at, SMALL if at == 0 and total > self._chunk else self._chunk)
+            item = Item(FrameKind.CHUNK, step, found, at, direction=direction, lane=lane)
+            found.items.append(item)
+            self._put(item, at == 0 and step <= SMALL)
+            at += step
+        found.missing = len(found.items)
+
+    def _put(self, item: Item, small: bool, *, again: bool = False) -> None:
+        item.queued = True
+        self.waiting_bytes += item.length
+        queue = self.small if small else self.large
+        if again:
+            queue.appendleft(item)
+        else:
+            queue.append(item)
+
+    def again(self, item: Item) -> None:
+        """A chunk that may not have arrived."""
+        item.covered = False
+        if not item.done and not item.queued:
+            self._put(item, item.at == 0 and item.length <= SMALL, again=True)
+
+    def peek(self) -> Item | None:
+        """The next chunk; those that have become needless meanwhile are dropped."""
+        for queue in (self.small, self.large):
+            while queue:
+                if not (queue[0].done or queue[0].covered):
+                    return queue[0]
+                self._drop(queue)
+        return None
+
+    def pop(self) -> Item:
+        """The chunk that `peek` has shown."""
+        return self._drop(self.small or self.large)
+
+    def _drop(self, queue: deque[Item]) -> Item:
+        item = queue.popleft()
+        item.queued = False
+        self.waiting_bytes -= item.length
+        return item
+
+    def floor(self, direction: Direction, lane: int) -> int | None:
+        """Position of the oldest message that is not consumed."""
+        return next(iter(self.lanes[direction, lane]), None)
+
+    def header(self, item: Item) -> Header:
+        """Of a chunk, without what depends on the rail."""
+        found = item.outgoing
+        assert found is not None
+        floor = self.floor(found.direction, found.lane)
+        return Header(
+            FrameKind.CHUNK,
+            direction=found.direction,
+            lane=found.lane,
+            message=found.message,
+            total=found.total,
+            at=item.at,
+            length=item.length,
+            floor=found.message if floor is None else min(floor, found.message),
+            sent=found.sent,
+            after=found.after,
+        )
+
+    def acked(self, item: Item) -> Outgoing | None:
+        """A chunk has arrived. The message, if that was its last one."""
+        found = item.outgoing
+        assert found is not None
+        if item.done:
+            return None
+        item.done = True
+        found.missing -= 1
+        if found.missing or found.acked:
+            return None
+        found.acked = True
+        return found
+
+    def whole(self, found: Outgoing) -> Outgoing | None:
+        """All of a message has arrived at once, by reference or because it is consumed."""
+        for item in found.items:
+            item.done = True
+        found.missing = 0
+        was, found.acked = found.acked, True
+        return None if was else found
+
+    def consumed(self, direction: Direction, lane: int, message: int) -> Outgoing | None:
+        """The peer has copied a message out; None if it was known."""
+        return self.lanes[direction, lane].pop(message, None)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether something has not arrived yet."""
+        return any(not found.acked for lane in self.lanes.values() for found in lane.values())

@@ -1,0 +1,276 @@
+"""Faults injected on purpose into a rail, by configuration: a decorator that stands between a link and any rail.
+
+Nothing else knows that faults exist. Each end spoils what it sends, so a fault acts in both directions. What is drawn by
+chance is drawn from seeds, anew for every connection: the same frames meet the same fate.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from adaptra_plugin.transport.proxy.loop import Timer
+from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, Flag, FrameKind, Header
+
+SLOW_LINK = "slow link"
+"""Kind of the faults that `simulate.links` describes."""
+
+
+class Clockwork(Protocol):
+    """What is needed of the loop."""
+
+    def clock(self) -> float: ...
+    def call_at(self, when: float, run: Callable[[], None]) -> Timer: ...
+    def post(self, run: Callable[[], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """See `adaptra_plugin.config.Fault`, which has checked it."""
+
+    kind: str
+    src: int
+    dst: int
+    rail: str = "any"
+    ms: float = 0.0
+    mb_per_s: float = 0.0
+    rate: float | None = None
+    part: str = "body"
+    seed: int = 0
+    from_iteration: int = 0
+    to_iteration: int | None = None
+    from_s: float = 0.0
+    to_s: float | None = None
+
+    @classmethod
+    def of(cls, block: Mapping[str, Any]) -> Fault:
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in block.items() if name in known and value is not None})
+
+    @classmethod
+    def of_slow_link(cls, block: Mapping[str, Any]) -> Fault:
+        return cls.of({**block, "kind": SLOW_LINK, "ms": block["latency_ms"]})
+
+    def concerns(self, stages: set[int], rail: Rail) -> bool:
+        return {self.src, self.dst} == stages and self.rail in ("any", rail.name, rail.kind.word)
+
+    def active(self, iteration: int, elapsed_s: float) -> bool:
+        return (
+            self.from_iteration <= iteration
+            and (self.to_iteration is None or iteration < self.to_iteration)
+            and self.from_s <= elapsed_s
+            and (self.to_s is None or elapsed_s < self.to_s)
+        )
+
+
+class Faults:
+    """All faults of this rank's links; `iteration` (0-based) is kept up by the owner. Times count from now on.
+
+    Args:
+        simulate: the `simulate` block of the configuration: `links`, `faults`.
+        stage: of this rank.
+    """
+
+    def __init__(self, simulate: Mapping[str, Any], stage: int, loop: Clockwork) -> None:
+        self.iteration = 0
+        self._loop = loop
+        self._stage = stage
+        self._began = loop.clock()
+        self._faults = [Fault.of_slow_link(block) for block in simulate.get("links") or ()]
+        self._faults += [Fault.of(block) for block in simulate.get("faults") or ()]
+        self._connections: Counter[tuple[int, str]] = Counter()
+
+    def wrap(self, rail: Rail, peer_stage: int) -> Rail:
+        """A new connection to a peer, with what is configured for it; the rail itself if that is nothing."""
+        found = [
+            (index, fault)
+            for index, fault in enumerate(self._faults)
+            if fault.concerns({self._stage, peer_stage}, rail)
+        ]
+        if not found:
+            return rail
+        self._connections[peer_stage, rail.name] += 1
+        which = f"{self._stage} {peer_stage} {rail.name} {self._connections[peer_stage, rail.name]}"
+        return FaultyRail(
+            rail, [(fault, random.Random(f"{fault.seed} {index} {which}")) for index, fault in found], self, self._loop
+        )
+
+    def active(self, fault: Fault) -> bool:
+        return fault.active(self.iteration, self._loop.clock() - self._began)
+
+
+class FaultyRail(Rail):
+    """`inner`, as bad as `faults` make it: each with its source of chance. It is its inner rail's sink."""
+
+    def __init__(
+        self, inner: Rail, faults: Sequence[tuple[Fault, random.Random]], plan: Faults, loop: Clockwork
+    ) -> None:
+        super().__init__(inner.kind, inner.name, inner.sink)
+        self.by_reference = inner.by_reference
+        self.limit, self.lanes = inner.sink.limit, inner.sink.lanes
+        self.inner = inner
+        inner.sink = self
+        self._faults = faults
+        self._plan = plan
+        self._loop = loop
+        self._held: list[tuple[float, int, Frame]] = []
+        self._held_bytes = 0
+        self._count = itertools.count()
+        self._timer: Timer | None = None
+        self._free_at = self._in_order = self._numbered_in_order = 0.0
+        self._dying = False
+        loop.post(self._perhaps_die)
+
+    def describe(self) -> str:
+        return self.inner.describe()
+
+    @property
+    def backlog(self) -> int:
+        return self.inner.backlog + self._held_bytes
+
+    def discard(self, header: Header) -> bool:
+        return self.inner.discard(header)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.inner.close()
+            self._held.clear()
+            self._held_bytes = 0
+            if self._timer is not None:
+                self._timer.cancel()
+
+    # --- out
+
+    def submit(self, frame: Frame) -> None:
+        self._perhaps_die()
+        if self.closed or self._dying:
+            return
+        copies = 1
+        for fault, chance in self._of("loss", "corruption", "duplication"):
+            if chance.random() >= (fault.rate or 0.0):
+                continue
+            if fault.kind == "loss":
+                return
+            if fault.kind == "duplication":
+                copies += 1
+            else:
+                frame = self._damaged(frame, fault, chance)
+        for _ in range(copies):
+            self._hold(frame, self._due(frame))
+
+    def _of(self, *kinds: str) -> list[tuple[Fault, random.Random]]:
+        return [found for found in self._faults if found[0].kind in kinds and self._plan.active(found[0])]
+
+    def _due(self, frame: Frame) -> float:
+        """When a frame goes on its way."""
+        header, now = frame.header, self._loop.clock()
+        due = now
+        for fault, _ in self._of("bandwidth"):
+            start = max(now, self._free_at)
+            due = self._free_at = start + (HEADER_BYTES + header.body_bytes) / (fault.mb_per_s * 1e6)
+        for fault, _ in self._of("latency"):
+            due += fault.ms / 1e3
+        for fault, chance in self._of("jitter"):
+            due += chance.random() * fault.ms / 1e3
+        for fault, chance in self._of("reordering"):
+            if chance.random() < (fault.rate or 0.0):
+                return due + fault.ms / 1e3  # others overtake it
+        due = self._in_order = max(self._in_order, due)
+        if header.sequence:
+            # counted from when the message was ready: transfers overlap, only their latency grows
+            ready = header.sent if header.kind == FrameKind.CHUNK else now
+            latency = sum(fault.ms for fault, _ in self._of(SLOW_LINK)) / 1e3
+            due = self._numbered_in_order = max(self._numbered_in_order, due, ready + latency)
+        return due
+
+    def _hold(self, frame: Frame, due: float) -> None:
+        if due <= self._loop.clock():
+            self.inner.submit(frame)
+            return
+        heapq.heappush(self._held, (due, next(self._count), frame))
+        self._held_bytes += HEADER_BYTES + frame.header.body_bytes
+        self._arm()
+
+    def _arm(self) -> None:
+        if not self._held:
+            return
+        due = self._held[0][0]
+        if self._timer is not None:
+            if self._timer.when <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._let_go)
+
+    def _let_go(self) -> None:
+        self._timer = None
+        while self._held and self._held[0][0] <= self._loop.clock():
+            _, _, frame = heapq.heappop(self._held)
+            self._held_bytes -= HEADER_BYTES + frame.header.body_bytes
+            self.inner.submit(frame)
+        self._arm()
+
+    def _damaged(self, frame: Frame, fault: Fault, chance: random.Random) -> Frame:
+        if fault.part == "header":
+            values = {field.name: getattr(frame.header, field.name) for field in fields(Header)}
+            return Frame(_DamagedHeader(chance.randrange(HEADER_BYTES), **values), frame.body)
+        if not frame.header.body_bytes:
+            return frame
+        if frame.header.kind == FrameKind.CHUNK and self.kind is RailKind.RDMA:
+            # its bytes go straight from the ring, which is not to be touched: the receiver sees the same this way
+            wrong = copy.copy(frame.header)
+            wrong.checksum ^= bool(wrong.flags & Flag.VERIFIED)
+            return Frame(wrong, frame.body)
+        body = bytearray(b"".join(frame.body))
+        body[chance.randrange(len(body))] ^= chance.randrange(1, 256)
+        return Frame(frame.header, [memoryview(body)])
+
+    # --- the end
+
+    def _perhaps_die(self) -> None:
+        for fault, chance in self._of("death"):
+            if not self.closed and not self._dying and (fault.rate is None or chance.random() < fault.rate):
+                self._dying = True
+                self._loop.post(self._die)  # the link may be in the middle of using this rail
+
+    def _die(self) -> None:
+        self.failed(self.inner, "a fault of adaptra.simulate has ended it")
+
+    # --- in: the inner rail's sink
+
+    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
+        return self.sink.place(self, header)
+
+    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+        self.sink.arrived(self, header, body)
+
+    def failed(self, rail: Rail, reason: str) -> None:
+        if not self.closed:
+            self.close()
+            self.sink.failed(self, reason)
+
+    def drained(self, rail: Rail) -> None:
+        if not self._held:
+            self.sink.drained(self)
+
+
+class _DamagedHeader(Header):
+    """A header that loses a byte on its way."""
+
+    __slots__ = ("_spoilt",)
+
+    def __init__(self, spoilt: int, **values: Any) -> None:
+        super().__init__(**values)
+        self._spoilt = spoilt
+
+    def pack(self) -> bytes:
+        raw = bytearray(super().pack())
+        raw[self._spoilt] ^= 0xFF
+        return bytes(raw)

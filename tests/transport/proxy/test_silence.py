@@ -1,0 +1,145 @@
+"""Rails that say nothing any more."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from adaptra_plugin.transport.proxy.health import State
+from adaptra_plugin.transport.proxy.rails.base import RailKind
+from adaptra_plugin.transport.types import Direction
+from tests.transport.proxy.memory import Cable
+
+KIB, MIB = 1 << 10, 1 << 20
+ACTIVATION, GRADIENT = (Direction.ACTIVATION, 0), (Direction.GRADIENT, 0)
+
+
+def shm(name="shm", **options):
+    return Cable(name, RailKind.SHM, **options)
+
+
+def test_a_black_hole_beside_a_rail_that_works(pairs):
+    cables = [Cable(name, bytes_per_s=1e8) for name in ("tcp0", "tcp1")]
+    pair = pairs(*cables, capacity=8 * MIB, chunk=256 * KIB)
+    hole = pair.cables["tcp0"]
+
+    def keep_going():
+        for end in (pair.a, pair.b):
+            if len(end.waiting) < 4:
+                end.send(MIB)
+        pair.world.call_later(0.002, keep_going)
+
+    keep_going()
+    pair.world.run(2.0)
+    hole.cut = True
+    cut = pair.world.now
+    pair.world.run(1.0)
+    for end in (pair.a, pair.b):
+        waits = [n for n in end.delivered if end.times[n] > cut]
+        times = [cut, *(end.times[n] for n in waits)]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        assert max(gaps) < 1.0
+        # all that was on its way when it happened has come over the other rail
+        letters = [letter for book in end.books.values() for letter in book.letters.values()]
+        assert all(letter.number > max(n for n in end.peer.delivered) - 40 for letter in letters)
+        history = [state for _, name, state, _ in end.states if name == "tcp0"]
+        assert history[-2:] == [State.SUSPECT, State.PAUSED]
+        assert "tcp0" not in end.link.tracks
+    assert pair.a.times[pair.a.delivered[-1]] > cut + 0.9
+    hole.heal()
+    pair.world.run(2.0)
+    assert pair.a.states[-1][1:3] == ("tcp0", State.HEALTHY)
+    assert pair.a.link.tracks["tcp0"].delivered > 0
+
+
+def test_pauses_grow_until_a_rail_has_worked_well(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"))
+    pauses = []
+
+    def fail():
+        pair.cables["tcp0"].snap()
+        pair.world.run(0.01)
+        pauses.append(pair.a.link.health["tcp0"].until - pair.world.now)
+        assert pair.world.run(60.0, lambda: "tcp0" in pair.a.link.tracks)
+
+    for _ in range(4):
+        pair.world.run(0.5)
+        fail()
+    pair.world.run(11.0)
+    fail()
+    assert [round(pause, 1) for pause in pauses] == [0.2, 0.5, 1.0, 2.0, 0.2]
+
+
+def test_a_rail_that_only_falls_silent_keeps_its_record_too(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"))
+    pair.world.run(11.0)
+    health = pair.a.link.health["tcp0"]
+    for _ in range(2):
+        health.failed(0.0)  # the next pause is 1 s
+        health.answered(0.0)
+    pair.cables["tcp0"].cut = True
+    assert pair.world.run(4.0, lambda: health.state is State.PAUSED)
+    assert health.until - pair.world.now == pytest.approx(0.25)
+
+
+def test_silence_of_all_rails_closes_none_of_them(pairs):
+    # a peer that is stopped for a while, or a host without a network
+    pair = pairs(Cable("tcp0"), Cable("tcp1"), shm(), capacity=4 * MIB)
+    for _ in range(20):
+        pair.a.send(MIB)
+    pair.world.run(0.001)
+    for cable in pair.cables.values():
+        cable.cut = True
+    pair.world.run(8.0)
+    assert pair.a.lost == pair.b.lost == []
+    for cable in pair.cables.values():
+        cable.heal()
+    pair.settle(1.0)
+    pair.check(pair.a, 20)
+    pair.world.run(3.0)
+    assert pair.a.lost == pair.b.lost == []
+    assert {health.state for health in pair.a.link.health.values()} == {State.HEALTHY}
+
+
+def test_the_only_rail_turns_slow(pairs):
+    # 1 s there and back is longer than an acknowledgement may take: nothing is lost, and it is not sent again for ever
+    pair = pairs(Cable("tcp0"), capacity=4 * MIB)
+    pair.a.send(MIB)
+    pair.settle()
+    pair.cables["tcp0"].latency_s = 0.5
+    for _ in range(40):
+        pair.a.send(MIB)
+    pair.settle(60.0)
+    pair.check(pair.a, 41)
+    assert pair.a.lost == []
+    retries = pair.a.link.retries
+    for _ in range(10):
+        pair.a.send(MIB)
+    pair.settle(60.0)
+    assert pair.a.link.retries == retries
+
+
+def test_one_lost_ping_is_no_silence(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"))
+    track = pair.a.link.tracks["tcp0"]
+    rail = track.rail
+    rail.mute = True
+    pair.a.link.ping("tcp0")
+    pair.world.run(0.01)
+    rail.mute = False
+    pair.world.run(5.0)
+    assert pair.a.lost == pair.b.lost == [] and pair.a.link.health["tcp0"].state is State.HEALTHY
+
+
+def test_a_rail_that_carries_one_way_only_is_given_up(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=8 * MIB)
+    pair.b.link.tracks["tcp0"].rail.mute = True
+    for _ in range(20):
+        pair.a.send(MIB)
+        pair.b.send(MIB)
+    pair.settle(3.0)
+    pair.check(pair.a, 20)
+    pair.check(pair.b, 20)
+    pair.world.run(1.0)
+    assert pair.a.lost == ["tcp0"]
