@@ -104,6 +104,21 @@ def test_what_is_declined_lands_nowhere():
     both(scenario)
 
 
+def test_a_chunk_whose_bytes_are_not_in_the_ring_travels_too():
+    """So that rails can be wrapped by something that changes the bytes of a frame."""
+
+    def scenario(host: Host) -> None:
+        rail = host.connect(slots=16)
+        frame = host.chunk(64, bytes(MIB))
+        frame.body = [noise(MIB)[:1000], memoryview(noise(MIB))[1000:]]
+        rail.submit(frame)
+        host.until(lambda: host.came)
+        assert host.came[0][2] == noise(MIB)
+        host.settle()
+
+    both(scenario)
+
+
 def test_a_slow_wire_carries_many_chunks_at_once():
     def scenario(host: Host) -> None:
         rail = host.connect()

@@ -199,6 +199,22 @@ def test_loss_costs_time_and_no_bytes():
         assert b.memory == data
 
 
+def test_what_a_destroyed_pair_has_sent_still_lands():
+    """Why the rail does not write into memory that is used again (`rails/rdma.py`)."""
+    with ends() as (a, b):
+        a.memory[:64] = b"\x22" * 64
+        _write(a, b)
+        assert a.wait()[0].status == 0
+        wires.fault(0, "delay", "300ms", sides="a")
+        _write(a, b)
+        a.device.forget(a.pair)
+        b.memory[:64] = b"\x33" * 64
+        time.sleep(0.1)
+        assert b.memory[0] == 0x33
+        time.sleep(0.5)
+        assert b.memory[0] == 0x22
+
+
 def test_everything_is_given_back():
     before = {entry.name for entry in Path("/proc/self/fd").iterdir()}
     for _ in range(3):

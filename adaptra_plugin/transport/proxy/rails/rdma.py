@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import mmap
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,11 +214,11 @@ class RdmaRail(Rail):
         if length != sum(len(piece) for piece in frame.body):
             raise ValueError(f"a frame announces {length} bytes and has {sum(map(len, frame.body))}")
         head = header.pack()
-        if header.kind == FrameKind.CHUNK and HEADER_BYTES + length > self._room:
+        key = (header.direction, header.lane)
+        if header.kind == FrameKind.CHUNK and HEADER_BYTES + length > self._room and self._in_ring(key, frame.body):
             if length > self._budget.landing:
                 self._fail(f"a chunk of {length} bytes does not fit into the other end's {self._budget.landing}")
                 return
-            key = (header.direction, header.lane)
             pieces = tuple(self._segments[key].pieces(header.message + header.at, length))
             waiting = _Waiting(header, memoryview(head), self._rings[key], pieces)
         else:
@@ -227,6 +227,11 @@ class RdmaRail(Rail):
         self._waiting.append(waiting)
         if len(self._waiting) == 1:
             self._pump()
+
+    def _in_ring(self, key: tuple[Direction, int], body: Sequence[memoryview | bytes]) -> bool:
+        """Whether these are windows into the ring; a copy (faults that are injected make some) travels in slots."""
+        ring = self._segments[key].view.obj
+        return all(isinstance(piece, memoryview) and piece.obj is ring for piece in body)
 
     @property
     def backlog(self) -> int:
