@@ -112,10 +112,10 @@ class LaneInbox:
 
     def referenced(self, header: Header) -> list[Incoming]:
         """The whole of a message lies in the peer's ring, whatever of it has come. The messages that can be delivered."""
-        if self.has(header):
+        found = self._message(header)
+        if found is None or not found.missing:
             self.duplicates += 1
             return []
-        found = self.messages[header.message]
         found.by_reference, found.missing = True, 0
         return self._deliverable(found)
 

@@ -106,7 +106,7 @@ class MemoryRail(Rail):
         self._cable = cable
         self._out: deque[tuple[bytes | memoryview, bool]] = deque()  # a piece, and whether it is the frame's last
         self._backlog = 0
-        self._busy = False
+        self._busy = self._broken = False
         self._header: Header | None = None
         self._windows: list[memoryview] | None = None
         self._body = bytearray()
@@ -116,7 +116,7 @@ class MemoryRail(Rail):
     # --- out
 
     def submit(self, frame: Frame) -> None:
-        if self.closed:
+        if self.closed or self._broken:
             return
         assert sum(map(len, frame.body)) == frame.header.body_bytes
         self._put(frame.header.pack(), last=not frame.header.body_bytes)
@@ -175,7 +175,7 @@ class MemoryRail(Rail):
     def _receive(self, batch: list[tuple[bytes, bool]]) -> None:
         try:
             for piece, last in batch:
-                if self.closed:
+                if self.closed or self._broken:
                     return
                 self._take(piece, last)
         except MalformedFrame as error:
@@ -213,6 +213,7 @@ class MemoryRail(Rail):
     # --- the end
 
     def fail(self, reason: str) -> None:
+        self._broken = True
         self._world.post(functools.partial(self._report, reason))
 
     def _report(self, reason: str) -> None:

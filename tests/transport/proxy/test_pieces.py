@@ -1,0 +1,487 @@
+"""The parts of a link, each alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptra_plugin.transport.proxy.control import Ordered, Untaken, checksum_of, positions
+from adaptra_plugin.transport.proxy.health import CLEAN_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, Health, State
+from adaptra_plugin.transport.proxy.inbox import LaneInbox
+from adaptra_plugin.transport.proxy.outbox import SMALL, Item, Outbox
+from adaptra_plugin.transport.proxy.tracks import (
+    BEST_TRIP_S,
+    FIRST_SPEED,
+    MAX_WINDOW,
+    MIN_PATIENCE_S,
+    MIN_WINDOW,
+    Track,
+)
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, POSITIONS, RANGE, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.types import Direction
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+# --- inbox
+
+
+@pytest.fixture
+def inbox():
+    mirror = Segment.create(64 * KIB)
+    yield LaneInbox(mirror, 32 * KIB)
+    mirror.close()
+
+
+def chunk(message, total=64, at=0, length=None, floor=0, after=0):
+    return Header(
+        FrameKind.CHUNK, 1, message=message, total=total, at=at, length=total if length is None else length,
+        floor=floor, after=after // 64,
+    )  # fmt: skip
+
+
+def deliver(inbox, *headers):
+    """What each chunk makes deliverable."""
+    found = []
+    for header in headers:
+        assert inbox.place(header) is not None
+        ready, _ = inbox.filled(header)
+        found.append([message.message for message in ready])
+    return found
+
+
+def test_chunks_in_any_order_make_a_message(inbox):
+    parts = [chunk(128, 300, at, 100) for at in (200, 0, 100)]
+    assert deliver(inbox, *parts) == [[], [], [128]]
+    assert inbox.place(parts[0]) is None and inbox.duplicates == 1
+
+
+def test_a_chunk_around_the_end_of_the_ring_has_two_windows(inbox):
+    windows = inbox.place(chunk(64 * KIB - 64, 128, floor=64 * KIB - 64))
+    assert [len(window) for window in windows] == [64, 64]
+
+
+def test_room_is_free_when_the_message_is_released_and_nobody_writes_to_it(inbox):
+    first, second = chunk(0, 128, 0, 64), chunk(0, 128, 64, 64)
+    assert inbox.place(first) and inbox.place(second) and inbox.place(second)  # the second one over two rails
+    inbox.filled(first)
+    ready, freed = inbox.filled(second)
+    assert [message.message for message in ready] == [0] and freed is None
+    assert inbox.release(0) is None
+    ready, freed = inbox.filled(second)
+    assert ready == [] and freed.message == 0
+    assert not inbox.messages and inbox.gone == {0}
+
+
+def test_a_rail_that_fails_gives_the_room_back(inbox):
+    header = chunk(0)
+    assert inbox.place(header) and inbox.place(header)
+    inbox.filled(header)
+    assert inbox.release(0) is None
+    assert inbox.left(header).message == 0 and inbox.gone == {0}
+
+
+def test_a_message_that_is_done_with_is_known_until_the_sender_knows(inbox):
+    deliver(inbox, chunk(0), chunk(64))
+    assert inbox.release(0) and inbox.release(64) and inbox.gone == {0, 64}
+    assert inbox.place(chunk(0)) is None and inbox.place(chunk(64)) is None
+    assert inbox.place(chunk(128, floor=64)) is not None  # the sender has heard of the first one
+    assert inbox.gone == {64}
+    assert inbox.place(chunk(0)) is None  # before the floor
+
+
+def test_a_reference_completes_whatever_has_come_by_value(inbox):
+    deliver(inbox, chunk(0, 300, 0, 100))
+    (found,) = inbox.referenced(chunk(0, 300))
+    assert found.by_reference and found.missing == 0
+    assert inbox.referenced(chunk(0, 300)) == [] and inbox.place(chunk(0, 300, 100, 100)) is None
+
+
+def test_a_message_waits_for_the_one_before_it_even_if_nothing_of_that_has_come(inbox):
+    assert deliver(inbox, chunk(128, after=64), chunk(64, after=64), chunk(0)) == [[], [], [0, 64, 128]]
+    assert not inbox._followers
+
+
+def test_those_that_wait_are_delivered_oldest_first_down_the_whole_chain(inbox):
+    # 64 waits for 0 and 128 for 64; 192 names 0, because 64 and 128 were acknowledged by then
+    order = deliver(inbox, chunk(64, after=64), chunk(128, after=64), chunk(192, after=192), chunk(0))
+    assert order == [[], [], [], [0, 64, 128, 192]]
+
+
+def test_a_message_does_not_wait_for_one_that_is_delivered_or_gone(inbox):
+    deliver(inbox, chunk(0))
+    assert deliver(inbox, chunk(64, after=64)) == [[64]]
+    inbox.release(0)
+    assert deliver(inbox, chunk(128, after=128)) == [[128]]
+    assert deliver(inbox, chunk(192, after=192, floor=64)) == [[192]]
+    assert not inbox._followers
+
+
+def test_messages_that_cannot_be_are_refused(inbox):
+    with pytest.raises(MalformedFrame, match="at most 32768 fit"):
+        inbox.place(chunk(0, 33 * KIB))
+    with pytest.raises(MalformedFrame, match="cannot hold it"):
+        inbox.place(chunk(64 * KIB, 64))
+    inbox.place(chunk(0, 64, 0, 10))
+    with pytest.raises(MalformedFrame, match="another said 64"):
+        inbox.place(chunk(0, 65, 10, 10))
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3)), min_size=1), st.randoms(use_true_random=False))
+def test_any_order_of_chunks_delivers_each_message_once_and_each_key_in_order(extra, rng):
+    mirror = Segment.create(16 * KIB)
+    try:
+        inbox = LaneInbox(mirror, KIB)
+        chunks = []
+        for number in range(12):  # three keys: each message names the one before
+            after = 3 * 256 if number >= 3 else 0
+            chunks += [chunk(256 * number, 256, at, 64, after=after) for at in range(0, 256, 64)]
+        chunks += [chunks[4 * number + part] for number, part in extra]
+        rng.shuffle(chunks)
+        delivered = []
+        for header in chunks:
+            if inbox.place(header) is not None:
+                ready, _ = inbox.filled(header)
+                delivered += [found.message // 256 for found in ready]
+                for found in ready:
+                    assert inbox.release(found.message) is found
+        assert sorted(delivered) == list(range(12))
+        for key in range(3):
+            assert [n for n in delivered if n % 3 == key] == [n for n in range(12) if n % 3 == key]
+        assert not inbox.messages and not inbox._followers
+    finally:
+        mirror.close()
+
+
+# --- outbox
+
+
+def drain(outbox):
+    found = []
+    while outbox.peek() is not None:
+        found.append(outbox.pop())
+    return found
+
+
+def add(outbox, message, total, after=0):
+    outbox.add(Direction.GRADIENT, 0, message, total, 1.5, after)
+
+
+def test_messages_are_cut_and_small_pieces_go_first():
+    outbox = Outbox(1, MIB)
+    add(outbox, 0, 2 * MIB + 5)
+    add(outbox, 4 * MIB, 100)
+    pieces = [(item.outgoing.message, item.at, item.length) for item in drain(outbox)]
+    rest = 2 * MIB + 5 - SMALL - MIB
+    assert pieces == [(0, 0, SMALL), (4 * MIB, 0, 100), (0, SMALL, MIB), (0, SMALL + MIB, rest)]
+    assert outbox.waiting_bytes == 0
+
+
+def test_what_goes_again_goes_first_and_never_twice():
+    outbox = Outbox(1, 100 * KIB)
+    add(outbox, 0, 64 * KIB)
+    add(outbox, 64 * KIB, 64 * KIB)
+    first = outbox.pop()
+    outbox.again(first)
+    outbox.again(first)
+    assert outbox.waiting_bytes == 128 * KIB
+    assert [item.outgoing.message for item in drain(outbox)] == [0, 64 * KIB]
+    first.done = True
+    outbox.again(first)
+    assert outbox.peek() is None
+
+
+def test_a_message_is_acknowledged_with_its_last_chunk_and_only_once():
+    outbox = Outbox(1, 100)
+    add(outbox, 0, SMALL + 150)
+    items = drain(outbox)
+    assert [outbox.acked(items[n]) is not None for n in (1, 1, 0, 2, 2)] == [False, False, False, True, False]
+    assert outbox.whole(items[0].outgoing) is None
+    assert outbox.consumed(Direction.GRADIENT, 0, 0) is items[0].outgoing
+    assert outbox.consumed(Direction.GRADIENT, 0, 0) is None
+
+
+def test_what_is_needless_meanwhile_is_dropped():
+    outbox = Outbox(1, 100)
+    add(outbox, 0, 250)
+    add(outbox, 256, 250)
+    item = outbox.pop()
+    outbox.whole(item.outgoing)
+    assert {found.outgoing.message for found in drain(outbox)} == {256}
+    assert outbox.waiting_bytes == 0
+
+
+def test_headers_say_what_is_done_with_and_what_comes_before():
+    outbox = Outbox(1, 100)
+    for message in (0, 64, 128):
+        add(outbox, message, 50, after=0 if message == 0 else 1)
+    headers = [outbox.header(item) for item in drain(outbox)]
+    assert [(header.floor, header.after) for header in headers] == [(0, 0), (0, 1), (0, 2)]
+    outbox.consumed(Direction.GRADIENT, 0, 0)
+    add(outbox, 192, 50)
+    item = outbox.pop()
+    assert outbox.header(item).floor == 64 and outbox.header(item).sent == 1.5
+    for message in (64, 128, 192):
+        outbox.consumed(Direction.GRADIENT, 0, message)
+    assert outbox.header(item).floor == 192
+
+
+# --- tracks
+
+
+class _Rail:
+    name = "tcp0"
+    by_reference = False
+
+
+def item(length=MIB):
+    return Item(FrameKind.CHUNK, length)
+
+
+def ranges(*pairs):
+    return b"".join(RANGE.pack(*pair) for pair in pairs)
+
+
+def test_acknowledgements_by_number_and_by_range():
+    track = Track(_Rail())
+    items = [item(10) for _ in range(8)]
+    assert [track.number(one, 0.0) for one in items] == [(n + 1, n) for n in range(8)]
+    arrived, lost, works = track.acknowledged(2, ranges((4, 5), (7, 7)), 0.001)
+    assert [sent.item for sent in arrived] == [items[n] for n in (0, 1, 3, 4, 6)]
+    assert lost == [] and works and track.inflight == 30 and track.live == 3
+    assert track.acknowledged(2, ranges((4, 5), (7, 7)), 0.001) == ([], [], False)
+
+
+def test_a_frame_that_others_have_overtaken_is_lost_after_a_while():
+    track = Track(_Rail())
+    items = [item(10) for _ in range(3)]
+    for one in items:
+        track.number(one, 0.0)
+    assert track.acknowledged(0, ranges((2, 2)), 0.01)[1] == []  # it may only be late
+    _, lost, _ = track.acknowledged(0, ranges((2, 2)), 0.03)
+    assert [sent.item for sent in lost] == [items[0]]  # nothing is known of the third one
+    assert track.inflight == 10 and track.acknowledged(0, ranges((2, 2)), 0.05)[1] == []
+
+
+def test_a_frame_that_went_another_way_counts_if_it_has_arrived_after_all():
+    track = Track(_Rail())
+    track.number(one := item(), 0.0)
+    assert [sent.item for sent in track.take_all()] == [one] and track.take_all() == []
+    assert track.inflight == track.live == 0 and track.oldest is None and track.silent_s(1.0) == 1.0
+    arrived, _, works = track.acknowledged(1, b"", 2.0)
+    assert [sent.item for sent in arrived] == [one] and works and track.silent_s(2.0) == 0.0
+    assert track.inflight == track.live == 0 and track.round_trip == 2.0
+
+
+def test_what_went_another_way_and_has_arrived_is_not_waited_for():
+    sender, receiver = Track(_Rail()), Track(_Rail())
+    items = [item() for _ in range(4)]
+    for one in items[:3]:
+        sender.number(one, 0.0)
+    sender.take_all()
+    items[0].done = items[2].done = True
+    number, behind = sender.number(items[3], 1.0)
+    assert (number, behind) == (4, 2)  # the second one still is
+    receiver.settle(number - behind - 1)
+    assert receiver.came(4) and receiver.cumulative == 1 and receiver.acknowledgement() == ranges((4, 4))
+    items[1].done = True
+    number, behind = sender.number(item(), 1.0)
+    receiver.settle(number - behind - 1)
+    assert receiver.cumulative == 4 and not receiver.came(2) and receiver.came(5)
+    assert receiver.ranges == [(0, 5)]
+
+
+@given(st.lists(st.integers(1, 40), max_size=80), st.integers(0, 45))
+def test_numbers_that_have_come_are_kept_as_ranges(numbers, settled):
+    track, seen = Track(_Rail()), set()
+    for number in numbers:
+        assert track.came(number) == (number not in seen)
+        seen.add(number)
+    track.settle(settled)
+    seen |= set(range(1, settled + 1))
+    found = [n for first, last in track.ranges for n in range(max(1, first), last + 1)]
+    assert found == sorted(seen)
+    assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(track.ranges))
+    assert track.ranges[0][0] == 0 and track.ack_due == len(numbers)
+
+
+def test_only_the_newest_ranges_are_told():
+    track = Track(_Rail())
+    for number in range(2, 202, 2):
+        track.came(number)
+    assert track.acknowledgement() == ranges(*((n, n) for n in range(138, 202, 2))) and track.ack_due == 0
+
+
+@pytest.mark.parametrize(
+    ("cumulative", "body", "says"),
+    [(9, b"", "frame 9 .* 3 were sent"), (0, ranges((1, 4)), "frame 4"), (0, b"x" * 17, "17 bytes"), (0, ranges((3, 2)), "3 to 2"),
+     (0, ranges((0, 2)), "0 to 2"), (0, ranges(*((n, n) for n in range(1, 34))), "528 bytes")],
+)  # fmt: skip
+def test_acknowledgements_that_make_no_sense(cumulative, body, says):
+    track = Track(_Rail())
+    for _ in range(3):
+        track.number(item(), 0.0)
+    with pytest.raises(MalformedFrame, match=says):
+        track.acknowledged(cumulative, body, 1.0)
+
+
+def carry(track, speed, trip, seconds, now=0.0):
+    """Keeps the window of a simulated rail full."""
+    free_at, acks = now, []
+    end = now + seconds
+    while now < end:
+        while not track.inflight or track.inflight + MIB <= track.window:
+            number, _ = track.number(item(), now)
+            free_at = max(free_at, now) + MIB / speed
+            acks.append((free_at + trip, number))
+        now, number = acks.pop(0)
+        track.acknowledged(number, b"", now)
+    return now
+
+
+@pytest.mark.parametrize(("speed", "trip"), [(1e8, 1e-3), (1e9, 1e-4), (5e9, 5e-5), (1e9, 0.03), (1e7, 0.01)])
+def test_speed_and_window_find_what_the_rail_can_do(speed, trip):
+    track = Track(_Rail())
+    track.ponged(-trip, 0.0)
+    carry(track, speed, trip, 2.0)
+    assert 0.8 * speed < track.speed < 1.3 * speed
+    assert min(MAX_WINDOW, max(MIN_WINDOW, 1.2 * speed * trip)) <= track.window <= max(2 * MIN_WINDOW, 3 * speed * trip)
+
+
+def test_little_traffic_does_not_make_a_rail_look_slow():
+    track = Track(_Rail())
+    for turn in range(100):
+        number, _ = track.number(item(100 * KIB), 0.1 * turn)
+        track.acknowledged(number, b"", 0.1 * turn + 0.03)
+    assert track.speed >= FIRST_SPEED
+
+
+def test_a_queue_of_our_own_does_not_pass_for_a_long_way():
+    track = Track(_Rail())
+    track.ponged(-0.001, 0.0)
+    now = carry(track, 1e8, 1e-3, 3.0)
+    assert track.round_trip > 0.015 > track.best_trip
+    now = carry(track, 1e8, 0.05, 3 * BEST_TRIP_S, now)  # but a way that has become longer is noticed
+    assert track.best_trip > 0.05
+
+
+def test_patience_follows_the_round_trips_seen():
+    track = Track(_Rail())
+    assert track.patience_s == MIN_PATIENCE_S
+    for turn in range(20):
+        number, _ = track.number(item(0), float(turn))
+        track.acknowledged(number, b"", turn + 0.5)
+    assert 1.0 <= track.patience_s < 1.2
+    number, _ = track.number(item(0), 30.0)
+    assert not track.overdue(30.9) and track.overdue(31.3)
+
+
+def test_a_pong_answers_the_pings_before_it():
+    track = Track(_Rail())
+    track.pinged = 1.0
+    assert track.oldest == 1.0 and track.overdue(2.0)
+    track.ponged(0.5, 2.0)
+    assert track.pinged == 1.0
+    track.ponged(1.0, 2.0)
+    assert track.pinged is None and track.answered_at == 2.0
+
+
+# --- health
+
+
+def test_the_life_of_a_rail():
+    health = Health()
+    assert health.state is State.PROBING
+    assert health.answered(0.0) and not health.answered(0.0) and health.state is State.HEALTHY
+    assert health.late(1.0) and not health.late(1.0) and health.state is State.SUSPECT
+    assert health.answered(1.1) and health.state is State.HEALTHY
+    health.late(2.0)
+    assert health.failed(2.0) == FIRST_PAUSE_S and health.state is State.PAUSED
+    assert health.until == 2.0 + FIRST_PAUSE_S
+    assert not health.late(2.1)
+    health.probing()
+    assert health.state is State.PROBING
+
+
+def test_pauses_double_up_to_a_limit_and_start_again_after_a_clean_time():
+    health, now, pauses = Health(), 0.0, []
+    for _ in range(10):
+        pauses.append(health.failed(now))
+        health.answered(now)
+        now += 1.0
+    assert pauses == [min(FIRST_PAUSE_S * 2**n, LONGEST_PAUSE_S) for n in range(10)]
+    health.late(now + CLEAN_S)
+    assert health.failed(now + CLEAN_S + 1) == FIRST_PAUSE_S
+
+
+# --- state frames
+
+
+def test_control_messages_are_put_in_order():
+    ordered, found = Ordered(), []
+    numbers = list(range(1, 101)) * 2
+    random.Random(3).shuffle(numbers)
+    for number in numbers:
+        found += [message["n"] for message in ordered.take(number, b'{"n": %d}' % number)]
+    assert found == list(range(1, 101))
+    assert ordered.news() == 100 and ordered.news() == 0
+
+
+def test_the_missing_one_is_taken_even_if_no_more_can_be_held(monkeypatch):
+    monkeypatch.setattr("adaptra_plugin.transport.proxy.control.MAX_HELD", 3)
+    ordered = Ordered()
+    for number in (2, 3, 4):
+        assert list(ordered.take(number, b"{}")) == []
+    with pytest.raises(MalformedFrame, match="message 5 came, 1 is missing"):
+        list(ordered.take(5, b"{}"))
+    assert len(list(ordered.take(1, b"{}"))) == 4
+
+
+def test_what_the_other_endpoint_has_not_taken_is_counted():
+    untaken = Untaken()
+    assert [untaken.add(10), untaken.add(20), untaken.add(30)] == [1, 2, 3] and untaken.waiting == 60
+    untaken.taken(2)
+    untaken.taken(1)
+    assert untaken.waiting == 30
+    with pytest.raises(MalformedFrame, match="4 was taken, 3 were sent"):
+        untaken.taken(4)
+
+
+def test_lists_of_consumed_messages():
+    body = POSITIONS.pack(1, 2, 640) + POSITIONS.pack(0, 0, 0)
+    lanes = {(direction, lane) for direction in Direction for lane in range(3)}
+    assert list(positions(body, lanes)) == [((Direction.GRADIENT, 2), 640), ((Direction.ACTIVATION, 0), 0)]
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=3))
+def test_a_checksum_does_not_depend_on_how_the_bytes_are_cut(data, cuts):
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    pieces = [memoryview(data)[a:b] for a, b in itertools.pairwise(edges)]
+    assert checksum_of(pieces) == checksum_of([memoryview(data)])
+
+
+# --- headers
+
+
+def test_a_header_is_what_was_packed():
+    header = Header(
+        FrameKind.CHUNK, 7, 3, Direction.GRADIENT, 1, message=1 << 40, total=5 * MIB, at=MIB, length=MIB, floor=1 << 39,
+        checksum=(1 << 64) - 1, sent=12.5, after=9, behind=4,
+    )  # fmt: skip
+    raw = header.pack()
+    assert len(raw) == HEADER_BYTES
+    header.flags = 2
+    assert parse(header.pack(), limit=5 * MIB, lanes=2) == header
+
+
+@given(st.integers(0, HEADER_BYTES - 1), st.integers(1, 255))
+def test_a_header_with_a_wrong_byte_is_refused(at, wrong):
+    raw = bytearray(Header(FrameKind.CHUNK, 7, message=0, total=64, length=64).pack())
+    raw[at] ^= wrong
+    with pytest.raises(MalformedFrame):
+        parse(bytes(raw), limit=MIB, lanes=1)
