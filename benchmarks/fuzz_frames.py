@@ -17,7 +17,7 @@ from adaptra_plugin.transport.proxy.link import LaneKey, Rings
 from adaptra_plugin.transport.proxy.loop import READ, Timer
 from adaptra_plugin.transport.proxy.peer import Neighbour, Peer
 from adaptra_plugin.transport.proxy.rails import stream
-from adaptra_plugin.transport.proxy.rails.base import RailKind
+from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.server import Proxy
 from adaptra_plugin.transport.proxy.settings import ProxySettings
@@ -142,6 +142,9 @@ class Owner(Proxy):
         self._connecting = self._closing = None
         self._orphaned = False
         self._listeners = []
+
+    def wrap(self, rail: Rail, peer: Peer) -> Rail:
+        return rail
 
     def _flush_control(self) -> None:
         self._writer.flush()

@@ -140,6 +140,9 @@ class _Entrance:
         self._bell.close()
 
 
+LOCAL = Claim(source=1, stage=1, target=0, purpose=Purpose.SHM, index=0)
+
+
 class ListenerCase:
     """A listener that stays for all cases: strangers must not spoil it for the genuine peers that come in between."""
 
@@ -226,7 +229,7 @@ class ListenerCase:
     def _genuine(self) -> None:
         sock = self._entrance.come()
         try:
-            initiator = Initiator(SECRET, CLAIM, SETTINGS)
+            initiator = Initiator(SECRET, LOCAL, SETTINGS)
             self._say(None, sock, initiator.feed(self._read(sock, initiator.expects)))
             self._say(None, sock, initiator.feed(self._read(sock, initiator.expects)))
             self._turns(1)
@@ -262,7 +265,8 @@ class ListenerCase:
     def _conversation(self, rng: random.Random, sock: socket.socket, frame: bytes) -> bool:
         """Answers what it is asked, with something wrong in one of the two answers, and sends a frame too early."""
         secret = SECRET if rng.random() < 0.7 else rng.randbytes(32)
-        initiator = Initiator(secret, CLAIM, SETTINGS)
+        claim = LOCAL if rng.random() < 0.8 else CLAIM  # which has no place on a socket of this host
+        initiator = Initiator(secret, claim, SETTINGS)
         greeting = self._read(sock, initiator.expects)
         spoilt = rng.randrange(4)  # 0: the proof, 1: the confirmation, 2: a frame comes too early, 3: nothing
         try:
@@ -276,4 +280,4 @@ class ListenerCase:
             return False
         last = mutated(rng, confirm, [proof[-32:], welcome[-32:]]) if spoilt == 1 else confirm
         self._say(rng, sock, last + frame)
-        return secret == SECRET and (sent + last).startswith(proof + confirm)
+        return secret == SECRET and claim == LOCAL and (sent + last).startswith(proof + confirm)

@@ -1,0 +1,255 @@
+"""Frames over a connected stream socket: TCP, or, by reference, a Unix socket between processes of one host."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop
+from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
+
+_ROUNDS = 8
+"""System calls for one rail before others get their turn."""
+_PIECES = 24
+"""Pieces handed over in one system call."""
+_PIECE_BYTES = 1 << 20
+_SCRATCH = 64 << 10
+"""Bytes read at a time where small frames are expected."""
+_LOW_WATER = 512 << 10
+"""A body that is longer wakes the proxy only when so much has come: fewer, larger copies."""
+_CLOSED = "its connection was closed"
+
+
+class StreamRail(Rail):
+    """Takes over a non-blocking socket whose two ends have proved the job's secret."""
+
+    def __init__(self, kind: RailKind, name: str, sink: Sink, loop: Loop, sock: socket.socket) -> None:
+        super().__init__(kind, name, sink)
+        self.by_reference = kind is RailKind.SHM
+        self._loop = loop
+        self._sock = sock
+        self._out: deque[memoryview] = deque()
+        self._backlog = 0
+        self._writing = False
+        self._broken: str | None = None
+        self._scratch = memoryview(bytearray(_SCRATCH))
+        self._held = 0  # bytes of the scratch that are not used yet
+        self._header: Header | None = None
+        self._windows: deque[memoryview] = deque()  # where the rest of the body goes
+        self._body = bytearray()
+        self._waste = 0  # bytes of the body that are thrown away
+        self._bulk = False  # the last frame was long: do not read far into the next one
+        self._low = 1
+        self._pending: Callable[[], int] | None = getattr(sock, "pending", None)  # only TLS holds bytes back
+        self._reading = READ  # what to wait for in order to read
+        loop.watch(sock, READ, self._ready)
+        self._look_again()
+
+    def describe(self) -> str:
+        if self.kind is RailKind.SHM:
+            return self.name
+        try:
+            here, there = self._sock.getsockname(), self._sock.getpeername()
+        except OSError:
+            return self.name
+        return f"{self.name} ({here[0]}:{here[1]} - {there[0]}:{there[1]})"
+
+    # --- writing
+
+    def submit(self, frame: Frame) -> None:
+        if self.closed or self._broken is not None:
+            return
+        head = memoryview(frame.header.pack())
+        pieces = [head, *(memoryview(piece).cast("B") for piece in frame.body)]
+        nbytes = sum(len(piece) for piece in pieces)
+        if frame.header.body_bytes != nbytes - HEADER_BYTES:
+            raise ValueError(f"a frame announces {frame.header.body_bytes} bytes and has {nbytes - HEADER_BYTES}")
+        self._out.extend(pieces)
+        self._backlog += nbytes
+        if not self._writing:
+            self._pump()
+
+    @property
+    def backlog(self) -> int:
+        return self._backlog
+
+    def _pump(self) -> None:
+        for _ in range(_ROUNDS):
+            if not self._out:
+                break
+            views = []
+            room = _PIECE_BYTES
+            for index in range(min(_PIECES, len(self._out))):
+                views.append(self._out[index][:room])
+                room -= len(views[-1])
+                if room <= 0:
+                    break
+            try:
+                nbytes = self._sock.sendmsg(views)
+            except BlockingIOError:
+                self._watch(writing=True)
+                return
+            except OSError as error:
+                self._fail(f"its connection broke ({error.strerror or error})")
+                return
+            self._backlog -= nbytes
+            while nbytes:
+                head = self._out[0]
+                if nbytes < len(head):
+                    self._out[0] = head[nbytes:]
+                    break
+                nbytes -= len(head)
+                self._out.popleft()
+        if self._out:
+            self._watch(writing=True)
+            return
+        if self._writing:
+            self._watch(writing=False)
+            self.sink.drained(self)
+
+    def _watch(self, *, writing: bool) -> None:
+        if writing != self._writing and not self.closed and self._broken is None:
+            self._writing = writing
+            self._loop.watch(self._sock, self._reading | WRITE * writing, self._ready)
+
+    def _ready(self, mask: int) -> None:
+        if mask & WRITE and not self.closed:
+            self._pump()
+        if mask & self._reading and not self.closed and self._broken is None:
+            self._read()
+
+    def _look_again(self) -> None:
+        """Bytes that TLS has decrypted already wait for no readiness of the socket, but for others' turns."""
+        if self._pending is not None and not self.closed and self._pending():
+            self._loop.post(lambda: None if self.closed or self._broken is not None else self._read())
+
+    def _wait_for(self, events: int) -> None:
+        if events != self._reading and not self.closed and self._broken is None:
+            self._reading = events
+            self._loop.watch(self._sock, events | WRITE * self._writing, self._ready)
+
+    # --- reading
+
+    def _read(self) -> None:
+        try:
+            for _ in range(_ROUNDS):
+                if self.closed or not self._read_once():
+                    break
+            self._wait_for(READ)
+            self._look_again()
+        except BlockingIOError as blocked:
+            self._expect()
+            self._wait_for(getattr(blocked, "events", READ))
+        except OSError as error:
+            self._fail(f"its connection broke ({error.strerror or error})")
+        except MalformedFrame as error:
+            self._fail(f"what came is no frame: {error}")
+
+    def _read_once(self) -> bool:
+        """One system call; True if there may be more."""
+        if self._header is None or not (self._windows or self._waste):
+            limit = HEADER_BYTES if self._bulk else _SCRATCH
+            nbytes = self._sock.recv_into(self._scratch[self._held : max(limit, self._held + 1)])
+            if nbytes:
+                self._held += nbytes
+                self._parse()
+        elif self._waste:
+            nbytes = len(self._sock.recv(min(self._waste, _PIECE_BYTES)))
+            self._waste -= nbytes
+        else:
+            window = self._windows[0]
+            nbytes = self._sock.recv_into(window[:_PIECE_BYTES])
+            self._filled(nbytes)
+        if not nbytes:
+            self._fail(_CLOSED)
+            return False
+        if self._header is not None and not (self._windows or self._waste):
+            self._complete()
+        return True
+
+    def _filled(self, nbytes: int) -> None:
+        window = self._windows.popleft()
+        if nbytes < len(window):
+            self._windows.appendleft(window[nbytes:])
+
+    def _parse(self) -> None:
+        """Takes frames out of the scratch; the rest of the last one, if it is long, is read to where it belongs."""
+        at = 0
+        while self._held - at >= HEADER_BYTES and not self.closed:
+            header = parse(self._scratch[at : at + HEADER_BYTES], limit=self.sink.limit, lanes=self.sink.lanes)
+            at += HEADER_BYTES
+            self._header = header
+            length = header.body_bytes
+            self._bulk = length > _SCRATCH
+            if header.kind == FrameKind.CHUNK and length:
+                windows = self.sink.place(self, header)
+                self._waste = length if windows is None else 0
+                self._windows.extend(windows or ())
+            elif length:
+                self._body = bytearray(length)
+                self._windows.append(memoryview(self._body))
+            while at < self._held and (self._windows or self._waste):
+                if self._waste:
+                    step = min(self._waste, self._held - at)
+                    self._waste -= step
+                else:
+                    step = min(len(self._windows[0]), self._held - at)
+                    self._windows[0][:step] = self._scratch[at : at + step]
+                    self._filled(step)
+                at += step
+            if self._windows or self._waste:
+                break
+            self._complete()
+        rest = self._held - at
+        if rest and at:
+            self._scratch[:rest] = bytes(self._scratch[at : self._held])
+        self._held = rest
+
+    def _complete(self) -> None:
+        header, body = self._header, bytes(self._body)
+        assert header is not None
+        self._header, self._body = None, bytearray()
+        self._expect()
+        self.sink.arrived(self, header, body)
+
+    def _expect(self) -> None:
+        """Tells the kernel how much has to come before it is worth waking up."""
+        rest = self._waste or sum(map(len, self._windows))
+        low = min(rest, _LOW_WATER) if rest >= _LOW_WATER // 2 else 1
+        if low != self._low and not self.closed and self.kind is RailKind.TCP and self._pending is None:
+            self._low = low
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+
+    def discard(self, header: Header) -> bool:
+        current = self._header
+        if current is None or current.sequence != header.sequence or current.kind != FrameKind.CHUNK:
+            return False
+        self._waste += sum(map(len, self._windows))
+        self._windows.clear()
+        return True
+
+    # --- the end
+
+    def _fail(self, reason: str) -> None:
+        """Tells the link from the loop, not from here: it may be in the middle of using this rail."""
+        if self.closed or self._broken is not None:
+            return
+        self._broken = reason
+        self._loop.watch(self._sock, 0, self._ready)
+        self._loop.post(functools.partial(self._report, reason))
+
+    def _report(self, reason: str) -> None:
+        if not self.closed:
+            self.close()
+            self.sink.failed(self, reason)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._loop.watch(self._sock, 0, self._ready)
+            self._sock.close()
+            self._out.clear()
+            self._windows.clear()
