@@ -20,12 +20,15 @@ setup(
         "pydantic>=2.5",  # the typed configuration
         "numpy>=1.24",  # samples, windows, the simulator's tables
         "packaging>=23",  # version ranges of the hosts
+        "xxhash>=3.2",  # checksums of chunks at memory speed, without holding the interpreter lock
         "rich>=13",  # tables and progress of the command line and the demo
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.16,<0.20"],
         "megatron": ["megatron-core>=0.14,<0.20"],
-        "rdma": ["pyverbs"],  # must match rdma-core; better from the system (Debian: python3-pyverbs), where it is found too
+        "rdma": [
+            "pyverbs"
+        ],  # must match rdma-core; better from the system (Debian: python3-pyverbs), where it is found too
         "wandb": ["wandb>=0.17"],
         "plots": ["matplotlib>=3.7"],
         "exact": ["ortools>=9.10"],  # CP-SAT, the exact planner

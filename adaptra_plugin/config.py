@@ -24,27 +24,84 @@ class _Block(BaseModel):
     )
 
 
+class TlsConfig(_Block):
+    """Files (PEM) of one rank, each with its path on that rank's host."""
+
+    certificate: str = Field(min_length=1)
+    """The rank's certificate, with those between it and the authority, if any."""
+    key: str = Field(min_length=1)
+    """Its private key, not encrypted; nobody else should be able to read it."""
+    authority: str = Field(min_length=1)
+    """Certificate of the authority that has signed those of all ranks. Whoever has a certificate of it may try to connect."""
+
+
 class TransportConfig(_Block):
     """How activations and gradients travel between stages."""
 
-    rail: Literal["auto", "tcp"] = "auto"
+    rail: Literal["auto", "shm", "rdma", "tcp"] = "auto"
     """Which rail carries the bytes; `auto` takes the best that both ends have."""
+    proxy: Literal["process", "thread"] = "process"
+    """Where the bytes are moved: in a process of its own per rank, or on a thread of the training process."""
     connections_per_direction: int = Field(2, ge=1, le=16)
-    """Connections per link for activations, and as many for gradients."""
+    """Lanes per link for activations, and as many for gradients; each has staging rings and a TCP connection of its own."""
     ring_mib: int = Field(64, ge=1, le=65536)
-    """Size of the staging ring of each connection, at each end (MiB). A full ring blocks the producer."""
+    """Size of the staging ring of each lane, at each end (MiB). A full ring blocks the producer."""
+    chunk_kib: int = Field(1024, ge=64, le=65536)
+    """A message travels in pieces of this size (KiB), so that several rails can carry it."""
     deadline_s: float = Field(300.0, gt=0, le=86400)
     """Longest wait for one transfer; past it the rank ends with an error that names the peer."""
     connect_deadline_s: float = Field(120.0, gt=0, le=86400)
     """Longest wait at start for all neighbours to be connected."""
     handshake_timeout_s: float = Field(5.0, gt=0, le=600)
     """Longest time a new connection may take to prove knowledge of the job's secret."""
+    reconnect_s: float = Field(5.0, gt=0, le=3600)
+    """A peer is lost when no rail to it could be restored for so long."""
     bind: str = "auto"
     """Address to listen on; `auto` is the local address that routes to the launcher's master address."""
+    interfaces: Annotated[tuple[str, ...], Field(strict=False)] = ()  # JSON has lists only
+    """More addresses, or names of interfaces, to listen on: each is one more TCP rail."""
+    rdma_devices: Literal["auto"] | tuple[str, ...] = "auto"
+    """RDMA devices to use; `auto`: all that work, an empty list: none."""
+    checksum: Literal["auto", "on", "off"] = "auto"
+    """Verify every piece of a message at the receiver; `auto`: on the rails whose transport does not."""
     max_message_mib: int = Field(4096, ge=1, le=1 << 20)
     """Largest accepted message (MiB); a longer length in a frame is refused before memory is touched."""
     warn_full_after_ms: NonNegative = 100.0
     """A producer blocked by a full ring for longer than this is logged."""
+    spin_us: Literal["auto"] | int = "auto"
+    """A thread that waits for a transfer tries for so long before it sleeps; `auto`: 20, or 0 where it has 4 CPUs or less."""
+    cpus: Literal["auto"] | tuple[int, ...] | None = "auto"
+    """CPUs for the proxy process; `auto`: those of the training thread's NUMA node but not its own, null: no choice."""
+    nice: int = Field(0, ge=-20, le=19)
+    """Niceness of the proxy process."""
+    tls: TlsConfig | None = None
+    """Encrypt TCP, with certificates of the job's own authority at both ends; null: off."""
+
+    @field_validator("tls")
+    @classmethod
+    def _encrypts(cls, value: TlsConfig | None, info: ValidationInfo) -> TlsConfig | None:
+        if value is not None and info.data.get("rail") == "rdma":
+            raise ValueError(
+                "rail is 'rdma', which does not encrypt; with rail 'auto' or 'tcp', TCP is used between hosts"
+            )
+        return value
+
+    @field_validator("rdma_devices", "spin_us", "cpus", mode="before")
+    @classmethod
+    def _or_auto(cls, value: Any, info: ValidationInfo) -> Any:
+        # before the types are looked at: a value that is none of them would be reported once for each
+        value = tuple(value) if isinstance(value, list | tuple) else value
+        if value == "auto" or (value is None and info.field_name == "cpus"):
+            return value
+        if info.field_name == "spin_us":
+            if type(value) is not int or not 0 <= value <= 10_000:
+                raise ValueError("'auto', or a whole number from 0 to 10000")
+        elif info.field_name == "cpus":
+            if not isinstance(value, tuple) or not value or any(type(cpu) is not int or cpu < 0 for cpu in value):
+                raise ValueError("'auto', a list of numbers of CPUs, or null")
+        elif not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+            raise ValueError("'auto', or a list of names of devices")
+        return value
 
 
 class DetectorConfig(_Block):
@@ -103,6 +160,20 @@ class ReportConfig(_Block):
     """Write start and end of every action too (about 60 bytes each): what measured timelines are drawn from."""
 
 
+def _another_stage(value: int, info: ValidationInfo) -> int:
+    if value == info.data.get("src"):
+        raise ValueError(f"src is {value} too, and a link joins two different stages")
+    return value
+
+
+def _after_begin(value: float | None, info: ValidationInfo) -> float | None:
+    name = str(info.field_name).replace("to_", "from_")
+    first = info.data.get(name)
+    if value is not None and first is not None and value <= first:
+        raise ValueError(f"it must be greater than {name} ({first:g})")
+    return value
+
+
 class SlowLink(_Block):
     """A link made slow on purpose, both directions."""
 
@@ -120,20 +191,80 @@ class SlowLink(_Block):
     @field_validator("dst")
     @classmethod
     def _two_stages(cls, value: int, info: ValidationInfo) -> int:
-        if value == info.data.get("src"):
-            raise ValueError(f"src is {value} too, and a link joins two different stages")
-        return value
+        return _another_stage(value, info)
 
     @field_validator("to_iteration")
     @classmethod
-    def _after_the_first(cls, value: int | None, info: ValidationInfo) -> int | None:
-        first = info.data.get("from_iteration")
-        if value is not None and first is not None and value <= first:
-            raise ValueError(f"it must be greater than from_iteration ({first})")
-        return value
+    def _after_the_first(cls, value: float | None, info: ValidationInfo) -> float | None:
+        return _after_begin(value, info)
 
     def active(self, iteration: int) -> bool:
         return self.from_iteration <= iteration and (self.to_iteration is None or iteration < self.to_iteration)
+
+
+_OF_KIND: dict[str, dict[str, bool]] = {  # what a kind of fault has, and whether it needs it
+    "latency": {"ms": True},
+    "jitter": {"ms": True},
+    "bandwidth": {"mb_per_s": True},
+    "loss": {"rate": True},
+    "duplication": {"rate": True},
+    "reordering": {"rate": True, "ms": True},
+    "corruption": {"rate": True, "part": False},
+    "death": {"rate": False},
+}
+
+
+class Fault(_Block):
+    """A fault of the rails between two stages, in both directions. The transport's protocol has to live with it."""
+
+    kind: Literal["latency", "jitter", "bandwidth", "loss", "duplication", "reordering", "corruption", "death"]
+    """What happens to frames, in this order: they are late by `ms`; by up to `ms`; `mb_per_s` pass; of them `rate` are lost; come
+    twice; are held for `ms` while others overtake; are damaged; end the connection, or, without `rate`, no connection lasts."""
+    src: int = Field(ge=0)
+    """Pipeline stage at one end."""
+    dst: int = Field(ge=0)
+    """Pipeline stage at the other end."""
+    rail: str = Field("any", pattern=r"^(any|tcp\d*|shm|rdma\d*)$")
+    """Which rails: `any`, all of a kind (`tcp`, `rdma`, `shm`), or one (`tcp0`)."""
+    ms: float | None = Field(None, ge=0, le=60_000, validate_default=True)
+    """Of latency, jitter and reordering: how late."""
+    mb_per_s: float | None = Field(None, gt=0, validate_default=True)
+    """Of bandwidth: millions of bytes per second."""
+    rate: float | None = Field(None, gt=0, le=1, validate_default=True)
+    """Of loss, duplication, reordering, corruption and death: the share of frames."""
+    part: Literal["body", "header"] | None = Field(None, validate_default=True)
+    """Of corruption: what of a frame is damaged; null: the body. A damaged header ends the connection."""
+    seed: int = 0
+    """What happens by chance is the same in every run with the same seed and the same frames."""
+    from_iteration: int = Field(0, ge=0)
+    """First iteration (0-based) with the fault."""
+    to_iteration: int | None = Field(None, ge=1)
+    """First iteration without it again; null: until the end."""
+    from_s: float = Field(0.0, ge=0)
+    """It begins so long after the start of the transport."""
+    to_s: float | None = Field(None, gt=0)
+    """It ends so long after the start of the transport; null: never."""
+
+    @field_validator("dst")
+    @classmethod
+    def _two_stages(cls, value: int, info: ValidationInfo) -> int:
+        return _another_stage(value, info)
+
+    @field_validator("ms", "mb_per_s", "rate", "part")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kind, name = info.data.get("kind"), str(info.field_name)
+        known = _OF_KIND.get(str(kind))
+        if known is not None and value is None and known.get(name):
+            raise ValueError(f"a fault of kind {kind!r} needs it")
+        if known is not None and value is not None and name not in known:
+            raise ValueError(f"a fault of kind {kind!r} has {' and '.join(known)} instead")
+        return value
+
+    @field_validator("to_iteration", "to_s")
+    @classmethod
+    def _ends_after_its_begin(cls, value: float | None, info: ValidationInfo) -> float | None:
+        return _after_begin(value, info)
 
 
 class PacedCompute(_Block):
@@ -152,6 +283,8 @@ class SimulateConfig(_Block):
 
     links: Annotated[tuple[SlowLink, ...], Field(strict=False)] = ()  # JSON has lists only
     """Links made slow."""
+    faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
+    """Faults of rails: latency, jitter, bandwidth, loss, duplication, reordering, corruption, death."""
     compute: PacedCompute | None = None
     """Paced compute, for machines that cannot run all stages at full speed at once."""
 

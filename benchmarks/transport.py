@@ -1,9 +1,10 @@
 """Speed of the transport between two processes of this host, against gloo and memcpy measured in the same run.
 
-    python -m benchmarks.transport [--sizes-kib 64 1024 16384 65536] [--repeats 7] [--json FILE]
+    python -m benchmarks.transport [--rails shm tcp] [--sizes-kib 64 1024 16384 65536] [--repeats 7] [--json FILE]
 
-Every row moves `--volume-mib` per repeat and way of moving; ways take turns, so that a change of the machine's load
-meets all of them. Printed are medians over the repeats and, in brackets, the spread (median absolute deviation, %).
+Each rail is measured in a run of its own, with the proxies in processes of their own (`--proxy thread`: in the ranks). Every
+row moves `--volume-mib` per repeat and way of moving; ways take turns, so that a change of the machine's load meets all of
+them. Printed are medians over the repeats and, in brackets, the spread (median absolute deviation, %).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from adaptra_plugin.config import TransportConfig
-from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
 
 MIB = 1 << 20
 SECRET = b"benchmark, two ranks of one host"
@@ -33,20 +35,23 @@ DEADLINE_S = 120.0
 class Side:
     """One of the two processes: rank 0 sends, rank 1 receives and answers each batch with one byte."""
 
-    def __init__(self, rank: int, pipe: Any, options: argparse.Namespace, port: int) -> None:
+    def __init__(self, rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str) -> None:
         self.rank = rank
         self.pipe = pipe
         torch.set_num_threads(1)
-        config = TransportConfig(
-            ring_mib=options.ring_mib,
-            connections_per_direction=options.connections,
-            deadline_s=DEADLINE_S,
-            max_message_mib=max(4096, options.ring_mib),
+        config = TransportConfig.model_validate(
+            {
+                "rail": rail,
+                "proxy": options.proxy,
+                "ring_mib": options.ring_mib,
+                "connections_per_direction": options.connections,
+                "deadline_s": DEADLINE_S,
+            }
         )
         infos = [PeerInfo(r, r, platform.node()) for r in (0, 1)]
         self.endpoint = Endpoint(infos[rank], config, SECRET, bind_host="127.0.0.1")
-        pipe.send(self.endpoint.address.to_text())
-        other = Address.parse(pipe.recv())
+        pipe.send(self.endpoint.card.to_text())
+        other = Card.parse(pipe.recv())
         self.endpoint.connect({1 - rank: (infos[1 - rank], other)}, neighbours=[1 - rank], coordinator=0)
         self.channel = self.endpoint.channel(1 - rank)
         self.epoch = 0
@@ -61,9 +66,9 @@ class Side:
                 self.channel.send(Key(self.epoch, Direction.ACTIVATION, 1, number), [data])
             answer.wait(DEADLINE_S)
         else:
-            tickets = [self.channel.recv(Key(self.epoch, Direction.ACTIVATION, 1, n)) for n in range(count)]
-            for ticket in tickets:
-                ticket.wait(DEADLINE_S)
+            tickets = deque(self.channel.recv(Key(self.epoch, Direction.ACTIVATION, 1, n)) for n in range(count))
+            while tickets:
+                tickets.popleft().wait(DEADLINE_S)  # and lets go of it: gloo, too, receives into few buffers
             self.channel.send(done, [])
 
     def gloo(self, data: torch.Tensor, count: int) -> None:
@@ -161,8 +166,8 @@ class Side:
         return {"rows": rows, "round_trip_us": trips, "send_call_us": calls}
 
 
-def _main(rank: int, pipe: Any, options: argparse.Namespace, port: int) -> None:
-    result = Side(rank, pipe, options, port).run(options)
+def _main(rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str) -> None:
+    result = Side(rank, pipe, options, port, rail).run(options)
     pipe.send(result)
 
 
@@ -174,20 +179,20 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, rail: str) -> dict[str, Any]:
     """Runs both processes; what rank 0 measured."""
     context = multiprocessing.get_context("fork")
     port = _free_port()
     pipes, processes = [], []
     for rank in (0, 1):
         here, there = context.Pipe()
-        process = context.Process(target=_main, args=(rank, there, options, port), daemon=True)
+        process = context.Process(target=_main, args=(rank, there, options, port, rail))
         process.start()
         pipes.append(here)
         processes.append(process)
-    addresses = [pipe.recv() for pipe in pipes]
-    for pipe, address in zip(pipes, reversed(addresses), strict=True):
-        pipe.send(address)
+    cards = [pipe.recv() for pipe in pipes]
+    for pipe, card in zip(pipes, reversed(cards), strict=True):
+        pipe.send(card)
     results = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join(30)
@@ -204,7 +209,7 @@ def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def summarise(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) -> dict[str, Any]:
     rows = []
     for row in result["rows"]:
         speeds = {name: _middle(values) for name, values in row["gb_per_s"].items()}
@@ -227,7 +232,8 @@ def summarise(result: dict[str, Any], options: argparse.Namespace) -> dict[str, 
         for name in ("round_trip_us", "send_call_us")
     }
     return {
-        "rail": "tcp",
+        "rail": rail,
+        "proxy": options.proxy,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "load": os.getloadavg()[0],
@@ -240,7 +246,8 @@ def summarise(result: dict[str, Any], options: argparse.Namespace) -> dict[str, 
 
 
 def table(summary: dict[str, Any]) -> str:
-    lines = [f"{'size':>10} {'memcpy GB/s':>16} {'gloo GB/s':>16} {'adaptra GB/s':>16} {'/ gloo':>8} {'/ memcpy':>9}"]
+    lines = [f"rail {summary['rail']}, proxy in a {summary['proxy']}"]
+    lines += [f"{'size':>10} {'memcpy GB/s':>16} {'gloo GB/s':>16} {'adaptra GB/s':>16} {'/ gloo':>8} {'/ memcpy':>9}"]
     for row in summary["sizes"]:
         cells = [
             f"{row['gb_per_s'][name]:8.2f} (±{row['spread_percent'][name]:3.0f}%)"
@@ -259,6 +266,8 @@ def table(summary: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rails", nargs="+", choices=["shm", "tcp", "rdma"], default=["shm", "tcp"])
+    parser.add_argument("--proxy", choices=["process", "thread"], default="process")
     parser.add_argument("--sizes-kib", type=int, nargs="+", default=[64, 1024, 4096, 16384, 65536])
     parser.add_argument("--volume-mib", type=int, default=256, help="bytes moved per size, way and repeat")
     parser.add_argument("--repeats", type=int, default=7)
@@ -267,10 +276,12 @@ def main() -> None:
     parser.add_argument("--ring-mib", type=int, default=72)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    summary = summarise(measure(options), options)
-    print(table(summary))
+    summaries = []
+    for rail in options.rails:
+        summaries.append(summarise(measure(options, rail), options, rail))
+        print(table(summaries[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+        options.json.write_text(json.dumps(summaries, indent=2) + "\n")
 
 
 if __name__ == "__main__":

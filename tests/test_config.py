@@ -136,3 +136,54 @@ def test_every_field_has_a_description():
                 assert field.description, f"{model.__name__}.{name} has no docstring"
 
     check(AdaptraConfig)
+
+
+def fault(**values):
+    return {"simulate": {"faults": [{"src": 0, "dst": 1, **values}]}}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        fault(kind="latency", ms=3),
+        fault(kind="jitter", ms=0.5, rail="tcp", from_iteration=3, to_iteration=5),
+        fault(kind="bandwidth", mb_per_s=100, rail="rdma0"),
+        fault(kind="loss", rate=0.1, rail="tcp1", seed=7),
+        fault(kind="duplication", rate=1),
+        fault(kind="reordering", rate=0.5, ms=2),
+        fault(kind="corruption", rate=0.01, part="header"),
+        fault(kind="corruption", rate=0.01),
+        fault(kind="death", rail="shm", from_s=2, to_s=2.5),
+        fault(kind="death", rate=0.001),
+    ],
+)
+def test_every_kind_of_fault_can_be_configured(block):
+    (found,) = parse_config(block).simulate.faults
+    assert found.kind == block["simulate"]["faults"][0]["kind"]
+
+
+@pytest.mark.parametrize(
+    ("block", "key", "says"),
+    [
+        (fault(kind="los", rate=0.1), "kind", "'los' is not allowed: input should be 'latency', 'jitter'"),
+        (fault(kind="loss"), "rate", "None is not allowed: a fault of kind 'loss' needs it"),
+        (fault(kind="loss", rate=0), "rate", "greater than 0"),
+        (fault(kind="loss", rate=1.5), "rate", "less than or equal to 1"),
+        (fault(kind="loss", rate=0.1, ms=3), "ms", "3 is not allowed: a fault of kind 'loss' has rate instead"),
+        (fault(kind="latency"), "ms", "a fault of kind 'latency' needs it"),
+        (fault(kind="bandwidth", mb_per_s=0), "mb_per_s", "greater than 0"),
+        (fault(kind="reordering", rate=0.1), "ms", "a fault of kind 'reordering' needs it"),
+        (fault(kind="corruption", rate=0.1, part="tail"), "part", "'body' or 'header'"),
+        (fault(kind="death", part="body"), "part", "a fault of kind 'death' has rate instead"),
+        (fault(kind="death", rail="tcp-1"), "rail", "pattern"),
+        (fault(kind="death", dst=0), "dst", "two different stages"),
+        (fault(kind="death", from_s=2, to_s=2), "to_s", "greater than from_s (2)"),
+        (fault(kind="death", from_iteration=4, to_iteration=4), "to_iteration", "greater than from_iteration (4)"),
+        (fault(kind="death", rtae=1), "rtae", "unknown key"),
+    ],
+)
+def test_a_mistake_in_a_fault_is_one_line(block, key, says):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(block)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(f"  - adaptra.simulate.faults.0.{key}: ") and says in line

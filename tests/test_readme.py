@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from adaptra_plugin.config import AdaptraConfig
+from adaptra_plugin.config import AdaptraConfig, Fault
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -25,4 +25,16 @@ def rows(model: type[BaseModel] = AdaptraConfig, prefix: str = "") -> list[str]:
 
 def test_the_configuration_table_lists_every_key_with_its_default():
     missing = [row for row in rows() if row not in README.read_text()]
+    assert missing == []
+
+
+def rows_of_fault() -> list[str]:
+    return [
+        f"| `{name}` | {'needed' if field.is_required() else f'`{field.default}`'} | {' '.join(str(field.description).split())} |"
+        for name, field in Fault.model_fields.items()
+    ]
+
+
+def test_the_table_of_faults_lists_every_key_with_its_default():
+    missing = [row for row in rows_of_fault() if row not in README.read_text()]
     assert missing == []

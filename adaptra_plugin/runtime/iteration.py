@@ -19,7 +19,7 @@ from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 from adaptra_plugin.transport import Channel, Direction, Key, Message, RecvTicket
 
-TUPLE = 1  # lowest bit of a frame's tag: the message was a tuple of tensors, not one tensor
+TUPLE = 1  # lowest bit of a message's tag: the message was a tuple of tensors, not one tensor
 
 
 @dataclass
@@ -110,8 +110,7 @@ class Iteration:
         started = time.perf_counter()
         message: Message = self._posted.pop((direction, microbatch)).wait()
         self.wait_ms += (time.perf_counter() - started) * 1e3
-        if not message.delayed_by_ring:  # else it tells how slow this rank is, not its link
-            self._delays.setdefault(direction, []).append(message.delay_ms)
+        self._delays.setdefault(direction, []).append(message.delay_ms)
         if message.tag >> 1 != self.version:
             raise TransportError(
                 f"iteration {self.index}: this rank ({self.topology.rank}) runs plan v{self.version}, "

@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: a secret and everybody's address, through the launcher's store."""
+"""How the ranks of a job find each other: a secret and everybody's card, through the launcher's store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.topology import Topology
-from adaptra_plugin.transport import Address, PeerInfo
+from adaptra_plugin.transport import Card, PeerInfo
 
 SECRET_BYTES = 32
 
@@ -34,18 +34,21 @@ class Rendezvous:
             self._store.set(self._key("secret"), secrets.token_hex(SECRET_BYTES))
         return bytes.fromhex(self._get("secret", "rank 0 has not started its session"))
 
-    def exchange(self, topology: Topology, host: str, address: Address) -> dict[int, tuple[PeerInfo, Address]]:
-        """Publishes this rank's address and returns those of all ranks.
+    def exchange(self, topology: Topology, host: str, card: Card) -> dict[int, tuple[PeerInfo, Card]]:
+        """Publishes how this rank's endpoint is reached and returns the same of all ranks.
 
         Raises:
-            TransportError: a rank did not publish its address within the deadline.
+            TransportError: a rank did not publish its card within the deadline, or published nonsense.
         """
-        self._store.set(self._key(f"address/{topology.rank}"), json.dumps({"host": host, "address": address.to_text()}))
+        self._store.set(self._key(f"card/{topology.rank}"), json.dumps({"host": host, "card": card.to_text()}))
         peers = {}
         for rank in range(topology.world_size):
-            data = json.loads(self._get(f"address/{rank}", f"rank {rank} has not started its session"))
+            data = json.loads(self._get(f"card/{rank}", f"rank {rank} has not started its session"))
             info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
-            peers[rank] = (info, Address.parse(data["address"]))
+            try:
+                peers[rank] = (info, Card.parse(str(data["card"])))
+            except TransportError as error:
+                raise TransportError(f"{info}: {error}") from None
         return peers
 
     def _key(self, name: str) -> str:

@@ -94,13 +94,11 @@ class Session:
         host = socket.gethostname()
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
         self._me = PeerInfo(rank=topology.rank, stage=topology.stage, host=host)
-        self._endpoint = Endpoint(
-            self._me, config.transport, rendezvous.secret(topology), simulate_links=config.simulate.links
-        )
+        self._endpoint = Endpoint(self._me, config.transport, rendezvous.secret(topology), simulate=config.simulate)
         try:
             self._endpoint.on_control = self._control
             self._endpoint.on_peer_lost = self._peer_lost
-            peers = rendezvous.exchange(topology, host, self._endpoint.address)
+            peers = rendezvous.exchange(topology, host, self._endpoint.card)
             self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
             self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
             self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
@@ -236,7 +234,7 @@ class Session:
             logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
 
     def _control(self, sender: int, message: dict[str, Any]) -> None:
-        """A control message has arrived (on the proxy's thread, or on the caller's for messages to oneself)."""
+        """A control message has arrived (on the control thread, or on the caller's for messages to oneself)."""
         kind = message.get("type")
         if kind in ("report", "answer"):
             if self._coordinator is not None:
@@ -281,7 +279,7 @@ class Session:
     # --- failures
 
     def _peer_lost(self, peer: PeerInfo, why: str) -> None:
-        """The transport has noticed that a peer is gone (on the proxy's thread)."""
+        """The transport has noticed that a peer is gone (on the control thread)."""
         if self.topology.rank != COORDINATOR and peer.rank != COORDINATOR:
             self._send(COORDINATOR, _loss_message(peer, why))
         self._lose(peer, why)
@@ -427,8 +425,9 @@ def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:
 
 
 def _check_links(config: AdaptraConfig, stages: int) -> None:
-    for link in config.simulate.links:
-        if max(link.src, link.dst) >= stages or abs(link.src - link.dst) != 1:
-            raise ConfigError(
-                f"adaptra.simulate.links: {link.src}-{link.dst} is not a link between neighbours of {stages} stages"
-            )
+    for name, links in (("links", config.simulate.links), ("faults", config.simulate.faults)):
+        for link in links:
+            if max(link.src, link.dst) >= stages or abs(link.src - link.dst) != 1:
+                raise ConfigError(
+                    f"adaptra.simulate.{name}: {link.src}-{link.dst} is not a link between neighbours of {stages} stages"
+                )

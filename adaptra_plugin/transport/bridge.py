@@ -11,7 +11,6 @@ Control messages to the proxy, by `op`:
              rank fills, then the mirror of the ring that the peer fills
     mapped   rank (the peer's rings are mapped: chunks may come by reference)
     control  rank, message (JSON text; it is passed on as it is)
-    iteration number
     stats    id
     close    linger_s
 and from it, by `event`:
@@ -53,7 +52,7 @@ _MAX_DESCRIPTORS = 240  # that one call may carry
 
 
 class Op(enum.IntEnum):
-    """Records; the first four go to the proxy, the others come from it."""
+    """Records; those below 16 go to the proxy, the others come from it."""
 
     SEND = 1
     """A message lies in the ring. `value`: when it was complete (s, clock of the endpoint); `after`: 1 + position of an earlier
@@ -62,6 +61,8 @@ class Op(enum.IntEnum):
     """A received message has been copied out: its room is free. Answered with nothing."""
     STUCK = 3
     """A producer waits for room in this lane (`total` 1) or no longer (0)."""
+    ITERATION = 4
+    """What is sent from now on belongs to iteration `message`: injected faults depend on it."""
     ARRIVED = 16
     """A whole message has come; `flags` bit 0: it lies in the peer's ring, not in the mirror; `value`: delay (ms)."""
     ACKED = 17

@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from adaptra_plugin.config import TransportConfig
-from adaptra_plugin.transport.clock import ClockOffset
-from adaptra_plugin.transport.faults import LinkFault
-from adaptra_plugin.transport.lanes import RecvLane, SendLane, lane_stats
-from adaptra_plugin.transport.tickets import Fate, Loss, RecvTicket, Ticket
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.bridge import Op
+from adaptra_plugin.transport.frames import MalformedMessage
+from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane, Shared
+from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.tickets import Loss, RecvTicket, Ticket
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
+
+_REINSTALL = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
 
 
 class Link:
-    """The lanes shared with one neighbour: per direction, as many as there are connections."""
+    """The lanes shared with one neighbour, and the records that are about them.
 
-    def __init__(self, info: PeerInfo, config: TransportConfig, fate: Fate) -> None:
+    Args:
+        info: the neighbour.
+        capacity: of every ring (bytes).
+        shared: what all lanes of the endpoint share.
+        malformed: is called on the thread that has read nonsense, once the lanes are aborted.
+
+    Raises:
+        TransportError: the system has no shared memory to give.
+    """
+
+    def __init__(
+        self, info: PeerInfo, capacity: int, shared: Shared, malformed: Callable[[PeerInfo, Loss], None]
+    ) -> None:
         self.info = info
-        self.connections = config.connections_per_direction
-        self.clock = ClockOffset()
-        lanes = range(self.connections)
-        self.sending = {d: [SendLane(info, d, config, fate) for _ in lanes] for d in Direction}
-        self.receiving = {d: [RecvLane(info, d, config, fate) for _ in lanes] for d in Direction}
+        self.connections = shared.config.connections_per_direction
+        self.severed = False
+        """No record comes after this; the control stream says why."""
+        self._malformed = malformed
+        self.sending: dict[Direction, list[SendLane]] = {d: [] for d in Direction}
+        self.receiving: dict[Direction, list[RecvLane]] = {d: [] for d in Direction}
+        try:
+            for direction in Direction:
+                for index in range(self.connections):
+                    ring = Memory(Segment.create(capacity))
+                    self.sending[direction].append(SendLane(info, direction, index, ring, shared))
+                    mirror = Memory(Segment.create(capacity))
+                    self.receiving[direction].append(RecvLane(info, direction, index, mirror, shared))
+        except OSError as error:
+            self.close()
+            raise TransportError(
+                f"no shared memory of {capacity} bytes for a staging ring towards {info} ({error}): raise the limit of "
+                "open files (ulimit -n), or lower adaptra.transport.connections_per_direction or ring_mib"
+            ) from None
         for sender in self.sending[Direction.ACTIVATION]:
+            sender.can_relieve = self._can_absorb
             sender.relieve = self._absorb_gradient
-        for receiver in self.receiving[Direction.GRADIENT]:
-            receiver.on_stuck = self._nudge_activations
 
-    def lanes(self, direction: Direction, index: int) -> tuple[SendLane, RecvLane]:
-        return self.sending[direction][index], self.receiving[direction][index]
+    def lanes(self) -> Iterator[Lane]:
+        for direction in Direction:
+            yield from self.sending[direction]
+            yield from self.receiving[direction]
 
     def send_lanes(self) -> Iterator[SendLane]:
         for lanes in self.sending.values():
@@ -41,25 +74,90 @@ class Link:
         for lanes in self.receiving.values():
             yield from lanes
 
+    def descriptors(self) -> list[int]:
+        """For each direction and lane: the ring that this rank fills, then the mirror of the peer's."""
+        return [
+            lane.memory.segment.fd
+            for direction in Direction
+            for pair in zip(self.sending[direction], self.receiving[direction], strict=True)
+            for lane in pair
+        ]
+
+    def map_remote(self, descriptors: Sequence[int]) -> None:
+        """Takes over the peer's own rings, for each direction and lane. Raises ValueError if they are not as announced."""
+        lanes = list(self.recv_lanes())
+        rest = list(descriptors)
+        segments: list[Segment] = []
+        try:
+            if len(rest) != len(lanes):
+                raise ValueError(f"{len(rest)} rings came, {len(lanes)} were expected")
+            for lane in lanes:
+                segments.append(Segment(rest.pop(0), lane.capacity))  # which closes one that it refuses
+        except ValueError:
+            for segment in segments:
+                segment.close()
+            for fd in rest:
+                os.close(fd)
+            raise
+        for segment, lane in zip(segments, lanes, strict=True):
+            before, lane.remote = lane.remote, Memory(segment)
+            if before is not None:
+                before.close()
+
+    # --- records
+
+    def record(self, op: int, direction: int, lane: int, flags: int, position: int, total: int, value: float) -> None:
+        """Enters what the proxy says into the books."""
+        if op == Op.ARRIVED:
+            receiver = self.receiving[Direction(direction)][lane]
+            try:
+                receiver.deliver(position, total, by_reference=bool(flags & 1), delay_ms=value)
+            except MalformedMessage as error:
+                self._nonsense(receiver, error)
+        elif op == Op.ACKED:
+            self.sending[Direction(direction)][lane].acked(position)
+        elif op == Op.CONSUMED:
+            self.sending[Direction(direction)][lane].consumed(position)
+        elif op == Op.PEER_STUCK:
+            self.receiving[Direction(direction)][lane].peer_stuck = bool(total)
+        elif op == Op.LOST:
+            self.severed = True
+        else:
+            raise TransportError(f"the proxy has sent a record with unknown op {op}: this is a defect")
+
+    def _nonsense(self, lane: RecvLane, error: MalformedMessage) -> None:
+        where = f"{lane.direction.word} {lane.index}"
+        loss = Loss(TransportError, f"it sent a malformed message on connection {where}: {error}", _REINSTALL)
+        self.abort(loss)
+        log.error("lost: %s: %s", self.info, loss.reason)
+        self._malformed(self.info, loss)
+
+    # --- absorption, see `Channel.send`
+
+    def _can_absorb(self) -> bool:
+        return any(lane.can_absorb() for lane in self.receiving[Direction.GRADIENT])
+
     def _absorb_gradient(self) -> bool:
         return any(lane.absorb() for lane in self.receiving[Direction.GRADIENT])
 
-    def _nudge_activations(self) -> None:
-        for lane in self.sending[Direction.ACTIVATION]:
-            lane.nudge()
+    # --- the end
 
     def abort(self, loss: Loss) -> None:
-        for lane in (*self.send_lanes(), *self.recv_lanes()):
+        """Nothing more goes or comes; what has arrived stays readable. `Mailbox.wake` has to follow."""
+        for lane in self.lanes():
             lane.abort(loss)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        for lane in self.lanes():
+            lane.close()
 
     def stats(self) -> dict[str, Any]:
         return {
-            "clock_offset_ms": self.clock.offset * 1e3,
-            "round_trip_ms": self.clock.round_trip * 1e3,
             "directions": {
                 d.word: {
-                    "sent": _total([lane_stats(lane) for lane in self.sending[d]]),
-                    "received": _total([lane_stats(lane) for lane in self.receiving[d]]),
+                    "sent": _total([lane.stats() for lane in self.sending[d]]),
+                    "received": _total([lane.stats() for lane in self.receiving[d]]),
                 }
                 for d in Direction
             },
@@ -73,15 +171,13 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class Channel:
     """Sends to and receives from one neighbour. Safe to use from several threads.
 
-    Messages of a direction are spread over its connections by microbatch; those of one connection arrive in order. A
-    message that is received but never taken with `wait` keeps its place in the bounded staging ring, so take them all.
+    Messages of a direction are spread over its lanes by microbatch; those of one key arrive in order. A message that is
+    received but never taken with `wait` keeps its place in the bounded staging ring, so take them all.
     """
 
-    def __init__(self, link: Link, fault: LinkFault, clock: Callable[[], float]) -> None:
+    def __init__(self, link: Link) -> None:
         self.peer = link.info
         self._link = link
-        self._fault = fault
-        self._clock = clock
 
     def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int = 0) -> Ticket:
         """Copies the tensors into the staging ring and returns; they may be overwritten at once.
@@ -89,26 +185,28 @@ class Channel:
         Blocks only while the ring is full (one warning), at most `transport.deadline_s`. `tag` is a 64-bit number that
         the receiver finds in the message.
 
-        While an activation is blocked, gradients that fill a receive ring of the same peer are absorbed: copied, on this
-        thread and in the order of their keys, into the tickets that are posted for them. Else two stages whose sends to
-        each other are both blocked would wait for ever. Memory stays bounded by the plan: no more gradients can be
-        outstanding than microbatches are between forward and backward on this stage.
+        A ring is full of messages that the peer has not copied out: whatever has been staged finds room at the peer and
+        arrives. While an activation is blocked, gradients of the same peer are absorbed if that peer's producer waits
+        for room as well: oldest first, they are copied, on this thread, into the tickets that are posted for them. Else
+        two stages whose sends to each other are both blocked would wait for ever. Memory stays bounded by the plan: no
+        more gradients can be outstanding than microbatches are between forward and backward on this stage.
 
         Gradients need not absorb in turn. Stages form a line and a blocked one waits for one neighbour, so a deadlock
-        contains two neighbours that wait for each other. One of them waiting to receive while the other is blocked
-        in a send is none: consumption follows the order of sending, so all that lies in front of the missing message
-        is taken already, and either it arrives or there is room for it. That leaves the earlier stage in sending an
-        activation and the later one in sending a gradient, and there the earlier one absorbs. (By induction from
-        stage 0, which sends no gradients: each stage's gradients find room, so each stage comes to its receives.)
+        contains two neighbours that wait for each other. One of them waiting to receive while the other is blocked in a
+        send is none: what is staged arrives, so the missing message is not staged yet; consumption follows the order of
+        sending, so all that was staged before it is taken already, the ring is empty and there is room for it. That
+        leaves the earlier stage in sending an activation and the later one in sending a gradient. The later one has
+        said that it waits, all gradients in its ring arrive, and receives are posted for them, because an iteration
+        posts all of its receives when it begins: so the earlier one absorbs until the later one finds room. (By
+        induction from stage 0, which sends no gradients: each stage's gradients find room, so each stage comes to its
+        receives.)
 
         Raises:
             TransportError: the message is longer than the ring, cannot travel, or the endpoint has failed.
             TransferTimeout: the ring stayed full.
             PeerLostError: the peer is gone.
         """
-        lane = self._link.sending[key.direction][key.microbatch % self._link.connections]
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return lane.send(key, tensors, tag, self._clock, self._fault.verdict(total).hold_s)
+        return self._link.sending[key.direction][key.microbatch % self._link.connections].send(key, tensors, tag)
 
     def recv(self, key: Key) -> RecvTicket:
         """Posts a receive and returns at once; failures show in the ticket's `wait`."""

@@ -1,7 +1,9 @@
-"""The transport of one rank: an endpoint with channels to its neighbours, served by one proxy thread."""
+"""The transport of one rank: an endpoint with channels to its neighbours, served by one proxy."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 import time
@@ -9,20 +11,29 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from adaptra_plugin.config import SlowLink, TransportConfig
-from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport.bind import choose_bind, is_loopback, is_wildcard, listen, local_address_towards
+from adaptra_plugin import errors
+from adaptra_plugin.config import SimulateConfig, TransportConfig
+from adaptra_plugin.errors import HandshakeError, TransportError
+from adaptra_plugin.transport.bind import choose_bind, is_loopback, is_wildcard
+from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, RECORD, Op
 from adaptra_plugin.transport.channel import Channel, Link
-from adaptra_plugin.transport.faults import Faults
-from adaptra_plugin.transport.frames import MAX_CONTROL_BACKLOG, encode_control
+from adaptra_plugin.transport.control import ControlStream, encode_control
+from adaptra_plugin.transport.lanes import Shared
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.threaded import Proxy
+from adaptra_plugin.transport.mailbox import Mailbox
+from adaptra_plugin.transport.placement import proxy_cpus, spin_s
+from adaptra_plugin.transport.slabs import Slabs
+from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.tickets import Fate, Loss
-from adaptra_plugin.transport.types import Address, PeerInfo
+from adaptra_plugin.transport.types import PROTOCOL, Address, Card, PeerInfo
 
 MIN_SECRET_BYTES = 16
-_BACKLOG = 512
+START_DEADLINE_S = 60.0
+"""For the proxy to listen; its process has to be loaded first."""
+STATS_DEADLINE_S = 2.0
 _MARGIN_S = 10.0  # for the proxy to notice its own deadline
+_LAST_RECORDS_S = 1.0  # for the last records of a peer to come, once its end is announced
+_LAST_WORDS_S = 5.0  # for a proxy that has closed its sockets to be gone
 
 _ENDED = Loss(TransportError, "the endpoint has ended", "The reason is in the first error of this rank.")
 _CLOSING = Loss(TransportError, "this endpoint is closing", "Send before `close`.")
@@ -32,12 +43,12 @@ _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 class Endpoint:
     """One per rank; create it after any fork. Listens from construction on; `connect` brings the links up."""
 
-    address: Address
-    """Where peers reach this endpoint; publish it through the launcher's store."""
+    card: Card
+    """How peers reach this endpoint; publish it through the launcher's store."""
     on_control: Callable[[int, dict[str, Any]], None]
-    """`(rank, message)` of every control message. Called on the proxy's thread: be quick, never wait in it."""
+    """`(rank, message)` of every control message. Called on the control thread: be quick, never wait in it."""
     on_peer_lost: Callable[[PeerInfo, str], None]
-    """`(peer, reason)`, once a peer, not for a goodbye. Called on the proxy's thread: be quick, never wait in it."""
+    """`(peer, reason)`, once a peer, not for a goodbye. Called on the control thread: be quick, never wait in it."""
 
     def __init__(
         self,
@@ -45,16 +56,17 @@ class Endpoint:
         config: TransportConfig,
         secret: bytes,
         *,
-        simulate_links: Sequence[SlowLink] = (),
+        simulate: SimulateConfig | None = None,
         bind_host: str | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock_offset_s: float = 0.0,
+        spawn: Spawn | None = None,
     ) -> None:
         """`secret`: the same random bytes on all ranks of the job (at least 16). `bind_host`: where to listen while
-        `config.bind` is "auto"; without it the address that routes to `MASTER_ADDR`. `clock`: seconds; must tick at the
-        rate of real time.
+        `config.bind` is "auto"; without it the address that routes to `MASTER_ADDR`. `clock_offset_s`: this rank's clock
+        in front of the host's (s), for tests. `spawn`: starts the proxy, instead of what `config.proxy` says.
 
         Raises:
-            TransportError: the secret is too short, or the address cannot be bound.
+            TransportError: the secret is too short, the address cannot be bound, or the proxy does not start.
         """
         if len(secret) < MIN_SECRET_BYTES:
             raise TransportError(
@@ -64,123 +76,171 @@ class Endpoint:
         self.on_control = lambda rank, message: None
         self.on_peer_lost = lambda peer, reason: None
         self._config = config
-        self._clock = clock
         self._fate = Fate()
-        self._faults = Faults(me.stage, simulate_links)
+        self._peers: dict[int, PeerInfo] = {}
         self._links: dict[int, Link] = {}
         self._channels: dict[int, Channel] = {}
+        self._lost: set[int] = set()
         self._controlled: set[int] = set()
+        self._backlog: dict[int, int] = {}
+        self._has_faults = simulate is not None and bool(simulate.links or simulate.faults)
         self._connect_called = False
-        self._connect_gate = threading.Event()
-        self._connect_error: TransportError | None = None
+        self._gate = threading.Event()  # the proxy has answered `start` or `connect`
+        self._refusal: TransportError | None = None
+        self._stats: dict[str, Any] = {}
+        self._stats_answers: dict[int, threading.Event] = {}
+        self._stats_ids = itertools.count(1)
         self._close_lock = threading.Lock()
         self._closed = False
+        self._said_closed = False
+        self._linger_s = 0.0
         host = choose_bind(config.bind, bind_host)
-        listener = listen(host, _BACKLOG)
-        published = host if not is_wildcard(host) else local_address_towards(os.environ.get("MASTER_ADDR", "localhost"))
-        self.address = Address(published, listener.getsockname()[1])
-        source = None if config.bind == "auto" or is_wildcard(config.bind) else config.bind
-        self._proxy = Proxy(me, config, secret, listener, source, clock, self)
-        self._thread = threading.Thread(target=self._serve, name=f"adaptra-proxy-{me.rank}", daemon=True)
-        self._thread.start()
+        cpus = proxy_cpus(config.cpus)
+        self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
+        self._mailbox = Mailbox(self._proxy.data, self._records, spin_s(config.spin_us))
+        slabs = Slabs(config.ring_mib << 20)  # a ring full of messages may be on its way to be used
+        self._shared = Shared(config, self._fate, self._mailbox, slabs, lambda: time.monotonic() + clock_offset_s)
+        self._control = ControlStream(self._proxy.control, self._event, self._over, f"adaptra-control-{me.rank}")
+        self._thread = self._control.thread
         _live.add(self)
+        self._control.start()
+        self._tell(
+            "start",
+            me={"rank": me.rank, "stage": me.stage, "host": me.host},
+            config=config.model_dump(mode="json") | {"cpus": cpus},
+            secret=secret.hex(),
+            bind=host,
+            source=None if config.bind == "auto" or is_wildcard(config.bind) else config.bind,
+            simulate={} if simulate is None else simulate.model_dump(mode="json", include={"links", "faults"}),
+            clock_offset_s=clock_offset_s,
+        )
+        try:
+            self._await_answer(START_DEADLINE_S)
+        except BaseException:
+            self.close(linger_s=0.0)
+            raise
+
+    @property
+    def address(self) -> Address:
+        """The main address of the card."""
+        return self.card.addresses[0]
+
+    def _tell(self, op: str, descriptors: Sequence[int] = (), **fields: Any) -> None:
+        self._control.send({"op": op, **fields}, descriptors)
+
+    def _await_answer(self, deadline_s: float) -> None:
+        if not self._gate.wait(min(deadline_s, threading.TIMEOUT_MAX)):
+            raise TransportError(
+                f"the proxy of rank {self.me.rank} has not answered within {deadline_s:g} s: its host is starved of CPU"
+            )
+        self._fate.check()
+        if self._refusal is not None:
+            raise self._refusal
 
     # --- life
 
-    def _serve(self) -> None:
-        try:
-            self._proxy.loop.run()
-        except BaseException as error:  # noqa: BLE001  whatever it is, nobody may wait for a thread that has died
-            log.exception("the proxy thread of rank %d failed", self.me.rank)
-            failure = TransportError(
-                f"the proxy thread of rank {self.me.rank} failed: {type(error).__name__}: {error}. This is a defect, "
-                "or a callback (on_control, on_peer_lost) that raised; the log has the traceback"
-            )
-            failure.__cause__ = error
-            self.fail(failure)
-        finally:
-            if self._fate.error is None:
-                self._fate.error = TransportError(f"the endpoint of rank {self.me.rank} is closed")
-            self._abort_lanes(_ENDED)
-            self._proxy.close()
-
     def connect(
         self,
-        peers: Mapping[int, tuple[PeerInfo, Address]],
+        peers: Mapping[int, tuple[PeerInfo, Card]],
         *,
         neighbours: Collection[int],
         coordinator: int,
     ) -> None:
-        """Blocks until all connections with the neighbours and the control connection with the coordinator stand (the
-        coordinator: with everybody), at most `connect_deadline_s`. `peers` may contain this rank itself.
+        """Blocks until all links with the neighbours and the control link with the coordinator stand (the coordinator:
+        with everybody), at most `connect_deadline_s`. `peers` may contain this rank itself.
 
         Raises:
-            HandshakeError: a peer refused, with its reason (another secret, other settings).
+            HandshakeError: a peer refused, with its reason (another secret), or has other settings.
             PeerLostError: a peer ended meanwhile.
             TransportError: names who is missing, why, and what to check.
         """
         if self._connect_called:
             raise TransportError("connect was called twice on one endpoint: create a new endpoint")
         self._connect_called = True
+        self._fate.check()
         others = {rank: peer for rank, peer in peers.items() if rank != self.me.rank}
         unknown = [rank for rank in (*neighbours, coordinator) if rank != self.me.rank and rank not in others]
         if unknown:
             raise TransportError(f"no address is known for ranks {sorted(set(unknown))}: publish one for every rank")
-        if coordinator == self.me.rank:
-            self._controlled = set(others)
-        else:
-            self._controlled = {coordinator}
-        near = set(neighbours) - {self.me.rank}
-        for rank in sorted(near):
-            info = others[rank][0]
-            self._links[rank] = link = Link(info, self._config, self._fate)
-            self._channels[rank] = Channel(link, self._faults.towards(info.stage), self._clock)
-        wanted = [(*others[rank], self._links.get(rank)) for rank in sorted(near | self._controlled)]
-        self._warn_unreachable([(info, address) for info, address, _ in wanted])
-        deadline_s = self._config.connect_deadline_s
-        self._proxy.loop.post(lambda: self._proxy.begin_connect(wanted, coordinator, deadline_s))
-        if not self._connect_gate.wait(min(deadline_s + _MARGIN_S, threading.TIMEOUT_MAX)):
-            raise TransportError(
-                f"the proxy thread of rank {self.me.rank} does not answer: the process is starved of CPU"
-            )
+        self._controlled = set(others) if coordinator == self.me.rank else {coordinator}
+        near = sorted(set(neighbours) - {self.me.rank})
+        wanted = {rank: others[rank] for rank in sorted({*near, *self._controlled})}
+        for info, card in wanted.values():
+            self._check_card(info, card)
+            self._peers[info.rank] = info
+        own_ring = self._config.ring_mib << 20
+        for rank in near:
+            info, card = wanted[rank]
+            self._links[rank] = link = Link(info, min(own_ring, card.ring_bytes), self._shared, self._malformed)
+            self._channels[rank] = Channel(link)
+        self._gate.clear()
         self._fate.check()
-        if self._connect_error is not None:
-            raise self._connect_error
+        deadline_s = self._config.connect_deadline_s
+        self._tell(
+            "connect",
+            [fd for rank in near for fd in self._links[rank].descriptors()],
+            peers=[
+                {
+                    "rank": rank,
+                    "stage": info.stage,
+                    "host": info.host,
+                    "card": card.to_text(),
+                    "neighbour": rank in self._links,
+                }
+                for rank, (info, card) in wanted.items()
+            ],
+            coordinator=coordinator,
+            deadline_s=deadline_s,
+        )
+        self._await_answer(deadline_s + _MARGIN_S)
 
-    def _warn_unreachable(self, wanted: Sequence[tuple[PeerInfo, Address]]) -> None:
-        for info, address in wanted:
-            if info.host != self.me.host and is_loopback(address.host):
-                log.warning(
-                    "%s listens on %s, which only its own host reaches: set adaptra.transport.bind there", info, address
-                )
+    def _check_card(self, info: PeerInfo, card: Card) -> None:
+        if card.protocol != PROTOCOL:
+            raise HandshakeError(
+                f"{info} speaks protocol version {card.protocol}, this rank {PROTOCOL}: install the same release of "
+                "adaptra_plugin on all ranks"
+            )
+        if card.connections != self._config.connections_per_direction:
+            raise HandshakeError(
+                f"{info} at {card} has adaptra.transport.connections_per_direction {card.connections}, this rank "
+                f"{self._config.connections_per_direction}: use the same configuration on all ranks"
+            )
+        if info.host != self.me.host and all(is_loopback(address.host) for address in card.addresses):
+            log.warning(
+                "%s listens on %s, which only its own host reaches: set adaptra.transport.bind there", info, card
+            )
 
     def close(self, linger_s: float = 5.0) -> None:
         """Sends what waits (at most `linger_s` seconds), says goodbye, so that peers do not take it for a loss, and
-        ends the thread. Idempotent. Every later wait raises TransportError."""
+        ends the proxy. Idempotent. Every later wait raises TransportError."""
         with self._close_lock:
             first, self._closed = not self._closed, True
         if first:
-            for link in self._links.values():
+            self._linger_s = linger_s
+            for link in list(self._links.values()):
                 for lane in link.send_lanes():
                     lane.refuse(_CLOSING)
-            self._proxy.loop.post(lambda: self._proxy.begin_close(linger_s))
+            self._mailbox.wake()
+            self._tell("close", linger_s=linger_s)
         if threading.current_thread() is not self._thread:
             self._thread.join(linger_s + _MARGIN_S)
-            if self._thread.is_alive():
-                log.error("the proxy thread of rank %d does not end", self.me.rank)
+            if self._thread.is_alive() and first:
+                log.error("the proxy of rank %d does not end and is killed", self.me.rank)
+                self._proxy.kill()
+                self._thread.join(_LAST_WORDS_S)
         _live.discard(self)
 
     def fail(self, error: Exception) -> None:
         """Makes every present and future wait and send on this endpoint raise `error`; the first call counts."""
         if self._fate.error is None:
             self._fate.error = error
-        self._abort_lanes(_ENDED)
-        self._connect_gate.set()
+        self._abort_lanes()
 
-    def _abort_lanes(self, loss: Loss) -> None:
+    def _abort_lanes(self) -> None:
         for link in list(self._links.values()):
-            link.abort(loss)
-        self._connect_gate.set()
+            link.abort(_ENDED)
+        self._mailbox.wake()
+        self._gate.set()
 
     # --- use
 
@@ -206,49 +266,168 @@ class Endpoint:
                 f"rank {self.me.rank} has no control connection with rank {rank}: control messages go to and from the "
                 f"coordinator only ({sorted(self._controlled)} are possible)"
             )
-        waiting = self._proxy.control_backlog(rank)
+        waiting = self._backlog.get(rank, 0)
         if waiting > MAX_CONTROL_BACKLOG:
             raise TransportError(
                 f"{waiting} bytes of control messages wait for rank {rank}: it has stopped reading them, see its log"
             )
-        data = encode_control(message)
-        self._proxy.loop.post(lambda: self._proxy.send_control(rank, data))
+        self._tell("control", rank=rank, message=encode_control(message))
 
     def set_iteration(self, iteration: int) -> None:
         """Which injected faults apply from now on to what this rank sends."""
-        self._faults.iteration = iteration
+        if self._has_faults:
+            self._mailbox.post(Op.ITERATION, -1, 0, 0, iteration)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, per peer and direction: bytes (frames with headers), messages, ms blocked by a full
-        ring, how often it was full, messages that blocked sends absorbed; per peer: offset of its clock and round trip
-        (ms); and refused connections."""
+        """Counters since the start, per peer and direction: bytes (with headers), messages, ms blocked by a full ring, how
+        often it was full, messages that blocked sends absorbed; per peer what the proxy knows: its rails, offset of its
+        clock and round trip (ms); and refused connections. The proxy's part is the last known one if it is busy."""
+        self._mailbox.drain()
+        if not self._closed and self._fate.error is None and threading.current_thread() is not self._thread:
+            number = next(self._stats_ids)
+            self._stats_answers[number] = answer = threading.Event()
+            self._tell("stats", id=number)
+            answer.wait(STATS_DEADLINE_S)
+            self._stats_answers.pop(number, None)
+        known = self._stats
         return {
-            "refused_connections": self._proxy.refused,
-            "peers": {rank: link.stats() for rank, link in self._links.items()},
+            "refused_connections": known.get("refused_connections", 0),
+            "peers": {
+                rank: {**known.get("peers", {}).get(str(rank), {}), **link.stats()}
+                for rank, link in list(self._links.items())
+            },
         }
 
-    # --- the proxy reports (on its thread)
+    # --- what the proxy says
 
-    def connected(self) -> None:
-        self._connect_gate.set()
+    def _records(self, packet: bytes) -> None:
+        """On whichever thread reads the data socket."""
+        for op, direction, lane, flags, rank, position, total, value, _ in RECORD.iter_unpack(packet):
+            link = self._links.get(rank)
+            if op != Op.WAKE and link is not None:
+                link.record(op, direction, lane, flags, position, total, value)
 
-    def connect_failed(self, error: TransportError) -> None:
-        self._connect_error = error
-        self._connect_gate.set()
+    def _event(self, event: dict[str, Any], descriptors: list[int]) -> None:
+        """On the control thread."""
+        kind = event["event"]
+        if kind == "control":
+            self.on_control(event["rank"], event["message"])
+        elif kind in ("lost", "left"):
+            self._gone(kind, event)
+        elif kind == "segments":
+            self._segments(event["rank"], descriptors)
+        elif kind == "ready":
+            self.card = Card.parse(event["card"])
+            self._gate.set()
+        elif kind == "connected":
+            for rank, link in sorted(event["links"].items(), key=lambda item: int(item[0])):
+                why = f" ({link['why']})" if link["why"] else ""
+                log.info("connected: %s by %s%s", self._peers[int(rank)], ", ".join(link["rails"]), why)
+            self._gate.set()
+        elif kind in ("start_failed", "connect_failed"):
+            self._refusal = _error_class(event.get("error"))(event["text"])
+            self._gate.set()
+        elif kind == "stats":
+            self._stats = event["data"]
+            answer = self._stats_answers.get(event["id"])
+            if answer is not None:
+                answer.set()
+        elif kind == "backlog":
+            self._backlog[event["rank"]] = event["waiting"]
+        elif kind == "log":
+            log.log(int(event["level"]), "%s", event["text"])
+        elif kind == "rail":
+            pass  # for the report; the proxy has written a line
+        elif kind == "closed":
+            self._said_closed = True
+            self._control.stop()
+        else:
+            log.warning("event %r of the proxy is unknown", kind)
 
-    def lost(self, info: PeerInfo, reason: str) -> None:
-        self.on_peer_lost(info, reason)
+    def _segments(self, rank: int, descriptors: list[int]) -> None:
+        link = self._links.get(rank)
+        if link is None or not descriptors:
+            for fd in descriptors:
+                os.close(fd)
+            return
+        try:
+            link.map_remote(descriptors)
+        except ValueError as error:
+            log.warning("the rings of %s cannot be mapped (%s): its messages are copied", link.info, error)
+            return
+        self._tell("mapped", rank=rank)
 
-    def control(self, rank: int, message: dict[str, Any]) -> None:
-        self.on_control(rank, message)
+    def _gone(self, kind: str, event: dict[str, Any]) -> None:
+        info = self._peers[event["rank"]]
+        loss = Loss(_error_class(event["error"]), event["reason"], event["remedy"])
+        link = self._links.get(info.rank)
+        if link is not None:
+            # what has arrived lies in the data socket in front of the record that nothing follows
+            def severed() -> bool:
+                return link.severed or self._fate.error is not None
+
+            self._mailbox.wait(severed, time.monotonic() + _LAST_RECORDS_S)
+            link.abort(loss)
+            self._mailbox.wake()
+        if kind == "lost":
+            self._tell_lost(info, loss.reason)
+
+    def _malformed(self, info: PeerInfo, loss: Loss) -> None:
+        """On whichever thread has read nonsense."""
+        self._mailbox.wake()
+        self._control.call(lambda: self._tell_lost(info, loss.reason))
+
+    def _tell_lost(self, info: PeerInfo, reason: str) -> None:
+        if info.rank not in self._lost:
+            self._lost.add(info.rank)
+            self.on_peer_lost(info, reason)
+
+    def _over(self, error: BaseException | None) -> None:
+        """The control stream has ended; on its thread, the last thing."""
+        if error is not None:
+            log.error("the control thread of rank %d failed", self.me.rank, exc_info=error)
+            failure = TransportError(
+                f"the control thread of rank {self.me.rank} failed: {type(error).__name__}: {error}. This is a defect, "
+                "or a callback (on_control, on_peer_lost) that raised; the log has the traceback"
+            )
+            failure.__cause__ = error
+            self.fail(failure)
+            self._tell("close", linger_s=0.0)
+        elif not self._said_closed:
+            self._proxy.join(_LAST_WORDS_S)
+            if not self._closed:
+                log.error("%s", self._proxy.obituary())
+            self.fail(TransportError(f"{self._proxy.obituary()}: look at the log of rank {self.me.rank}"))
+        self.fail(TransportError(f"the endpoint of rank {self.me.rank} is closed"))
+        self._mailbox.close()
+        self._control.close()
+        if not self._proxy.join(_LAST_WORDS_S):
+            self._proxy.kill()
+            if not self._proxy.join(_LAST_WORDS_S):
+                log.error("the proxy of rank %d does not end", self.me.rank)
+        for answer in list(self._stats_answers.values()):
+            answer.set()
+        for link in self._links.values():
+            link.close()
 
     # --- forked children (of a data loader, say)
 
     def abandon(self) -> None:
-        """In a forked child: closes the inherited descriptors, or peers would not notice the parent's death."""
+        """In a forked child: closes the inherited descriptors, or the proxy would not notice the parent's death."""
         self._closed = True
         self._fate.error = TransportError("this endpoint belongs to the parent process: create one after the fork")
-        self._proxy.close()
+        with contextlib.suppress(OSError):
+            self._mailbox.abandon()
+        with contextlib.suppress(OSError):
+            self._control.abandon()
+        self._proxy.abandon()
+        for link in self._links.values():
+            link.close()
+
+
+def _error_class(name: str | None) -> type[TransportError]:
+    found = getattr(errors, name or "", None)
+    return found if isinstance(found, type) and issubclass(found, TransportError) else TransportError
 
 
 def _abandon_all() -> None:

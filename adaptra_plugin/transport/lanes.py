@@ -1,7 +1,7 @@
-"""One lane = one direction of one data connection: its staging ring and what waits in it.
+"""One lane = one of the parallel ways in one direction to or from one neighbour: its staging ring and what lies in it.
 
-Callers and the proxy meet here and nowhere else. The caller's thread copies tensors in and out; the proxy moves bytes
-between ring and socket and keeps the books.
+Callers and the records of the proxy meet here and nowhere else. A lane's lock is held for moments only: never while
+bytes are copied, while anybody waits, nor around a call into the mailbox.
 """
 
 from __future__ import annotations
@@ -11,46 +11,41 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.errors import TransferTimeout, TransportError
-from adaptra_plugin.transport.frames import HEADER_BYTES, Header, Kind
+from adaptra_plugin.transport.bridge import Op
+from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.ring import Ring
-from adaptra_plugin.transport.tensors import Spec, copy_in, copy_out, describe
+from adaptra_plugin.transport.mailbox import Mailbox
+from adaptra_plugin.transport.message import Message
+from adaptra_plugin.transport.ring import Book, Memory, Outgoing
+from adaptra_plugin.transport.slabs import Slabs
+from adaptra_plugin.transport.tensors import BadLayout, Spec, copy_in, copy_out, describe, understand
 from adaptra_plugin.transport.tickets import Fate, Loss, RecvTicket, Ticket
-from adaptra_plugin.transport.types import Direction, Key, Message, PeerInfo
+from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 
 MIB = 1 << 20
-
-
-@dataclass(slots=True)
-class Outgoing:
-    """A whole frame in the sender's ring. `due`: earliest moment for the wire (endpoint's clock, s)."""
-
-    offset: int
-    total: int
-    due: float
-    ticket: Ticket
-    done: int = 0
+DRAIN_FROM = 64 << 10
+"""Before a message of so many bytes is staged, the books are brought up to date, which costs a system call: an empty ring
+is filled from its start again, where it is in the caches."""
 
 
 @dataclass(slots=True)
 class Arrived:
-    """A whole frame in the receiver's ring, or one of the proxy's own frames that only takes space there."""
+    """A whole message in the mirror, or in the peer's ring."""
 
+    position: int
     total: int
-    offset: int = 0
-    meta_bytes: int = 0
-    specs: tuple[Spec, ...] = ()
-    tag: int = 0
-    delay_ms: float = 0.0
-    delayed_by_ring: bool = False
-    done: bool = False
+    memory: Memory
+    payload_at: int
+    specs: tuple[Spec, ...]
+    tag: int
+    delay_ms: float
     ticket: RecvTicket | None = None  # the receive that it belongs to, once that is posted
 
 
@@ -63,118 +58,161 @@ class Counters:
     absorbed: int = 0  # messages that a blocked send took out of this receive ring
 
 
-@dataclass
-class Lane(ABC):
-    peer: PeerInfo
-    direction: Direction
+@dataclass(frozen=True)
+class Shared:
+    """What all lanes of an endpoint share. `clock`: the endpoint's (s)."""
+
     config: TransportConfig
     fate: Fate
-    wake: Callable[[], None] = lambda: None  # asks the proxy to look at the lane again
-    counters: Counters = field(default_factory=Counters)
-    loss: Loss | None = None
+    mailbox: Mailbox
+    slabs: Slabs
+    clock: Callable[[], float] = time.monotonic
 
-    def __post_init__(self) -> None:
-        self.ring = Ring(self.config.ring_mib * MIB)
+
+class Lane(ABC):
+    def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
+        self.peer = peer
+        self.direction = direction
+        self.index = index
+        self.memory = memory
+        self.config = shared.config
+        self.fate = shared.fate
+        self.mailbox = shared.mailbox
+        self.slabs = shared.slabs
+        self.clock = shared.clock
         self.deadline_s = self.config.deadline_s
+        self.capacity = memory.segment.capacity
+        self.limit = min(self.capacity, self.config.max_message_mib * MIB)
+        self.counters = Counters()
+        self.loss: Loss | None = None
         self._lock = threading.Lock()
+
+    def _post(self, op: Op, position: int = 0, total: int = 0, value: float = 0.0, after: int = 0) -> None:
+        self.mailbox.post(op, self.peer.rank, self.direction, self.index, position, total, value, after)
 
     @abstractmethod
     def situation(self) -> str:
         """What waits in the lane, in words for an error."""
 
     @abstractmethod
-    def abort(self, loss: Loss) -> None: ...
+    def abort(self, loss: Loss) -> None:
+        """Fails what waits; `Mailbox.wake` has to follow."""
+
+    def close(self) -> None:
+        self.memory.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as plain numbers."""
+        c = self.counters
+        return {
+            "messages": c.messages,
+            "bytes": c.bytes,
+            "blocked_ms": c.blocked_ms,
+            "full": c.full,
+            "absorbed": c.absorbed,
+        }
 
 
 class SendLane(Lane):
-    """Frames on their way out, in order."""
+    """Messages on their way out. They lie in the ring in the order in which they were sent."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.queue: deque[Outgoing] = deque()  # callers append, the proxy pops
-        self.limit = min(self.ring.capacity, self.config.max_message_mib * MIB)  # the handshake may lower it
-        self.sequence = 0
-        self._producer = threading.Lock()  # one caller at a time fills the ring
-        self._change = threading.Event()  # something that a blocked producer waits for may have happened
-        self._blocked = False
+    def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
+        super().__init__(peer, direction, index, memory, shared)
+        self.book = Book(self.capacity)
+        self._newest: dict[Key, Outgoing] = {}  # of each key, the last message that is not acknowledged
+        self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._warned = False
+        self.can_relieve: Callable[[], bool] = lambda: False
         self.relieve: Callable[[], bool] = lambda: False
         """What a blocked producer does, without any lock, to let the peer go on; True: it helped, look again."""
 
-    def send(
-        self, key: Key, tensors: Sequence[torch.Tensor], tag: int, clock: Callable[[], float], hold_s: float
-    ) -> Ticket:
-        """Stages a message. `clock`: the endpoint's (s); `hold_s`: the message leaves no earlier than this after it is
-        staged."""
+    def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int) -> Ticket:
+        """Stages a message; see `Channel.send`."""
         meta, payload = describe(tensors)
-        total = HEADER_BYTES + len(meta) + payload
+        header = Header(key, tag, len(tensors), len(meta), payload)
+        total = header.total
         if total > self.limit:
             raise TransportError(
                 f"{key} has {total} bytes ({total / MIB:.1f} MiB), more than the {self.limit} bytes that one transfer "
                 f"to {self.peer} may have: set adaptra.transport.ring_mib to {-(-total // MIB)} or more on every rank "
                 f"(now {self.config.ring_mib}; max_message_mib is {self.config.max_message_mib})"
             )
-        with self._producer:
-            self._make_room(total, key)
-            offset = self.ring.place()
-            # nothing is committed before the copy has succeeded: an error in it leaves the lane as it was
-            copy_in(self.ring, offset + HEADER_BYTES + len(meta), tensors)
-            # stamped last: neither the wait for room nor that for the device is the link's doing
-            sent = clock()
-            header = Header(
-                Kind.DATA,
-                self.sequence,
-                sent,
-                len(meta),
-                payload,
-                key.direction,
-                len(tensors),
-                key.epoch,
-                key.stage,
-                key.microbatch,
-                tag,
-            )
-            self.ring.write(offset, header.pack() + meta)
-            ticket = Ticket(key, self)
-            with self._lock:
-                self._check(key, 0.0)
-                self.sequence += 1
-                self.ring.commit(total)
-                self.queue.append(Outgoing(offset, total, sent + hold_s if hold_s else 0.0, ticket))
-            self.counters.messages += 1
-            self.counters.bytes += total
-        self.wake()
+        start = header.pack() + meta
+        turn = object()
+        self._line.append(turn)
+        try:
+            self._check(key, 0.0)
+            if total >= DRAIN_FROM and len(self.book):
+                self.mailbox.drain()
+            if self._line[0] is turn and self._fits(total):
+                self._warned = False
+            else:
+                self._make_room(turn, total, key)
+            return self._stage(key, start, tensors, total)
+        finally:
+            self._line.remove(turn)
+            if self._line:
+                self.mailbox.wake()
+
+    def _stage(self, key: Key, start: bytes, tensors: Sequence[torch.Tensor], total: int) -> Ticket:
+        with self._lock:
+            position = self.book.place()
+        # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was
+        copy_in(self.memory, position + len(start), tensors)
+        self.memory.segment.write(position, start)
+        ticket = Ticket(key, self)
+        outgoing = Outgoing(position, total, ticket)
+        with self._lock:
+            self._check(key, 0.0)
+            before = self._newest.get(key)
+            self._newest[key] = outgoing
+            self.book.add(outgoing)
+        self.counters.messages += 1
+        self.counters.bytes += total
+        # stamped last: neither the wait for room nor that for the device is the link's doing
+        self._post(Op.SEND, position, total, self.clock(), before.position + 1 if before is not None else 0)
         return ticket
 
-    def _make_room(self, total: int, key: Key) -> None:
-        self._check(key, 0.0)
-        if self.ring.free >= total:
-            self._warned = False
-            return
+    def _fits(self, total: int) -> bool:
+        with self._lock:
+            return self.book.free >= total
+
+    def _make_room(self, turn: object, total: int, key: Key) -> None:
+        self.mailbox.drain()
         started = time.monotonic()
         warn_after = self.config.warn_full_after_ms / 1e3
-        self.counters.full += 1
-        self._blocked = True
+        told = False
+
+        def may_go_on() -> bool:
+            if self.fate.error is not None or self.loss is not None:
+                return True
+            return self._line[0] is turn and (self._fits(total) or self.can_relieve())
+
         try:
             while True:
-                self._change.clear()  # before looking, so that no change is missed
-                if self.ring.free >= total:
-                    return
                 waited = time.monotonic() - started
                 self._check(key, waited)
+                first = self._line[0] is turn
+                if first and self._fits(total):
+                    return
                 if waited >= self.deadline_s:
                     raise TransferTimeout(
                         f"{key} could not be staged for {self.peer} within {self.deadline_s:g} s: "
                         f"{self.situation()} That rank does not consume, or the link is down: look at its log"
                     )
+                if first and not told:
+                    told = True
+                    self.counters.full += 1
+                    self._post(Op.STUCK, total=1)
                 if not self._warned and waited >= warn_after:
                     self._warned = True
                     log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
-                if not self.relieve():
-                    pause = self.deadline_s - waited
-                    self._change.wait(pause if self._warned else min(pause, warn_after - waited))
+                if not (first and self.relieve()):
+                    limit = self.deadline_s if self._warned else min(self.deadline_s, warn_after)
+                    self.mailbox.wait(may_go_on, started + limit)
         finally:
-            self._blocked = False
+            if told:
+                self._post(Op.STUCK, total=0)
             self.counters.blocked_ms += (time.monotonic() - started) * 1e3
 
     def _check(self, key: Key, waited: float) -> None:
@@ -183,56 +221,55 @@ class SendLane(Lane):
             raise self.loss.about(key, "be sent to", self.peer, waited)
 
     def situation(self) -> str:
-        return (
-            f"{len(self.queue)} messages wait in the staging ring, {self.ring.used} of {self.ring.capacity} bytes "
-            "(adaptra.transport.ring_mib)."
-        )
+        with self._lock:
+            return (
+                f"{len(self.book)} messages wait in the staging ring, {self.book.used} of {self.capacity} bytes "
+                "(adaptra.transport.ring_mib)."
+            )
 
-    def sent(self, nbytes: int) -> None:
-        """The proxy has handed the oldest `nbytes` of the queue to the socket."""
-        while nbytes:
-            head = self.queue[0]
-            step = min(nbytes, head.total - head.done)
-            head.done += step
-            nbytes -= step
-            self.ring.release(step)
-            if head.done == head.total:
-                self.queue.popleft()
-                with self._lock:
-                    head.ticket.settle()
-        self.nudge()
+    def acked(self, position: int) -> None:
+        """A message has arrived at the peer's proxy."""
+        with self._lock:
+            outgoing = self.book.find(position)
+            if outgoing is not None:
+                self._settle(outgoing)
+
+    def consumed(self, position: int) -> None:
+        """A message has been copied out at the peer; that it had arrived may not have been heard."""
+        with self._lock:
+            outgoing = self.book.consume(position)
+            if outgoing is not None:
+                self._settle(outgoing)
+
+    def _settle(self, outgoing: Outgoing) -> None:
+        outgoing.ticket.settle()
+        if self._newest.get(outgoing.ticket.key) is outgoing:
+            del self._newest[outgoing.ticket.key]
 
     def abort(self, loss: Loss) -> None:
-        """Nothing more goes out: fails what waits, and every later send."""
+        """Nothing more goes out: fails what has not arrived, and every later send."""
         with self._lock:
             self.loss = self.loss or loss
-            for outgoing in list(self.queue):
+            for outgoing in self.book.waiting():
                 outgoing.ticket.settle(loss)
-        self.nudge()
 
     def refuse(self, loss: Loss) -> None:
-        """No later send is taken, what waits still goes out."""
-        with self._lock:
-            self.loss = self.loss or loss
-        self.nudge()
-
-    def nudge(self) -> None:
-        """A blocked producer looks again: there is room, or a loss, or `relieve` may help now."""
-        if self._blocked:
-            self._change.set()
+        """No later send is taken, what waits still goes out. `Mailbox.wake` has to follow."""
+        self.loss = self.loss or loss
 
 
 class RecvLane(Lane):
-    """Frames that have arrived, and receives that wait for one."""
+    """Messages that have arrived, and receives that wait for one. `memory` is the mirror."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
+        super().__init__(peer, direction, index, memory, shared)
+        self.remote: Memory | None = None
+        """The peer's own ring, once it is mapped here."""
+        self.peer_stuck = False
+        """The peer's producer waits for room in this lane."""
         self._posted: dict[Key, deque[RecvTicket]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
-        self._order: deque[Arrived] = deque()  # all frames in the ring, oldest first
-        self.paused = False  # the proxy has stopped reading because the ring is full
-        self.on_stuck: Callable[[], None] = lambda: None
-        """Called, on any thread, when `absorb` may have become possible."""
+        self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
 
     def post(self, key: Key) -> RecvTicket:
         """A receive; it is matched with what has arrived or will, first come first served per key."""
@@ -247,67 +284,78 @@ class RecvLane(Lane):
                 ticket.settle(self.loss)
             else:
                 self._posted.setdefault(key, deque()).append(ticket)
-        if self.paused:
-            self.on_stuck()
+        if self.peer_stuck:
+            self.mailbox.wake()  # a blocked send may absorb now
         return ticket
 
-    def deliver(self, key: Key, arrived: Arrived) -> None:
-        """Proxy: a whole data frame is in the ring."""
+    def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float) -> None:
+        """A whole message is there. Raises MalformedMessage."""
+        memory = self.remote if by_reference else self.memory
+        if memory is None:
+            raise MalformedMessage("a message came by reference, and the peer's ring is not mapped")
+        if not HEADER_BYTES <= total <= self.limit:
+            raise MalformedMessage(f"a message has {total} bytes; at most {self.limit} are accepted here")
+        segment = memory.segment
+        header = parse_header(segment.read(position, HEADER_BYTES), direction=self.direction, total=total)
+        meta = segment.read(position + HEADER_BYTES, header.meta_bytes)
+        try:
+            specs = understand(meta, header.tensors, header.payload_bytes)
+        except BadLayout as error:
+            raise MalformedMessage(f"{header.key}: {error}") from None
+        payload_at = position + HEADER_BYTES + header.meta_bytes
+        arrived = Arrived(position, total, memory, payload_at, specs, header.tag, delay_ms)
         self.counters.messages += 1
-        self.counters.bytes += arrived.total
+        self.counters.bytes += total
         with self._lock:
-            self._order.append(arrived)
-            posted = self._posted.get(key)
+            self._held[position] = arrived
+            posted = self._posted.get(header.key)
             if posted:
                 ticket = posted.popleft()
                 if not posted:
-                    del self._posted[key]
+                    del self._posted[header.key]
                 if ticket.arrive(arrived):
                     return
-            self._arrived.setdefault(key, deque()).append(arrived)
-
-    def skip(self, total: int) -> None:
-        """Proxy: a frame of its own was in the ring and is done with."""
-        arrived = Arrived(total)
-        with self._lock:
-            self._order.append(arrived)
-        self._finish(arrived)
+            self._arrived.setdefault(header.key, deque()).append(arrived)
 
     def take(self, arrived: Arrived) -> Message:
-        """Caller: copies a message out and gives its place in the ring back."""
-        tensors = copy_out(self.ring, arrived.offset + HEADER_BYTES + arrived.meta_bytes, arrived.specs)
-        self._finish(arrived)
-        return Message(tensors, arrived.tag, arrived.delay_ms, arrived.delayed_by_ring)
+        """Caller: copies a message out and gives its room back."""
+        tensors = copy_out(arrived.memory, arrived.payload_at, arrived.specs, self.slabs)
+        with self._lock:
+            self._held.pop(arrived.position, None)
+        self._post(Op.RELEASE, arrived.position, arrived.total)
+        if self.peer_stuck:
+            self.mailbox.wake()  # a blocked send may have waited for this copy to end
+        return Message(tensors, arrived.tag, arrived.delay_ms)
+
+    def _oldest(self) -> RecvTicket | None:
+        """The ticket of the message that is to be absorbed next, if the peer waits for room. No other than the oldest one:
+        the peer's room becomes free from there on, and what has not been asked for stays where it is."""
+        with self._lock:
+            if not (self.peer_stuck and self._held):
+                return None
+            ticket = self._held[min(self._held)].ticket
+        return ticket if ticket is not None and ticket.idle else None
+
+    def can_absorb(self) -> bool:
+        return self._oldest() is not None
 
     def absorb(self) -> bool:
-        """Caller: if the ring is full, so that the peer may be blocked, moves its oldest message into the ticket that
-        waits for it. False if there is nothing to do, or the oldest message has not been asked for: no other one would
-        make room."""
-        with self._lock:
-            if not (self.paused and self.ring.free == 0 and self._order):
-                return False
-            ticket = self._order[0].ticket
-        if ticket is None:
+        """Caller: if the peer waits for room, moves the oldest message into the ticket that waits for it. False if there
+        is nothing to do."""
+        ticket = self._oldest()
+        if ticket is None or not ticket.absorb():
             return False
-        if ticket.absorb():
-            with self._lock:
-                self.counters.absorbed += 1
-        return True
-
-    def _finish(self, arrived: Arrived) -> None:
         with self._lock:
-            arrived.done = True
-            while self._order and self._order[0].done:
-                self.ring.release(self._order.popleft().total)
-        if self.paused:
-            self.wake()
+            self.counters.absorbed += 1
+        return True
 
     def situation(self) -> str:
         with self._lock:
             unread = [str(key) for key in self._arrived][:3]
+            used = sum(arrived.total for arrived in self._held.values())
         held = f"; unread: {', '.join(unread)}" if unread else ""
         return (
-            f"{self.counters.messages} messages have come on this connection, {self.ring.used} of {self.ring.capacity} "
+            f"{self.counters.messages} messages have come on this connection, {used} of {self.capacity} "
             f"bytes of its ring are in use{held}."
         )
 
@@ -320,14 +368,7 @@ class RecvLane(Lane):
                     ticket.settle(loss)
             self._posted.clear()
 
-
-def lane_stats(lane: Lane) -> dict[str, Any]:
-    """Counters of a lane as plain numbers."""
-    c = lane.counters
-    return {
-        "messages": c.messages,
-        "bytes": c.bytes,
-        "blocked_ms": c.blocked_ms,
-        "full": c.full,
-        "absorbed": c.absorbed,
-    }
+    def close(self) -> None:
+        super().close()
+        if self.remote is not None:
+            self.remote.close()

@@ -1,103 +1,110 @@
-"""The staging ring: a bounded piece of memory that one side fills and the other empties, first in, first out.
+"""Staging rings: shared memory as torch sees it, and the sender's book of what lies where.
 
-Positions are plain offsets and two counters that only grow, one written by each side, so the memory and the counters
-may later live in shared memory, with the proxy in a process of its own.
+Only the sender decides on positions. They only grow, by multiples of 64; the receiver's proxy keeps a message at the
+same position of the mirror, which has the same capacity, so what has room here has room there.
 """
 
 from __future__ import annotations
 
-import mmap
+from collections import deque
+from dataclasses import dataclass
 
 import torch
 
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.tickets import Ticket
 
-class Ring:
-    """`capacity` bytes, mapped at first use and touched page by page.
 
-    The producer calls `free`, `place` and `commit`, the consumer `release`; both may look at the bytes between.
-    Whenever the ring is empty, filling starts again at offset 0: a ring that never holds much touches little memory,
-    and touches the same, cached, pages again.
-    """
+class Memory:
+    """A segment and its bytes as a tensor. It is mapped at first use, and touched page by page."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._produced = 0  # written by the producer only
-        self._consumed = 0  # written by the consumer only
-        self._write = 0
-        self._view: memoryview | None = None
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
         self._tensor: torch.Tensor | None = None
 
     @property
+    def tensor(self) -> torch.Tensor:
+        """All bytes (uint8, `capacity` long). It never leaves the transport: users get copies."""
+        if self._tensor is None:
+            if self.segment.fd < 0:
+                raise TransportError("the endpoint is closed, and its staging rings with it")
+            self._tensor = torch.frombuffer(self.segment.view, dtype=torch.uint8)
+        return self._tensor
+
+    def copy_in(self, position: int, data: torch.Tensor) -> None:
+        """Copies a flat uint8 tensor to `position`; torch lets other threads run meanwhile."""
+        done, memory = 0, self.tensor
+        for start, stop in self.segment.pieces(position, data.numel()):
+            memory[start:stop].copy_(data[done : done + stop - start])
+            done += stop - start
+
+    def copy_out(self, position: int, data: torch.Tensor) -> None:
+        """Copies from `position` into a flat uint8 tensor; torch lets other threads run meanwhile."""
+        done, memory = 0, self.tensor
+        for start, stop in self.segment.pieces(position, data.numel()):
+            data[done : done + stop - start].copy_(memory[start:stop])
+            done += stop - start
+
+    def close(self) -> None:
+        """The mapping goes when a copy that is under way, if any, has ended."""
+        self._tensor = None
+        self.segment.close()
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A message in the sender's ring. Its room is free once the peer has copied it out."""
+
+    position: int
+    total: int
+    ticket: Ticket
+    consumed: bool = False
+
+
+class Book:
+    """What lies in a ring of `capacity` bytes, oldest first. The lane's lock guards it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._next = 0
+        self._held: deque[Outgoing] = deque()
+        self._by_position: dict[int, Outgoing] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_position)
+
+    @property
     def used(self) -> int:
-        return self._produced - self._consumed
+        """Bytes from the oldest message that is not consumed to the newest one; those between may be consumed."""
+        return self._next - self._held[0].position if self._held else 0
 
     @property
     def free(self) -> int:
         return self.capacity - self.used
 
     def place(self) -> int:
-        """The offset at which the next bytes go."""
-        if self._produced == self._consumed:
-            self._write = 0
-        return self._write
+        """The position of the next message. An empty ring is filled from its start again: one that never holds much
+        touches little memory, and touches the same, cached, pages again."""
+        return self._next if self._held else -(-self._next // self.capacity) * self.capacity
 
-    def commit(self, nbytes: int) -> None:
-        """The producer has filled `nbytes` (at most `free`) from `place()` on."""
-        self._write = (self._write + nbytes) % self.capacity
-        self._produced += nbytes
+    def add(self, outgoing: Outgoing) -> None:
+        """A message has been placed; `free` was its size at least."""
+        self._next = outgoing.position + outgoing.total
+        self._held.append(outgoing)
+        self._by_position[outgoing.position] = outgoing
 
-    def release(self, nbytes: int) -> None:
-        """The consumer has done with the oldest `nbytes`."""
-        self._consumed += nbytes
+    def find(self, position: int) -> Outgoing | None:
+        return self._by_position.get(position)
 
-    @property
-    def view(self) -> memoryview:
-        if self._view is None:
-            # private: a forked child gets its own copy, never a window into the parent's traffic
-            area = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._tensor = torch.frombuffer(area, dtype=torch.uint8)
-            self._view = memoryview(area)
-        return self._view
+    def consume(self, position: int) -> Outgoing | None:
+        """The peer has copied a message out. Room becomes free from the oldest message on."""
+        outgoing = self._by_position.pop(position, None)
+        if outgoing is not None:
+            outgoing.consumed = True
+            while self._held and self._held[0].consumed:
+                self._held.popleft()
+        return outgoing
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        _ = self.view
-        return self._tensor
-
-    def window(self) -> memoryview:
-        """The free bytes from `place()` up to the end of the memory; empty when the ring is full."""
-        start = self.place()
-        return self.view[start : start + min(self.free, self.capacity - start)]
-
-    def _pieces(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
-        offset %= self.capacity
-        first = min(nbytes, self.capacity - offset)
-        return [(offset, offset + first)] if first == nbytes else [(offset, self.capacity), (0, nbytes - first)]
-
-    def slices(self, offset: int, nbytes: int) -> list[memoryview]:
-        """The bytes at `offset` (taken modulo the capacity), in one piece or, around the end, two."""
-        view = self.view
-        return [view[start:stop] for start, stop in self._pieces(offset, nbytes)]
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        return b"".join(self.slices(offset, nbytes))
-
-    def write(self, offset: int, data: bytes) -> None:
-        done = 0
-        for piece in self.slices(offset, len(data)):
-            piece[:] = data[done : done + len(piece)]
-            done += len(piece)
-
-    def copy_in(self, offset: int, data: torch.Tensor) -> None:
-        """Copies a flat uint8 tensor into the ring; torch lets other threads run meanwhile."""
-        done = 0
-        for start, stop in self._pieces(offset, data.numel()):
-            self.tensor[start:stop].copy_(data[done : done + stop - start])
-            done += stop - start
-
-    def copy_out(self, offset: int, data: torch.Tensor) -> None:
-        """Copies from the ring into a flat uint8 tensor; torch lets other threads run meanwhile."""
-        done = 0
-        for start, stop in self._pieces(offset, data.numel()):
-            data[done : done + stop - start].copy_(self.tensor[start:stop])
-            done += stop - start
+    def waiting(self) -> list[Outgoing]:
+        return list(self._by_position.values())

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport.ring import Ring
+from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.slabs import SLAB_FROM, Slabs
 
 ALIGNMENT = 64
-"""Every block of a frame starts at a multiple of this: whole cache lines, and any dtype may be viewed in place."""
+"""Every block of a message starts at a multiple of this: whole cache lines, and any dtype may be viewed in place."""
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 64
 MAX_META_BYTES = 1 << 20
 """Longest description of the tensors of one message."""
 
-# The numbers travel in frames: append, never renumber. Names that this torch does not have are left out.
+# The numbers travel in messages: append, never renumber. Names that this torch does not have are left out.
 _DTYPE_NAMES = (
     (1, "float32"),
     (2, "float64"),
@@ -50,7 +51,7 @@ _SPEC = struct.Struct("<BB6x")  # dtype, number of dimensions; the dimensions fo
 
 
 class BadLayout(ValueError):
-    """The description of the tensors in a frame makes no sense."""
+    """The description of the tensors in a message makes no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def aligned(nbytes: int) -> int:
 
 
 def describe(tensors: Sequence[torch.Tensor]) -> tuple[bytes, int]:
-    """The description that travels in the frame (padded), and the length of the payload (bytes).
+    """The description that travels in the message (padded), and the length of the payload (bytes).
 
     Raises:
         TransportError: for what cannot travel: sparse, quantized or meta tensors, unknown dtypes, too many tensors.
@@ -119,7 +120,7 @@ def understand(meta: bytes, count: int, payload: int) -> tuple[Spec, ...]:
         specs.append(Spec(dtype, shape, start, nbytes))
         start += aligned(nbytes)
     if start != payload or len(meta) != aligned(at):
-        raise BadLayout(f"{count} tensors of {start} bytes are described, the frame carries {payload}")
+        raise BadLayout(f"{count} tensors of {start} bytes are described, the message carries {payload}")
     return tuple(specs)
 
 
@@ -129,22 +130,25 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def copy_in(ring: Ring, offset: int, tensors: Sequence[torch.Tensor]) -> None:
-    """Copies the payload into the ring. From a CUDA tensor this waits for the device, as any copy to host memory."""
+def copy_in(memory: Memory, position: int, tensors: Sequence[torch.Tensor]) -> None:
+    """Copies the payload into a ring. From a CUDA tensor this waits for the device, as any copy to host memory."""
     for tensor in tensors:
         if tensor.numel():
             data = as_bytes(tensor)
-            ring.copy_in(offset, data)
-            offset += aligned(data.numel())
+            memory.copy_in(position, data)
+            position += aligned(data.numel())
 
 
-def copy_out(ring: Ring, offset: int, specs: Sequence[Spec]) -> tuple[torch.Tensor, ...]:
-    """Fresh tensors in host memory with the payload that starts at `offset` of the ring."""
+def copy_out(memory: Memory, position: int, specs: Sequence[Spec], slabs: Slabs) -> tuple[torch.Tensor, ...]:
+    """Tensors of their own in host memory with the payload that lies at `position` of a ring."""
     tensors = []
     for spec in specs:
-        # the device is said because the caller may have changed torch's default device
-        tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+        if spec.nbytes >= SLAB_FROM:
+            tensor = slabs.empty(spec.shape, spec.dtype)
+        else:
+            # the device is said because the caller may have changed torch's default device
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
         if spec.nbytes:
-            ring.copy_out(offset + spec.start, tensor.view(-1).view(torch.uint8))
+            memory.copy_out(position + spec.start, tensor.view(-1).view(torch.uint8))
         tensors.append(tensor)
     return tuple(tensors)

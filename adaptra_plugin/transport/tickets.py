@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
-from adaptra_plugin.transport.types import Key, Message
+from adaptra_plugin.transport.message import Message
+from adaptra_plugin.transport.types import Key
 
 if TYPE_CHECKING:
     from adaptra_plugin.transport.lanes import Arrived, Lane, RecvLane, SendLane
@@ -38,14 +39,13 @@ class Fate:
 
 
 class _Pending:
-    """Something to wait for. The lock starts taken and is released once, when the matter is settled."""
+    """Something to wait for."""
 
-    __slots__ = ("_gate", "_loss", "_settled", "key")
+    __slots__ = ("_lane", "_loss", "_settled", "key")
+    _lane: Lane
 
     def __init__(self, key: Key) -> None:
         self.key = key
-        self._gate = threading.Lock()
-        self._gate.acquire()
         self._settled = False
         self._loss: Loss | None = None
 
@@ -55,21 +55,29 @@ class _Pending:
             return False
         self._loss = loss
         self._settled = True
-        self._gate.release()
         return True
 
-    def _await(self, lane: Lane, deadline_s: float | None, verb: str, timeout_text: str) -> None:
+    def _over(self) -> bool:
+        return self._settled or self._lane.fate.error is not None
+
+    def ready(self) -> bool:
+        """True when `wait` would not block."""
+        if not self._over():
+            self._lane.mailbox.drain()
+        return self._over()
+
+    def _await(self, deadline_s: float | None, verb: str, timeout_text: str) -> None:
+        lane = self._lane
         lane.fate.check()
         limit = lane.deadline_s if deadline_s is None else deadline_s
         started = time.monotonic()
         if not self._settled:
-            if not self._gate.acquire(timeout=max(0.0, min(limit, threading.TIMEOUT_MAX))):
+            if not lane.mailbox.wait(self._over, started + max(0.0, limit)):
                 raise TransferTimeout(
                     f"{self.key} {timeout_text} {lane.peer} within {limit:g} s. {lane.situation()} That rank is stuck "
                     "or its host is unreachable: look at the end of its log; if transfers may take this long, raise "
                     "adaptra.transport.deadline_s"
                 )
-            self._gate.release()
             lane.fate.check()
         if self._loss is not None:
             raise self._loss.about(self.key, verb, lane.peer, time.monotonic() - started)
@@ -78,63 +86,66 @@ class _Pending:
 class Ticket(_Pending):
     """A send under way."""
 
-    __slots__ = ("_lane",)
+    __slots__ = ()
 
     def __init__(self, key: Key, lane: SendLane) -> None:
         super().__init__(key)
         self._lane = lane
 
-    def ready(self) -> bool:
-        """True when `wait` would not block."""
-        return self._settled or self._lane.fate.error is not None
-
     def wait(self, deadline_s: float | None = None) -> None:
-        """Returns when all bytes have left this process for the peer (seconds; None: `transport.deadline_s`).
+        """Returns when the message has arrived at the peer (seconds; None: `transport.deadline_s`).
 
         Raises:
             TransferTimeout: names the transfer, the peer and what to do.
             PeerLostError: the peer is gone; so it says why.
             TransportError: the connection or the endpoint has failed.
         """
-        self._await(self._lane, deadline_s, "be sent to", "was not taken by")
+        self._await(deadline_s, "be sent to", "was not taken by")
 
 
 class RecvTicket(_Pending):
     """A posted receive."""
 
-    __slots__ = ("_arrived", "_lane", "_message")
+    __slots__ = ("_arrived", "_copying", "_message")
+    _lane: RecvLane
 
     def __init__(self, key: Key, lane: RecvLane) -> None:
         super().__init__(key)
         self._lane = lane
         self._arrived: Arrived | None = None
         self._message: Message | None = None
+        self._copying = threading.Lock()  # one thread copies
 
     def arrive(self, arrived: Arrived) -> bool:
-        """The proxy has the whole message; the lane calls it under its lock. False if the wait has already failed."""
+        """The whole message is there; the lane calls it under its lock. False if the wait has already failed."""
         if self._settled:
             return False
         self._arrived = arrived
         arrived.ticket = self
         return self.settle()
 
+    @property
+    def idle(self) -> bool:
+        """Nobody copies the message right now."""
+        return not self._copying.locked()
+
     def absorb(self) -> bool:
         """Copies the message, which has arrived, out of the staging ring before anybody waits for it. False if another
-        thread has done so."""
-        with self._gate:
+        thread does so, or has."""
+        if not self._copying.acquire(blocking=False):
+            return False
+        try:
             if self._arrived is None:
                 return False
             self._take()
             return True
+        finally:
+            self._copying.release()
 
     def _take(self) -> None:
         assert self._arrived is not None
         self._message = self._lane.take(self._arrived)
         self._arrived = None
-
-    def ready(self) -> bool:
-        """True when `wait` would not block."""
-        return self._settled or self._lane.fate.error is not None
 
     def wait(self, deadline_s: float | None = None) -> Message:
         """The message, copied out of the staging ring on this thread at the first call unless a blocked send has done
@@ -145,8 +156,8 @@ class RecvTicket(_Pending):
             PeerLostError: the peer is gone and the message had not arrived.
             TransportError: the connection or the endpoint has failed.
         """
-        self._await(self._lane, deadline_s, "arrive from", "did not arrive from")
-        with self._gate:  # settled, so it is a plain mutex now: one thread copies
+        self._await(deadline_s, "arrive from", "did not arrive from")
+        with self._copying:
             if self._message is None:
                 self._take()
             assert self._message is not None

@@ -1,13 +1,20 @@
-"""Names of things: directions, transfers, addresses, peers, and the message a receive returns."""
+"""Names of things: directions, transfers, addresses, peers, and the card by which endpoints know each other. No torch."""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
-
-import torch
+import json
+import reprlib
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from adaptra_plugin.errors import TransportError
+
+PROTOCOL = 2
+"""What endpoints and proxies speak; all ranks of a job speak the same."""
+MAX_LANES = 16
+RING_UNIT = 4096
+"""Rings are whole multiples of this (bytes)."""
 
 
 class Direction(enum.IntEnum):
@@ -53,8 +60,10 @@ class Address:
         """
         host, colon, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-            raise TransportError(f"{text!r} is not an address: host:port or [host]:port is expected, port 1 to 65535")
+        if not (colon and _is_host(host) and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
+            raise TransportError(
+                f"{text[:300]!r} is not an address: host:port or [host]:port is expected, port 1 to 65535"
+            )
         return cls(host, int(port))
 
     def __str__(self) -> str:
@@ -73,21 +82,81 @@ class PeerInfo:
         return f"rank {self.rank} (stage {self.stage}, host {self.host})"
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What arrived: fresh, writable tensors that belong to the caller."""
+def _is_host(text: str) -> bool:
+    """Whether a name or an address may be asked for: Python encodes it before the system says that there is none."""
+    try:
+        return bool(text) and text.isascii() and text.isprintable() and " " not in text and bool(text.encode("idna"))
+    except UnicodeError:
+        return False
 
-    tensors: tuple[torch.Tensor, ...]
-    tag: int
-    """The number that the sender gave to `send`."""
-    delay_ms: float
-    """From the moment the whole message lay in the sender's ring to complete arrival in the receiver's (ms, >= 0), without
-    the difference of clocks. Waiting for room in the sender's ring and copying into it do not count; waiting there behind
-    other messages does."""
-    delayed_by_ring: bool = False
-    """The receiving proxy had stopped reading while this message was under way, for lack of room in its own ring: then
-    `delay_ms` tells of the consumer, not of the link."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Message:
-        """The same message with its tensors on `device`."""
-        return replace(self, tensors=tuple(t.to(device, non_blocking=non_blocking) for t in self.tensors))
+def _is_flat(way: Any) -> bool:
+    return isinstance(way, dict) and not any(isinstance(value, list | dict) for value in way.values())
+
+
+def _short(value: Any) -> str:
+    """A value in an error: of no more than a line, however long or deep it is."""
+    return reprlib.repr(value)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What others must know to reach an endpoint; its text form (JSON) goes through the launcher's store."""
+
+    addresses: tuple[Address, ...]
+    """Where it listens for TCP, one per interface; the first one is the main one."""
+    ring_bytes: int
+    """Size of its staging rings; of two endpoints the smaller size counts."""
+    connections: int
+    """Lanes per direction; equal on all ranks."""
+    boot: str = ""
+    """Identity of its host, for shared memory."""
+    unix: str = ""
+    """Name of its abstract socket, for peers on the same host; empty: none."""
+    rdma: tuple[dict[str, Any], ...] = ()
+    """Ways to reach it by RDMA."""
+    protocol: int = PROTOCOL
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self) | {"addresses": [address.to_text() for address in self.addresses]})
+
+    @classmethod
+    def parse(cls, text: str) -> Card:
+        """The inverse of `to_text`.
+
+        Raises:
+            TransportError: says which field is wrong, or that the other side speaks another protocol.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise TransportError(f"the card of an endpoint is not JSON ({error}): {text[:80]!r}") from None
+        if not isinstance(data, dict):
+            raise TransportError(f"the card of an endpoint is no JSON object: {text[:80]!r}")
+        if data.get("protocol") != PROTOCOL:
+            raise TransportError(
+                f"it speaks protocol version {_short(data.get('protocol'))}, this side {PROTOCOL}: install the same release "
+                "of adaptra_plugin on all ranks"
+            )
+        fields: list[Any] = [data.get(name) for name in ("addresses", "ring_bytes", "connections", "rdma")]
+        addresses, ring, lanes, rdma = fields
+        checks = {
+            "addresses": isinstance(addresses, list) and addresses and all(isinstance(a, str) for a in addresses),
+            "ring_bytes": type(ring) is int and ring >= RING_UNIT and ring % RING_UNIT == 0,
+            "connections": type(lanes) is int and 1 <= lanes <= MAX_LANES,
+            "boot": isinstance(data.get("boot"), str),
+            # its name has to fit behind a NUL into the address of a socket
+            "unix": isinstance(unix := data.get("unix"), str) and unix.isascii() and len(unix) < 107,
+            "rdma": isinstance(rdma, list) and all(map(_is_flat, rdma)),
+        }
+        for name, right in checks.items():
+            if not right:
+                raise TransportError(
+                    f"the card of an endpoint has {name} {_short(data.get(name))}, which makes no sense"
+                )
+        return cls(
+            tuple(Address.parse(address) for address in addresses), ring, lanes, data["boot"], data["unix"], tuple(rdma)
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.addresses))

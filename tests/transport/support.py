@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from adaptra_plugin.config import SlowLink, TransportConfig
-from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.config import Fault, SimulateConfig, SlowLink, TransportConfig
+from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
 
 SECRET = b"a secret of the tests, 32 bytes."
 PATIENCE_S = 20.0
@@ -18,7 +18,9 @@ STUCK = SlowLink(src=0, dst=1, latency_ms=3_600_000.0)
 
 
 def config(**changes: Any) -> TransportConfig:
-    return TransportConfig(**{"ring_mib": 1, "deadline_s": PATIENCE_S, "connect_deadline_s": PATIENCE_S, **changes})
+    """Small rings and short deadlines. The proxy is a thread, which starts at once, unless a test wants a process."""
+    settings = {"ring_mib": 1, "deadline_s": PATIENCE_S, "connect_deadline_s": PATIENCE_S, "proxy": "thread"}
+    return TransportConfig(**{**settings, **changes})
 
 
 def info(rank: int) -> PeerInfo:
@@ -31,8 +33,8 @@ def endpoint(rank: int, settings: TransportConfig, **options: Any) -> Endpoint:
     )
 
 
-def table(endpoints: Sequence[Endpoint]) -> dict[int, tuple[PeerInfo, Address]]:
-    return {e.me.rank: (e.me, e.address) for e in endpoints}
+def table(endpoints: Sequence[Endpoint]) -> dict[int, tuple[PeerInfo, Card]]:
+    return {e.me.rank: (e.me, e.card) for e in endpoints}
 
 
 def everywhere(*calls: Callable[[], Any]) -> list[BaseException | None]:
@@ -67,15 +69,20 @@ def connect_line(endpoints: Sequence[Endpoint]) -> list[BaseException | None]:
 
 @contextlib.contextmanager
 def line(
-    count: int = 2, links: Sequence[SlowLink] = (), clocks: dict[int, Any] | None = None, **changes: Any
+    count: int = 2,
+    links: Sequence[SlowLink] = (),
+    offsets: dict[int, float] | None = None,
+    faults: Sequence[Fault] = (),
+    **changes: Any,
 ) -> Iterator:
     """Connected endpoints of ranks 0 to count-1, closed at the end."""
     settings = config(**changes)
-    endpoints = [
-        endpoint(rank, settings, simulate_links=links, **({"clock": clocks[rank]} if clocks and rank in clocks else {}))
-        for rank in range(count)
-    ]
+    endpoints: list[Endpoint] = []
     try:
+        for rank in range(count):
+            offset = (offsets or {}).get(rank, 0.0)
+            simulate = SimulateConfig(links=tuple(links), faults=tuple(faults))
+            endpoints.append(endpoint(rank, settings, simulate=simulate, clock_offset_s=offset))
         for error in connect_line(endpoints):
             if error is not None:
                 raise error
@@ -90,6 +97,16 @@ def activation(microbatch: int, epoch: int = 0, stage: int = 1) -> Key:
 
 def gradient(microbatch: int, epoch: int = 0, stage: int = 0) -> Key:
     return Key(epoch, Direction.GRADIENT, stage, microbatch)
+
+
+def heard(endpoint: Endpoint, condition: Callable[[], Any]) -> Callable[[], bool]:
+    """For `until`: the condition depends on records that no thread of `endpoint` waits for."""
+
+    def check() -> bool:
+        endpoint._mailbox.drain()
+        return bool(condition())
+
+    return check
 
 
 def until(condition: Callable[[], Any], what: str = "condition") -> None:

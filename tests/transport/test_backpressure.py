@@ -9,17 +9,19 @@ import torch
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport import Direction, Key
-from adaptra_plugin.transport.ring import Ring
+from adaptra_plugin.transport.ring import Book, Memory, Outgoing
+from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.tickets import Ticket
 
-from .support import STUCK, activation, line, until
+from .support import activation, line, until
 
 MESSAGE = torch.arange(300_000 // 8)  # 300 KB: three fill a ring of 1 MiB
 
 
 def test_full_ring_blocks_warns_once_and_recovers(caplog):
-    """Nobody receives, so rings and socket buffers fill up; then everything is received, in order."""
+    """Nobody receives, so the rings fill up; then everything is received, in order."""
     caplog.set_level(logging.WARNING, "adaptra.transport")
-    count = 64  # 19 MB: more than both rings and both socket buffers hold
+    count = 64  # 19 MB: more than the rings hold
     with line(2, connections_per_direction=1, warn_full_after_ms=20.0) as (first, second):
         sent = []
 
@@ -63,7 +65,7 @@ def test_one_full_lane_does_not_hold_up_the_others():
 
 
 def test_full_ring_has_a_deadline():
-    with line(2, links=[STUCK], deadline_s=0.3) as (first, _):
+    with line(2, deadline_s=0.3) as (first, _):
         with pytest.raises(TransferTimeout) as caught:
             for number in range(0, 100, 2):
                 first.channel(1).send(activation(number), [MESSAGE])
@@ -102,34 +104,61 @@ def test_many_messages_do_not_grow_memory():
         assert psutil.Process().memory_info().rss - before < 20 << 20
 
 
-def test_ring_wraps_and_starts_again_when_empty():
-    ring = Ring(256)
+def outgoing(position, total):
+    return Outgoing(position, total, Ticket(activation(0), None))
+
+
+def test_room_becomes_free_from_the_oldest_message_on():
+    book = Book(1024)
+    for position, total in ((0, 256), (256, 128), (384, 512)):
+        assert book.place() == position
+        book.add(outgoing(position, total))
+    assert (book.used, book.free, len(book)) == (896, 128, 3)
+    assert book.consume(256) is not None
+    assert book.consume(256) is None  # heard twice
+    assert book.consume(999) is None  # never sent
+    assert (book.used, len(book)) == (896, 2)
+    book.consume(0)
+    assert (book.used, book.free) == (512, 512)
+    book.add(outgoing(book.place(), 448))  # over the end
+    assert (book.used, book.free) == (960, 64)
+    book.consume(896)
+    assert book.free == 64
+    book.consume(384)
+    assert (book.used, book.free, len(book)) == (0, 1024, 0)
+
+
+def test_an_empty_ring_is_filled_from_its_start_again_and_positions_only_grow():
+    book = Book(1024)
+    book.add(outgoing(book.place(), 320))
+    book.consume(0)
+    assert book.place() == 1024
+    book.add(outgoing(1024, 1024))
+    assert book.free == 0
+    book.consume(1024)
+    assert book.place() == 2048
+
+
+def test_messages_wrap_around_the_end_of_the_memory():
+    memory = Memory(Segment.create(4096))
     data = torch.arange(200, dtype=torch.uint8)
-    offset = ring.place()
-    ring.copy_in(offset, data)
-    ring.commit(200)
-    ring.release(150)
-    assert (ring.used, ring.free, ring.place()) == (50, 206, 200)
-    ring.copy_in(200, data)  # 56 bytes at the end, the rest at the start
-    ring.commit(200)
+    memory.copy_in(3 * 4096 - 50, data)  # 50 bytes at the end, the rest at the start
     out = torch.zeros(200, dtype=torch.uint8)
-    ring.copy_out(200, out)
+    memory.copy_out(4096 - 50, out)
     assert torch.equal(out, data)
-    assert ring.read(200, 200) == bytes(range(200))
-    assert [len(part) for part in ring.slices(200, 200)] == [56, 144]
-    ring.write(250, b"0123456789")
-    assert ring.read(250, 10) == b"0123456789"
-    ring.release(250)
-    assert ring.used == 0
-    assert ring.place() == 0
-    assert len(ring.window()) == 256
+    assert memory.segment.read(4046, 200) == bytes(range(200))
+    memory.close()
+    with pytest.raises(TransportError, match="the endpoint is closed"):
+        memory.copy_out(0, out)
 
 
-def test_ring_is_mapped_only_when_used():
+def test_rings_are_mapped_only_when_used():
     before = psutil.Process().memory_info().vms
-    rings = [Ring(1 << 30) for _ in range(8)]
+    rings = [Memory(Segment.create(1 << 30)) for _ in range(8)]
     assert psutil.Process().memory_info().vms - before < 1 << 28
-    rings[0].write(0, b"x")
     resident = psutil.Process().memory_info().rss
-    assert rings[0].read(0, 1) == b"x"
+    rings[0].segment.write(5 << 30, b"x")
+    assert rings[0].segment.read(0, 1) == b"x" and rings[0].tensor[0] == ord("x")
     assert psutil.Process().memory_info().rss - resident < 1 << 24
+    for ring in rings:
+        ring.close()

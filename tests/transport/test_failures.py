@@ -1,24 +1,26 @@
-"""Deadlines, lost peers, goodbyes, failed endpoints: who is named, how soon, and what still works."""
+"""Deadlines, lost peers, goodbyes, failed endpoints and proxies: who is named, how soon, and what still works."""
 
 import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
 
+import psutil
 import pytest
 import torch
 
+from adaptra_plugin.config import SimulateConfig
 from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
-from adaptra_plugin.transport import Address
-from adaptra_plugin.transport.frames import TIMES, Header, Kind, parse_header
-from adaptra_plugin.transport.handshake import Claim, Initiator, Purpose, Settings
-from adaptra_plugin.transport.tickets import Loss
+from adaptra_plugin.transport import Card, Direction, spawn
+from adaptra_plugin.transport import endpoint as endpoint_module
+from adaptra_plugin.transport.bridge import Op
+from adaptra_plugin.transport.frames import Header
 
-from .support import SECRET, STUCK, activation, config, endpoint, everywhere, gradient, info, line, until
+from .fake_proxy import connected
+from .support import STUCK, activation, config, endpoint, everywhere, gradient, info, line, until
 
 
 def test_deadline_of_a_receive_names_transfer_peer_and_remedy():
@@ -44,15 +46,14 @@ def test_the_configured_deadline_applies_without_an_argument():
 
 
 def test_deadline_of_a_send():
-    with line(2, links=[STUCK]) as (first, _):
-        ticket = first.channel(1).send(activation(0), [torch.zeros(1000)])
-        with pytest.raises(
-            TransferTimeout, match=r"was not taken by rank 1 \(stage 1, host n\) within 0\.01 s"
-        ) as caught:
-            ticket.wait(0.01)
-        assert "1 messages wait in the staging ring, 4160 of 1048576 bytes" in str(caught.value)
-        assert not ticket.ready()
-        first.close(linger_s=0.0)
+    first, fake = connected()
+    ticket = first.channel(1).send(activation(0), [torch.zeros(1000)])
+    with pytest.raises(TransferTimeout, match=r"was not taken by rank 1 \(stage 1, host n1\) within 0\.01 s") as caught:
+        ticket.wait(0.01)
+    assert "1 messages wait in the staging ring, 4160 of 1048576 bytes" in str(caught.value)
+    assert not ticket.ready()
+    first.close()
+    fake.close()
 
 
 @contextlib.contextmanager
@@ -66,9 +67,9 @@ def forked_peer(run, links=()):
             os.close(read_end)
             os.close(to_child_write)
             mine = endpoint(1, config())
-            os.write(write_end, (mine.address.to_text() + "\n").encode())
-            other = Address.parse(os.read(to_child_read, 100).decode())
-            mine.connect({0: (info(0), other), 1: (mine.me, mine.address)}, neighbours=[0], coordinator=0)
+            os.write(write_end, (mine.card.to_text() + "\n").encode())
+            other = Card.parse(os.read(to_child_read, 4096).decode())
+            mine.connect({0: (info(0), other), 1: (mine.me, mine.card)}, neighbours=[0], coordinator=0)
             run(mine)
             os.write(write_end, b"ready\n")
             time.sleep(60)
@@ -79,12 +80,12 @@ def forked_peer(run, links=()):
     os.close(write_end)
     os.close(to_child_read)
     lines = os.fdopen(read_end)
-    first = endpoint(0, config(), simulate_links=links)
+    first = endpoint(0, config(), simulate=SimulateConfig(links=tuple(links)))
     try:
-        there = Address.parse(lines.readline().strip())
-        os.write(to_child_write, first.address.to_text().encode())
+        there = Card.parse(lines.readline().strip())
+        os.write(to_child_write, first.card.to_text().encode())
         peer = info(1)
-        first.connect({0: (first.me, first.address), 1: (peer, there)}, neighbours=[1], coordinator=0)
+        first.connect({0: (first.me, first.card), 1: (peer, there)}, neighbours=[1], coordinator=0)
         assert lines.readline() == "ready\n"
         yield first, pid
     finally:
@@ -134,16 +135,36 @@ def test_killed_peer_is_named_at_once_and_what_had_arrived_stays_readable(caplog
         assert "lost: rank 1 (stage 1, host n1)" in caplog.text
 
 
-def test_blocked_producers_and_pending_sends_hear_of_the_loss():
-    with forked_peer(lambda mine: None, links=[STUCK]) as (first, pid):
-        pending = first.channel(1).send(activation(0), [torch.zeros(200_000)])
+def test_blocked_producers_hear_of_the_loss():
+    with forked_peer(lambda mine: None) as (first, pid):
+        for number in range(5):
+            first.channel(1).send(activation(2 * number), [torch.zeros(50_000)])
         threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
         start = time.monotonic()
-        with pytest.raises(PeerLostError, match=r"activation of microbatch 2 .* cannot be sent to rank 1 .*waited"):
-            first.channel(1).send(activation(2), [torch.zeros(200_000)])
-        with pytest.raises(PeerLostError, match="cannot be sent to rank 1"):
-            pending.wait()
+        with pytest.raises(PeerLostError, match=r"activation of microbatch 12 .* cannot be sent to rank 1 .*waited"):
+            first.channel(1).send(activation(12), [torch.zeros(50_000)])
         assert 0.2 < time.monotonic() - start < 5
+
+
+def test_pending_sends_hear_of_the_loss_and_a_blocked_one_too():
+    first, fake = connected()
+    pending = first.channel(1).send(activation(0), [torch.zeros(200_000)])
+    fake.expect(Op.SEND)
+
+    def lose():
+        fake.expect(Op.STUCK)
+        fake.tell("lost", rank=1, error="PeerLostError", reason="its connections broke", remedy="Look.")
+        fake.record(Op.LOST)
+
+    def blocked():
+        with pytest.raises(PeerLostError, match=r"microbatch 2 .* cannot be sent to rank 1 .*: its connections broke"):
+            first.channel(1).send(activation(2), [torch.zeros(200_000)])
+
+    assert everywhere(lose, blocked) == [None, None]
+    with pytest.raises(PeerLostError, match="cannot be sent to rank 1"):
+        pending.wait()
+    first.close()
+    fake.close()
 
 
 def test_goodbye_is_no_loss_but_ends_waits_at_once(caplog):
@@ -186,11 +207,11 @@ def test_close_gives_up_after_linger_and_says_so(caplog):
         start = time.monotonic()
         first.close(linger_s=0.2)
         assert 0.2 <= time.monotonic() - start < 5
-        assert "closed with 4160 bytes unsent to rank 1 (stage 1, host n)" in caplog.text
+        assert "closed with 1 messages unsent to rank 1 (stage 1, host n)" in caplog.text
 
 
 def test_fail_ends_every_wait_with_that_error():
-    with line(2, links=[STUCK]) as (first, _):
+    with line(2) as (first, _):
         arrived = first.channel(1).recv(gradient(0))
         errors = []
 
@@ -222,105 +243,152 @@ def test_fail_ends_every_wait_with_that_error():
 
 
 @pytest.mark.parametrize("callback", ["on_control", "on_peer_lost"])
-def test_an_exception_on_the_proxy_thread_fails_the_endpoint_loudly(callback, caplog):
-    with line(2) as (first, second):
+def test_an_exception_in_a_callback_fails_the_endpoint_loudly(callback, caplog):
+    first, fake = connected()
 
-        def broken(*_):
-            raise ZeroDivisionError("in a callback")
+    def broken(*_):
+        raise ZeroDivisionError("in a callback")
 
-        setattr(second, callback, broken)
-        if callback == "on_control":
-            first.send_control(1, {"a": 1})
-        else:
-            loss = Loss(PeerLostError, "a test says so", "")
-            second._proxy.loop.post(lambda: second._proxy._peers[0].lose(loss))
-        until(lambda: second._fate.error, "failure")
-        for call in (second.channel(0).recv(activation(0)).wait, lambda: second.channel(0).send(gradient(0), [])):
-            with pytest.raises(TransportError, match="proxy thread of rank 1 failed: ZeroDivisionError: in a callback"):
-                call()
-        assert "Traceback" in caplog.text
-
-
-# --- an authenticated peer that sends nonsense
-
-HEADER = Header(Kind.DATA, 0, 0.0, 64, 64, tensors=1)
-NONSENSE = {
-    "no magic": (b"x" * 64, "a frame starts with 78787878"),
-    "unknown kind": (HEADER.pack().replace(b"ADf1\x01", b"ADf1\x63"), "unknown kind"),
-    "longer than the ring": (Header(Kind.DATA, 0, 0.0, 0, 1 << 40).pack(), "at most 1048576 are accepted"),
-    "huge description": (Header(Kind.DATA, 0, 0.0, 0xFFFFFFFF, 0).pack(), "at most 1048576 are accepted"),
-    "out of sequence": (Header(Kind.DATA, 5, 0.0).pack(), "frame number 5 came where 0 was due"),
-    "bad description": (HEADER.pack() + b"\xff" * 128, "unknown dtype code 255"),
-    "control on data": (Header(Kind.CONTROL, 0, 0.0, 0, 64).pack() + b"{}" * 32, "a control frame came on a data"),
-}
+    setattr(first, callback, broken)
+    if callback == "on_control":
+        fake.tell("control", rank=1, message={"a": 1})
+    else:
+        fake.record(Op.LOST)
+        fake.tell("lost", rank=1, error="PeerLostError", reason="a test says so", remedy="")
+    until(lambda: first._fate.error, "failure")
+    for call in (first.channel(1).recv(gradient(0)).wait, lambda: first.channel(1).send(activation(0), [])):
+        with pytest.raises(TransportError, match="control thread of rank 0 failed: ZeroDivisionError: in a callback"):
+            call()
+    assert "Traceback" in caplog.text
+    first.close()
+    fake.close()
 
 
-def impostor(address, purpose, index=0, connections=1):
-    """A raw connection that has passed the handshake as rank 1."""
-    sock = socket.create_connection((address.host, address.port), timeout=10)
-    machine = Initiator(SECRET, Claim(1, 1, 0, purpose, index), Settings(connections, 1 << 20))
-    while not machine.done:
-        sock.sendall(machine.feed(sock.recv(machine.expects, socket.MSG_WAITALL)))
-    return sock
+# --- the proxy
 
 
-def pong(sock, count=8):
-    """Answers the first pings, so that the link counts as connected."""
-    for number in range(count):
-        ping = parse_header(sock.recv(64, socket.MSG_WAITALL), sequence=number, limit=64)
-        assert ping.kind == Kind.PING
-        now = time.monotonic()
-        sock.sendall(Header(Kind.PONG, number, now, payload_bytes=TIMES.size).pack() + TIMES.pack(ping.sent, now))
-
-
-@pytest.mark.parametrize("name", NONSENSE)
-def test_malformed_frame_ends_the_link_with_a_clear_error(name):
-    raw, expected = NONSENSE[name]
-    first = endpoint(0, config(connections_per_direction=1))
-    socks = []
-    try:
-
-        def there():
-            socks.append(impostor(first.address, Purpose.SERVICE))
-            socks.append(impostor(first.address, Purpose.ACTIVATION))
-            socks.append(impostor(first.address, Purpose.GRADIENT))
-            pong(socks[0])
-
-        peers = {0: (first.me, first.address), 1: (info(1), Address("127.0.0.1", 1))}
-        errors = everywhere(there, lambda: first.connect(peers, neighbours=[1], coordinator=0))
-        assert errors == [None, None]
+def test_a_proxy_process_that_dies_ends_every_wait_with_its_exit_code():
+    with line(2, proxy="process") as (first, second):
+        lost = []
+        second.on_peer_lost = lambda peer, reason: lost.append((peer.rank, reason))
         ticket = first.channel(1).recv(gradient(0))
-        socks[2].sendall(raw)
+        threading.Timer(0.2, os.kill, (first._proxy.pid, signal.SIGKILL)).start()
+        with pytest.raises(TransportError, match=r"the proxy process of rank 0 was killed by SIGKILL \(exit code -9\)"):
+            ticket.wait()
+        for call in (
+            lambda: first.channel(1).send(activation(0), []),
+            first.channel(1).recv(gradient(1)).wait,
+            lambda: first.send_control(1, {}),
+        ):
+            with pytest.raises(TransportError, match="exit code -9"):
+                call()
+        assert first.stats()["peers"][1]["directions"]
+        with pytest.raises(PeerLostError):
+            second.channel(0).recv(activation(0)).wait()
+        assert [rank for rank, _ in lost] == [0]
+
+
+def test_a_proxy_that_cannot_start_says_why():
+    with pytest.raises(TransportError, match=r"cannot listen on '192\.0\.2\.1'.*adaptra\.transport\.bind"):
+        endpoint(0, config(bind="192.0.2.1", proxy="process"))
+    with pytest.raises(TransportError, match=r"cannot listen on '192\.0\.2\.1'"):
+        endpoint(0, config(bind="192.0.2.1"))
+
+
+def test_a_proxy_that_dies_while_it_starts_is_reported(monkeypatch):
+    monkeypatch.setattr(spawn, "_MODULE", "adaptra_plugin.no_such_module")
+    with pytest.raises(TransportError, match=r"the proxy process of rank 0 has ended with exit code 1"):
+        endpoint(0, config(proxy="process"))
+
+
+def test_a_proxy_process_that_does_not_end_is_killed(monkeypatch, caplog):
+    monkeypatch.setattr(endpoint_module, "_MARGIN_S", 0.2)
+    with line(1, proxy="process") as (only,):
+        os.kill(only._proxy.pid, signal.SIGSTOP)
+        only.close(linger_s=0.1)
+        assert "the proxy of rank 0 does not end and is killed" in caplog.text
+        with pytest.raises(TransportError):
+            only.send_control(0, {})
+
+
+def test_the_proxy_process_is_gone_when_its_endpoint_was_killed():
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            mine = endpoint(0, config(proxy="process"))
+            os.write(write_end, str(mine._proxy.pid).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    pid = int(os.read(read_end, 100))
+    os.close(read_end)
+    os.close(write_end)
+    proxy = psutil.Process(pid)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    proxy.wait(10)
+
+
+# --- records in any order
+
+
+def test_nonsense_in_the_ring_of_an_authenticated_peer_ends_the_link(caplog):
+    right = Header(gradient(0), 0, 1, 64, 64).pack()
+    for raw, total, expected in (
+        (b"x" * 64, 64, "starts with 78787878 instead"),
+        (right, 256, "a message of 256 bytes announces 64 + 64 + 64 bytes"),
+        (right, 1 << 40, "at most 1048576 are accepted"),
+        (right, 0, "a message has 0 bytes"),
+        (Header(activation(0), 0, 1, 64, 64).pack(), 192, "a message of direction 0 came among those of direction 1"),
+        (Header(gradient(0), 0, 0, 63, 65).pack(), 192, "announces 64 + 63 + 65 bytes"),
+        (Header(gradient(0), 0, 5000, 64, 64).pack(), 192, "5000 tensors; at most 4096"),
+        (right + b"\xff" * 128, 192, "unknown dtype code 255"),
+    ):
+        first, fake = connected()
+        lost = []
+        first.on_peer_lost = lambda peer, reason, lost=lost: lost.append((peer.rank, reason))
+        ticket = first.channel(1).recv(gradient(0))
+        fake.mirror(Direction.GRADIENT).write(0, raw)
+        fake.record(Op.ARRIVED, Direction.GRADIENT, 0, total)
         with pytest.raises(TransportError) as caught:
             ticket.wait(10)
         assert not isinstance(caught.value, PeerLostError | TransferTimeout)
         text = str(caught.value)
-        assert "rank 1 (stage 1, host n1): it sent a malformed frame on connection gradient 0" in text
+        assert "rank 1 (stage 1, host n1): it sent a malformed message on connection gradient 0" in text
         assert expected in text
-        assert socks[2].recv(1) == b""
-    finally:
-        for sock in socks:
-            sock.close()
+        until(lambda lost=lost: lost, "on_peer_lost")
+        assert len(lost) == 1 and expected in lost[0][1]
         first.close()
+        fake.close()
+    assert caplog.text.count("lost: rank 1") == 8
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[1]", b"\xff", b"[" * 100_000], ids=["cut", "list", "binary", "deep"])
-def test_control_messages_are_json_objects(raw):
-    first = endpoint(0, config())
-    sock = None
-    try:
+def test_a_reference_to_a_ring_that_is_not_mapped_ends_the_link():
+    first, fake = connected()
+    ticket = first.channel(1).recv(gradient(0))
+    fake.deliver(gradient(0), torch.ones(3), 0, flags=1)
+    with pytest.raises(TransportError, match="came by reference, and the peer's ring is not mapped"):
+        ticket.wait(10)
+    first.close()
+    fake.close()
 
-        def there():
-            nonlocal sock
-            sock = impostor(first.address, Purpose.SERVICE, connections=2)
 
-        peers = {0: (first.me, first.address), 1: (info(1), Address("127.0.0.1", 1))}
-        assert everywhere(there, lambda: first.connect(peers, neighbours=[], coordinator=0)) == [None, None]
-        lost = []
-        first.on_peer_lost = lambda peer, reason: lost.append(reason)
-        sock.sendall(Header(Kind.CONTROL, 0, 0.0, payload_bytes=len(raw)).pack() + raw)
-        until(lambda: lost, "loss")
-        assert "malformed frame on connection service" in lost[0]
-    finally:
-        sock.close()
-        first.close()
+def test_what_had_arrived_stays_readable_though_nobody_had_looked():
+    """The news of the loss travels on another socket than the records in front of it."""
+    first, fake = connected()
+    channel = first.channel(1)
+    waiting = channel.recv(gradient(9))
+    fake.tell("lost", rank=1, error="PeerLostError", reason="a test says so", remedy="")
+    time.sleep(0.1)
+    position = fake.deliver(gradient(0), torch.ones(3), 0)
+    fake.deliver(gradient(1), torch.ones(4), position)
+    fake.record(Op.LOST)
+    with pytest.raises(PeerLostError, match="a test says so"):
+        waiting.wait(5)
+    assert channel.recv(gradient(0)).wait().tensors[0].tolist() == [1.0] * 3
+    assert channel.recv(gradient(1)).wait().tensors[0].tolist() == [1.0] * 4
+    with pytest.raises(PeerLostError):
+        channel.recv(gradient(2)).wait()
+    first.close()
+    fake.close()

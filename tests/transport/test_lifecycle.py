@@ -1,20 +1,22 @@
 """Connecting, control messages, closing: what is reported, and that nothing is left behind."""
 
 import gc
+import json
 import logging
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from adaptra_plugin.errors import PeerLostError, TransportError
-from adaptra_plugin.transport import Address, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Address, Card, Direction, Endpoint, Key, PeerInfo
 from adaptra_plugin.transport import endpoint as endpoint_module
 from adaptra_plugin.transport.bind import choose_bind, listen, local_address_towards
 
-from .conftest import open_descriptors
+from .conftest import open_descriptors, our_threads
 from .support import SECRET, activation, config, connect_line, endpoint, everywhere, info, line, table, until
 
 
@@ -34,6 +36,51 @@ def test_addresses_print_and_parse(address):
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(TransportError, match="is not an address"):
         Address.parse(text)
+
+
+CARD = Card(
+    addresses=(Address("10.0.0.1", 80), Address("fe80::1", 4711)),
+    ring_bytes=1 << 20,
+    connections=2,
+    boot="4a5c",
+    unix="adaptra-1",
+    rdma=({"device": "mlx5_0", "gid": "fe80::1"},),
+)
+
+
+def test_cards_print_and_parse():
+    assert Card.parse(CARD.to_text()) == CARD
+    plain = Card((Address("n1", 1),), 4096, 1)
+    assert Card.parse(plain.to_text()) == plain
+    assert str(CARD) == "10.0.0.1:80, [fe80::1]:4711"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("addresses", [], "addresses"),
+        ("addresses", ["x"], "is not an address"),
+        ("addresses", "n1:80", "addresses"),
+        ("ring_bytes", 0, "ring_bytes 0"),
+        ("ring_bytes", 5000, "ring_bytes 5000"),
+        ("ring_bytes", True, "ring_bytes True"),
+        ("connections", 0, "connections 0"),
+        ("connections", 99, "connections 99"),
+        ("boot", None, "boot None"),
+        ("unix", 3, "unix 3"),
+        ("rdma", ["x"], "rdma"),
+        ("protocol", 1, "speaks protocol version 1, this side 2: install the same release"),
+    ],
+)
+def test_what_is_no_card_is_refused(field, value, says):
+    with pytest.raises(TransportError, match=says):
+        Card.parse(json.dumps(json.loads(CARD.to_text()) | {field: value}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "3", "null"])
+def test_what_is_no_json_object_is_no_card(text):
+    with pytest.raises(TransportError, match="the card of an endpoint is no"):
+        Card.parse(text)
 
 
 def test_bind_address_configured_given_routed(monkeypatch):
@@ -75,16 +122,13 @@ def test_missing_peers_are_named_with_the_reason():
     port = closed.getsockname()[1]
     closed.close()
     try:
-        peers = {
-            0: (first.me, first.address),
-            1: (info(1), Address("127.0.0.1", port)),
-            2: (info(2), Address("127.0.0.1", port)),
-        }
+        card = replace(first.card, addresses=(Address("127.0.0.1", port),), boot="another host")
+        peers = {0: (first.me, first.card), 1: (info(1), card), 2: (info(2), card)}
         with pytest.raises(TransportError) as caught:
             first.connect(peers, neighbours=[1], coordinator=2)
         text = str(caught.value)
         assert "rank 0 is not connected after 0.3 s" in text
-        assert f"rank 1 (stage 1, host n1) at 127.0.0.1:{port} (5 connections missing" in text
+        assert f"rank 1 (stage 1, host n1) at 127.0.0.1:{port} (2 connections missing" in text
         assert f"rank 2 (stage 2, host n2) at 127.0.0.1:{port} (1 connections missing" in text
         assert "refused" in text and "adaptra.transport.connect_deadline_s" in text
     finally:
@@ -134,14 +178,15 @@ def test_connect_checks_its_arguments(caplog):
     first = endpoint(0, config(connect_deadline_s=0.1))
     try:
         with pytest.raises(TransportError, match=r"no address is known for ranks \[1, 2\]"):
-            first.connect({0: (first.me, first.address)}, neighbours=[1, 2], coordinator=0)
+            first.connect(table([first]), neighbours=[1, 2], coordinator=0)
     finally:
         first.close()
     second = endpoint(0, config(connect_deadline_s=0.1))
     try:
         elsewhere = PeerInfo(1, 1, "another")
         with pytest.raises(TransportError, match="missing"):
-            second.connect({1: (elsewhere, Address("127.0.0.1", 9))}, neighbours=[1], coordinator=0)
+            card = replace(second.card, addresses=(Address("127.0.0.1", 9),))
+            second.connect({1: (elsewhere, card)}, neighbours=[1], coordinator=0)
         assert "which only its own host reaches: set adaptra.transport.bind there" in caplog.text
         with pytest.raises(TransportError, match="connect was called twice"):
             second.connect({}, neighbours=[], coordinator=0)
@@ -156,9 +201,10 @@ def test_a_rank_without_neighbours():
             only.channel(1)
 
 
-def test_both_directions_of_both_kinds_between_two_ranks():
+@pytest.mark.parametrize("proxy", ["thread", "process"])
+def test_both_directions_of_both_kinds_between_two_ranks(proxy):
     """Interleaved schedules send activations both ways between the same two ranks."""
-    with line(2) as (first, second):
+    with line(2, proxy=proxy) as (first, second):
         keys = [Key(0, d, stage, m) for d in Direction for stage in (0, 1) for m in range(4)]
         for e, peer in ((first, 1), (second, 0)):
             for key in keys:
@@ -171,8 +217,9 @@ def test_both_directions_of_both_kinds_between_two_ranks():
 # --- control messages
 
 
-def test_control_messages_go_to_and_from_the_coordinator_in_order():
-    with line(4) as endpoints:
+@pytest.mark.parametrize("proxy", ["thread", "process"])
+def test_control_messages_go_to_and_from_the_coordinator_in_order(proxy):
+    with line(4, proxy=proxy) as endpoints:
         heard = {e.me.rank: [] for e in endpoints}
         for e in endpoints:
             e.on_control = lambda rank, message, mine=heard[e.me.rank]: mine.append((rank, message))
@@ -227,7 +274,7 @@ def test_control_messages_for_a_peer_that_does_not_read_are_bounded(monkeypatch)
 def test_control_messages_to_a_peer_that_has_left_are_dropped():
     with line(2) as (first, second):
         second.close()
-        until(lambda: first._proxy._peers[1].departed, "goodbye")
+        until(lambda: first._links[1].sending[0][0].loss, "goodbye")
         for _ in range(10):
             first.send_control(1, {"a": 1})
 
@@ -235,8 +282,9 @@ def test_control_messages_to_a_peer_that_has_left_are_dropped():
 # --- closing
 
 
-def test_close_is_idempotent_and_ends_every_wait():
-    with line(2) as (first, _):
+@pytest.mark.parametrize("proxy", ["thread", "process"])
+def test_close_is_idempotent_and_ends_every_wait(proxy):
+    with line(2, proxy=proxy) as (first, _):
         ticket = first.channel(1).recv(activation(0))
         waiting = []
 
@@ -264,9 +312,10 @@ def test_close_from_a_callback_does_not_deadlock():
         until(lambda: not second._thread.is_alive(), "end of the thread")
 
 
-def test_closing_at_the_same_time_is_quick_and_silent(caplog):
+@pytest.mark.parametrize("proxy", ["thread", "process"])
+def test_closing_at_the_same_time_is_quick_and_silent(proxy, caplog):
     caplog.set_level(logging.WARNING, "adaptra.transport")
-    with line(4) as endpoints:
+    with line(4, proxy=proxy) as endpoints:
         for e in endpoints[:-1]:
             for number in range(4):
                 e.channel(e.me.rank + 1).send(activation(number), [torch.zeros(50_000)])
@@ -276,9 +325,10 @@ def test_closing_at_the_same_time_is_quick_and_silent(caplog):
     assert caplog.text == ""
 
 
-def test_threads_and_descriptors_do_not_leak():
+@pytest.mark.parametrize(("proxy", "rounds"), [("thread", 10), ("process", 3)])
+def test_threads_and_descriptors_do_not_leak(proxy, rounds):
     def once():
-        with line(3, connections_per_direction=2) as (first, second, third):
+        with line(3, connections_per_direction=2, proxy=proxy) as (first, second, third):
             first.channel(1).send(activation(0), [torch.ones(10)])
             second.channel(0).recv(activation(0)).wait()
             third.send_control(0, {})
@@ -286,21 +336,24 @@ def test_threads_and_descriptors_do_not_leak():
     once()
     gc.collect()
     before = open_descriptors()
-    for _ in range(10):
+    for _ in range(rounds):
         once()
+    until(lambda: not our_threads(), "end of the threads")
     gc.collect()
     assert len(open_descriptors()) <= len(before)
-    assert not [t for t in threading.enumerate() if t.name.startswith("adaptra")]
     assert len(endpoint_module._live) == 0
 
 
-def test_the_thread_has_a_name():
+def test_the_threads_have_names():
     with line(1):
-        assert "adaptra-proxy-0" in [t.name for t in threading.enumerate()]
+        assert sorted(our_threads()) == ["adaptra-control-0", "adaptra-proxy-0"]
+    with line(1, proxy="process"):
+        assert our_threads() == ["adaptra-control-0"]
 
 
-def test_a_forked_child_lets_go_of_the_sockets_and_leaves_the_parent_alone():
-    with line(2) as (first, second):
+@pytest.mark.parametrize("proxy", ["thread", "process"])
+def test_a_forked_child_lets_go_of_the_sockets_and_leaves_the_parent_alone(proxy):
+    with line(2, proxy=proxy) as (first, second):
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:

@@ -41,9 +41,9 @@ def test_delay_is_never_negative():
     assert clock.delay(105.0, 4.0) == 0.0
 
 
-@pytest.mark.parametrize("shift", [-5000.0, 5000.0])
-def test_hosts_whose_clocks_differ_measure_the_same_delay(shift):
-    with line(2, clocks={1: lambda: time.monotonic() + shift}) as (first, second):
+@pytest.mark.parametrize(("shift", "proxy"), [(-5000.0, "thread"), (5000.0, "thread"), (5000.0, "process")])
+def test_hosts_whose_clocks_differ_measure_the_same_delay(shift, proxy):
+    with line(2, offsets={1: shift}, proxy=proxy) as (first, second):
         assert first.stats()["peers"][1]["clock_offset_ms"] == pytest.approx(shift * 1e3, abs=50)
         delays = []
         for number in range(10):

@@ -17,9 +17,15 @@ from .support import activation, gradient, line
 DTYPES = [dtype for dtype in _DTYPES.values() if dtype != torch.complex32]
 
 
-@pytest.fixture(scope="module")
-def pair():
-    with line(2) as endpoints:
+@pytest.fixture(
+    scope="module",
+    params=[("thread", "auto"), ("thread", "tcp"), ("process", "auto"), ("process", "tcp")],
+    ids=lambda param: "-".join(param),
+)
+def pair(request):
+    """Messages by reference to shared memory, and in pieces over TCP, which wrap around in the mirror as in the ring."""
+    proxy, rail = request.param
+    with line(2, proxy=proxy, rail=rail, chunk_kib=64) as endpoints:
         yield endpoints
 
 
@@ -55,7 +61,7 @@ tensors = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(tensors, max_size=5), st.integers(-(2**63), 2**63 - 1), st.integers(0, 9), st.sampled_from(Direction))
 def test_any_tensors(pair, sent, tag, microbatch, direction):
     key = Key(1, direction, 1, microbatch)
@@ -183,7 +189,7 @@ def test_what_cannot_travel_is_refused_and_leaves_the_link_as_it_was(pair, tenso
     assert pair[1].channel(0).recv(key).wait().tensors[0].item() == 1
 
 
-def test_numbers_that_do_not_fit_the_frame_are_refused(pair):
+def test_numbers_that_do_not_fit_the_header_are_refused(pair):
     with pytest.raises(TransportError, match="a number is too large"):
         pair[0].channel(1).send(activation(0, epoch=2**70), [])
     with pytest.raises(TransportError, match="a number is too large"):

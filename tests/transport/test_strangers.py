@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptra_plugin.errors import HandshakeError, TransportError
-from adaptra_plugin.transport import handshake, meeting
-from adaptra_plugin.transport.handshake import Acceptor, Claim, Initiator, Purpose, Refused, Settings
 from adaptra_plugin.transport.log import RateLimit
+from adaptra_plugin.transport.proxy import handshake, meeting
+from adaptra_plugin.transport.proxy.handshake import Acceptor, Claim, Initiator, Purpose, Refused, Settings
 
-from .support import SECRET, activation, config, connect_line, endpoint, everywhere, line, until
+from .support import SECRET, activation, config, connect_line, endpoint, everywhere, line, table, until
 
-CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.ACTIVATION, index=1)
+CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.TCP, index=1)
 SETTINGS = Settings(connections=2, ring_bytes=1 << 20)
 
 
@@ -77,7 +77,7 @@ def test_garbage_is_refused_logged_and_counted(garbage, reason, caplog):
 def test_wrong_secret_is_refused_and_gets_no_proof_in_return(caplog):
     with line(2) as (first, second):
         with dial(second) as sock:
-            machine = Initiator(b"x" * 32, Claim(0, 0, 1, Purpose.SERVICE, 0), SETTINGS)
+            machine = Initiator(b"x" * 32, Claim(0, 0, 1, Purpose.TCP, 0), SETTINGS)
             sock.sendall(machine.feed(sock.recv(machine.expects, socket.MSG_WAITALL)))
             welcome = sock.recv(machine.expects, socket.MSG_WAITALL)
             assert welcome[-32:] == bytes(32)
@@ -110,7 +110,7 @@ def test_a_flood_of_half_open_connections_is_bounded_and_does_not_keep_peers_out
         traffic(*endpoints, 1)
         for e in endpoints:
             until(lambda e=e: e.stats()["refused_connections"] >= 20, "refusals")
-            assert len(e._proxy._listener._half_open) <= 8
+            assert len(e._proxy._proxy._listeners[0]._half_open) <= 8
     finally:
         for sock in strangers:
             sock.close()
@@ -127,14 +127,23 @@ def test_a_flood_of_strangers_writes_few_lines(caplog):
         traffic(first, second, 1)
 
 
-def test_a_second_connection_for_a_taken_place_is_refused(caplog):
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        (Claim(0, 0, 1, Purpose.TCP, 9), "no connection tcp9 is wanted with rank 0"),
+        (Claim(5, 0, 1, Purpose.TCP, 0), "rank 5 is no neighbour of rank 1"),
+        (Claim(0, 7, 1, Purpose.TCP, 0), "rank 0 says it is stage 7, here it is known as rank 0 (stage 0, host n)"),
+    ],
+    ids=["place", "rank", "stage"],
+)
+def test_a_connection_that_has_no_place_is_refused_though_it_knows_the_secret(claim, reason, caplog):
     with line(2) as (first, second):
         with dial(second) as sock:
-            machine = Initiator(SECRET, Claim(0, 0, 1, Purpose.ACTIVATION, 0), SETTINGS)
+            machine = Initiator(SECRET, claim, SETTINGS)
             while not machine.done:
                 sock.sendall(machine.feed(sock.recv(machine.expects, socket.MSG_WAITALL)))
             assert sock.recv(1) == b""
-        until(lambda: "rank 0 is connected for activation 0 already" in caplog.text, "log line")
+        until(lambda: reason in caplog.text, "log line")
         traffic(first, second, 1)
 
 
@@ -146,7 +155,7 @@ def test_ranks_with_different_secrets_or_settings_say_so():
         first = endpoint(0, changes.get("settings", config()), secret=changes.get("secret", SECRET))
         second = endpoint(1, config(connect_deadline_s=10))
         try:
-            peers = {e.me.rank: (e.me, e.address) for e in (first, second)}
+            peers = table((first, second))
             with pytest.raises(HandshakeError, match=expected) as caught:  # rank 1 dials the coordinator
                 second.connect(peers, neighbours=[0], coordinator=0)
             assert "rank 0 (stage 0, host n) at 127.0.0.1:" in str(caught.value)
@@ -231,7 +240,7 @@ def test_wrong_target_and_versions_are_named():
     _, initiator = pair()
     greeting = bytearray(Acceptor(SECRET, 0, SETTINGS).start())
     struct.pack_into("<H", greeting, 8, 9)
-    with pytest.raises(HandshakeError, match="protocol version 9, this side 1"):
+    with pytest.raises(HandshakeError, match="protocol version 9, this side 2"):
         initiator.feed(bytes(greeting))
 
 

@@ -411,8 +411,8 @@ class Link:
                 self._events.consumed(*key, message)
 
     def _acknowledged(self, track: Track, header: Header, body: bytes) -> None:
-        arrived, lost, works = track.acknowledged(header.message, body, self._clock())
-        if works:
+        arrived, lost = track.acknowledged(header.message, body, self._clock())
+        if arrived:
             self._well(track)
         for sent in arrived:
             item = sent.item

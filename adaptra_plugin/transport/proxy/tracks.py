@@ -78,8 +78,6 @@ class Track:
     silent_since: float | None = None
     """When the oldest frame left that was overdue; None: something has been answered after that."""
     answered_at: float = float("-inf")
-    acked: int = 0
-    """Highest number that has been acknowledged."""
     ranges: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
     """Numbers that have come or need not come any more: first and last of each run."""
     ack_due: int = 0
@@ -131,10 +129,8 @@ class Track:
         """When `nbytes` more would have arrived (s from now)."""
         return (self.inflight + nbytes) / self.speed + self.best_trip / 2
 
-    def acknowledged(self, cumulative: int, body: bytes, now: float) -> tuple[list[Sent], list[Sent], bool]:
-        """(what has arrived, what was overtaken and is taken for lost, whether the rail has shown that it works).
-
-        Raises MalformedFrame."""
+    def acknowledged(self, cumulative: int, body: bytes, now: float) -> tuple[list[Sent], list[Sent]]:
+        """(what has arrived, what was overtaken and is taken for lost). Raises MalformedFrame."""
         found = [(0, cumulative), *_ranges(body)]
         top = max(last for _, last in found)
         if top > self.sequence:
@@ -151,11 +147,8 @@ class Track:
         self.delivered += sum(sent.nbytes for sent in arrived)
         if arrived:
             self._measure(arrived[-1], now)
-        works = bool(arrived) or top > self.acked
-        self.acked = max(self.acked, top)
-        if works:
             self.silent_since, self.answered_at = None, now
-            if arrived and self.pinged is not None and arrived[-1].at >= self.pinged:
+            if self.pinged is not None and arrived[-1].at >= self.pinged:
                 self.pinged = None
         patience = max(0.02, 0.5 * self.round_trip)
         lost = []
@@ -164,7 +157,7 @@ class Track:
                 break
             if not sent.moved and now - sent.at > patience:
                 lost.append(sent)
-        return arrived, [self._move(sent) for sent in lost], works
+        return arrived, [self._move(sent) for sent in lost]
 
     def ponged(self, sent: float, now: float) -> None:
         """A ping that left at `sent` is answered; of what the peer says about that only times that can be are used."""

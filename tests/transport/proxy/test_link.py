@@ -92,6 +92,18 @@ def test_a_rail_by_reference_takes_over_what_waits_for_a_slow_one(pairs):
     pair.check(pair.a, 1)
 
 
+def test_what_was_under_way_by_reference_goes_by_value_when_that_rail_fails(pairs):
+    pair = pairs(Cable("tcp0"), shm(), capacity=4 * MIB)
+    pair.cables["shm"].cut = True
+    for _ in range(3):
+        pair.a.send(MIB)
+    pair.cables["shm"].down = True
+    pair.cables["shm"].snap()
+    pair.settle()
+    pair.check(pair.a, 3)
+    assert pair.b.references == 0
+
+
 def test_messages_of_one_key_are_delivered_in_order_whatever_overtakes(pairs):
     # the first message goes a long way, those behind it a short one
     pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.15), chunk=16 * KIB)

@@ -102,6 +102,29 @@ def test_silence_of_all_rails_closes_none_of_them(pairs):
     assert {health.state for health in pair.a.link.health.values()} == {State.HEALTHY}
 
 
+def test_a_rail_is_not_given_up_for_one_of_which_nobody_knows_whether_it_works(pairs):
+    # the slow one is patient and seems to be in order for longer than the fast one may be silent
+    pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.3), capacity=4 * MIB)
+    for _ in range(10):
+        pair.a.send(MIB)
+        pair.a.link.tracks["tcp0"].inflight += 1 << 30
+        pair.a.send(KIB)
+        pair.a.link.tracks["tcp0"].inflight -= 1 << 30
+        pair.world.run(1.0)
+    assert pair.a.link.tracks["tcp1"].patience_s > 1.2
+    lost = list(pair.a.lost)
+    pair.a.send(MIB)
+    for cable in pair.cables.values():
+        cable.cut = True
+    pair.world.run(1.1)
+    assert pair.a.link.health["tcp0"].state is State.SUSPECT
+    assert pair.a.link.health["tcp1"].state is State.HEALTHY
+    assert pair.a.lost == lost
+    for cable in pair.cables.values():
+        cable.heal()
+    pair.settle(3.0)
+
+
 def test_the_only_rail_turns_slow(pairs):
     # 1 s there and back is longer than an acknowledgement may take: nothing is lost, and it is not sent again for ever
     pair = pairs(Cable("tcp0"), capacity=4 * MIB)

@@ -6,14 +6,18 @@ import heapq
 import itertools
 import os
 import selectors
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
+
+
+class HasDescriptor(Protocol):
+    def fileno(self) -> int: ...
 
 
 class _Doorbell:
@@ -78,6 +82,8 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopped = self._closed = False
+        self.turn_ended: Callable[[], None] = lambda: None
+        """Called after each turn: what the turn's events have caused together goes out now."""
 
     def post(self, run: Callable[[], None]) -> None:
         """Runs `run` on the loop's thread, soon."""
@@ -96,7 +102,7 @@ class Loop:
     def call_later(self, delay_s: float, run: Callable[[], None]) -> Timer:
         return self.call_at(self.clock() + delay_s, run)
 
-    def watch(self, sock: socket.socket, events: int, handler: Callable[[int], None]) -> None:
+    def watch(self, sock: HasDescriptor, events: int, handler: Callable[[int], None]) -> None:
         """Calls `handler(mask)` when `sock` is ready for one of `events`; 0 stops watching. Idempotent."""
         if self._closed:
             return
@@ -125,6 +131,7 @@ class Loop:
                 _, _, timer = heapq.heappop(self._timers)
                 if not timer.cancelled:
                     timer.run()
+            self.turn_ended()
 
     def _patience(self) -> float | None:
         if self._posted:
@@ -136,6 +143,8 @@ class Loop:
         return max(0.0, self._timers[0][0] - self.clock())
 
     def close(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         self._selector.close()
         self._bell.close()

@@ -1,0 +1,60 @@
+"""Where threads run: CPUs for the proxy, and how long a waiting thread may spin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+_NODES = Path("/sys/devices/system/node")
+_FEW_CPUS = 4
+SPIN_US = 20
+
+
+def spin_s(configured: int | Literal["auto"]) -> float:
+    """How long a reader tries again before it sleeps (s); `auto`: not where CPUs are few, others need them."""
+    if configured == "auto":
+        return 0.0 if len(os.sched_getaffinity(0)) <= _FEW_CPUS else SPIN_US / 1e6
+    return configured / 1e6
+
+
+def proxy_cpus(configured: Sequence[int] | Literal["auto"] | None) -> list[int] | None:
+    """The CPUs for the proxy; None: where the system puts it. Called on the thread that trains.
+
+    `auto`: those of this process on the NUMA node where this thread runs, without the CPUs that this thread is pinned
+    to if there are others.
+    """
+    if configured is None:
+        return None
+    if configured != "auto":
+        return sorted(configured)
+    try:
+        process, thread = os.sched_getaffinity(os.getpid()), os.sched_getaffinity(0)
+        near = _node_of(thread)
+    except (OSError, ValueError):
+        return None
+    chosen = process & near
+    if len(process) > 2 and thread < process and chosen - thread:
+        chosen -= thread
+    return sorted(chosen) if chosen and chosen != process else None
+
+
+def _node_of(cpus: Iterable[int]) -> set[int]:
+    """All CPUs of the NUMA node that holds all of `cpus`; ValueError if there is none."""
+    wanted = set(cpus)
+    for path in _NODES.glob("node[0-9]*/cpulist"):
+        found = parse_cpus(path.read_text())
+        if wanted <= found:
+            return found
+    raise ValueError("the CPUs lie on several nodes")
+
+
+def parse_cpus(text: str) -> set[int]:
+    """CPUs in the kernel's way of writing them: `0-3,8`. Raises ValueError."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return found

@@ -1,0 +1,55 @@
+"""The proxy process: `python -m adaptra_plugin.transport.proxy.main DATA_FD CONTROL_FD`. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+
+from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.proxy.loop import READ
+from adaptra_plugin.transport.proxy.server import Proxy
+
+
+class _Forward(logging.Handler):
+    """Lines go to the endpoint's logger: the proxy has no console of its own."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        super().__init__()
+        self._proxy = proxy
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._proxy.log_line(record.levelno, record.getMessage())
+
+
+class _Descriptor:
+    """As the loop wants it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+def main() -> None:
+    # the terminal's interrupt goes to the whole group; when to end is the endpoint's decision
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    data, control = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    proxy = Proxy(data, control)
+    log.addHandler(_Forward(proxy))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if hasattr(os, "pidfd_open"):
+        try:
+            # readable when the process has ended, however it has ended
+            proxy.loop.watch(_Descriptor(os.pidfd_open(os.getppid())), READ, lambda mask: proxy.stop())
+        except OSError:
+            return  # the endpoint's process is gone already
+    proxy.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""One peer, seen from the proxy: its rails as they come and go, its clock, and whether it is there, gone or lost."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from adaptra_plugin.errors import HandshakeError
+from adaptra_plugin.transport.clock import ClockOffset
+from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
+from adaptra_plugin.transport.proxy.health import State
+from adaptra_plugin.transport.proxy.inbox import Incoming
+from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
+from adaptra_plugin.transport.proxy.loop import Loop, Timer
+from adaptra_plugin.transport.proxy.meeting import Dialer, Probe
+from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
+from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
+from adaptra_plugin.transport.proxy.rails.stream import StreamRail
+from adaptra_plugin.transport.proxy.settings import ProxySettings
+from adaptra_plugin.transport.proxy.tls import Tls
+from adaptra_plugin.transport.types import Card, Direction, PeerInfo
+
+FIRST_PINGS = 8
+"""Pings in a row before a link counts as connected: the offset of the clocks must be known for the first message."""
+_PROBE_EVERY_S = 0.1
+_MAX_SKIPPED = 64
+"""Rails that the other end may give up; there are never so many."""
+
+LOOK = "Its process ended or its host went down: look at the end of its log, then restart the job from a checkpoint."
+LEFT = ("PeerLostError", "it has ended and closed its connections", "Look at the end of its log for the reason.")
+
+
+class Owner(Protocol):
+    """The proxy that a peer belongs to."""
+
+    settings: ProxySettings
+    me: PeerInfo
+    card: Card
+    secret: bytes
+    loop: Loop
+    tls: Tls | None
+
+    def wrap(self, rail: Rail, peer: Peer) -> Rail:
+        """The rail with the faults that are injected into it."""
+
+    def peer_up(self, peer: Peer) -> None: ...
+    def peer_refused(self, peer: Peer, text: str) -> None: ...
+    def peer_lost(self, peer: Peer, error: str, reason: str, remedy: str) -> None: ...
+    def peer_left(self, peer: Peer) -> None: ...
+    def peer_done(self, peer: Peer) -> None: ...
+    def peer_control(self, peer: Peer, message: dict[str, Any]) -> None: ...
+    def peer_rail(self, peer: Peer, rail: Rail, state: State, why: str) -> None: ...
+    def segments(self, peer: Peer, descriptors: list[int]) -> None: ...
+    def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None: ...
+    def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
+    def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
+    def peer_stuck(self, peer: Peer, direction: Direction, lane: int, stuck: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """What a peer is told beyond its address if data goes to it."""
+
+    rings: Mapping[LaneKey, Rings]
+    limit: int
+
+
+class Peer:
+    """Owns the link to one rank, and everything that is being done to bring its rails up.
+
+    Args:
+        info, card: who it is, and how it is reached.
+        neighbour: rings; None if only control messages go to and fro.
+        dials: whether this side makes the connections.
+    """
+
+    def __init__(self, owner: Owner, info: PeerInfo, card: Card, neighbour: Neighbour | None, *, dials: bool) -> None:
+        self.info = info
+        self.card = card
+        self.near = neighbour is not None
+        self.clock = ClockOffset()
+        self.departed = False
+        self.full = False  # more control messages wait for its endpoint than may
+        self.gone = False  # lost, left or closed: nothing more is reported
+        self.skipped: dict[str, str] = {}  # rails that will not come, and why
+        self._owner = owner
+        self._loop = owner.loop
+        self._dials = dials
+        self._rings = neighbour.rings if neighbour else {}
+        self._dialers: dict[str, Dialer] = {}
+        self._timers: dict[str, Timer] = {}
+        self._exchange: RingExchange | None = None
+        self._mapped = {"here": False, "there": False}
+        self._announced = False
+        self._closing = False
+        self._probe: Probe | None = None
+        self._cut_since: float | None = None
+        self._last_failure = "no rail has come up"
+        self._expected = self._expected_rails()
+        settings = owner.settings
+        self.link = Link(
+            self._rings,
+            self,
+            owner.loop.clock,
+            limit=neighbour.limit if neighbour else 0,
+            chunk_bytes=settings.chunk_kib << 10,
+            checksum=lambda rail: settings.checked(rail.kind),
+        )
+
+    def _expected_rails(self) -> set[str]:
+        """Rails that are tried at the start."""
+        owner = self._owner
+        if not self.near:
+            return {"tcp0"}
+        found = {f"tcp{index}" for index in range(owner.settings.connections_per_direction * self._paths)}
+        if owner.settings.wants(RailKind.SHM):
+            if owner.card.boot != self.card.boot:
+                self.skipped["shm"] = "it runs on another host"
+            elif not (owner.card.unix and self.card.unix):
+                self.skipped["shm"] = "one end does not offer it"
+            else:
+                found.add("shm")
+        if owner.tls is not None and owner.settings.wants(RailKind.RDMA) and owner.card.boot != self.card.boot:
+            self.skipped["rdma"] = "adaptra.transport.tls is set, and RDMA does not encrypt"
+        return found
+
+    @property
+    def _paths(self) -> int:
+        """Pairs of interfaces."""
+        return min(len(self._owner.card.addresses), len(self.card.addresses))
+
+    # --- coming up
+
+    def start(self) -> None:
+        for name in sorted(self._expected) if self._dials else ():
+            self._dial(name)
+        self._announce()
+
+    @property
+    def up(self) -> bool:
+        """All rails stand that will come and, towards a neighbour, the clocks are compared."""
+        waiting = self._expected - self.skipped.keys()
+        if not all(name in self.link.tracks and self.link.tracks[name].ready for name in waiting):
+            return False
+        return not self.near or (("shm" not in waiting or self._mapped["here"]) and self.clock.count >= FIRST_PINGS)
+
+    def _announce(self) -> None:
+        if self._announced or self.gone:
+            return
+        for kind in (RailKind.SHM, RailKind.RDMA):
+            if self.near and self._owner.settings.demands(kind) and kind.word in self.skipped:
+                why = self.skipped[kind.word]
+                self._owner.peer_refused(self, f"adaptra.transport.rail is {kind.word}, which is impossible: {why}")
+                return
+        if self.up:
+            self._announced = True
+            self._owner.peer_up(self)
+
+    def missing(self) -> str:
+        """In words, for an error: which rails have not come, and why."""
+        waiting = sorted(self._expected - self.skipped.keys() - self.link.tracks.keys())
+        reasons = sorted({self._dialers[name].last_reason for name in waiting if name in self._dialers})
+        how = "; ".join(reasons) or ("it has not dialled this rank" if waiting else "no answer to pings")
+        return f"{self.info} at {self.card.addresses[0]} ({len(waiting)} connections missing: {how})"
+
+    def _dial(self, name: str) -> None:
+        if self.gone or self.departed or self._closing or name in self._dialers or name in self.link.tracks:
+            return
+        shm = name == "shm"
+        index = 0 if shm else int(name.removeprefix("tcp"))
+        path = index % self._paths if self.near else 0
+        claim = Claim(
+            self._owner.me.rank, self._owner.me.stage, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
+        )
+        source = self._owner.card.addresses[path].host if path else None
+        settings = self._owner.settings
+        self._dialers[name] = Dialer(
+            self._loop,
+            self.card.unix if shm else self.card.addresses[path],
+            claim,
+            self._owner.secret,
+            Settings(settings.connections_per_direction, settings.ring_bytes),
+            settings.handshake_timeout_s,
+            source,
+            self._dialled,
+            self._turned_away,
+            self._dial_failed,
+            tls=None if shm else self._owner.tls,
+        )
+
+    def _dialled(self, sock: socket.socket, claim: Claim, settings: Settings) -> None:
+        self._dialers.pop(claim.rail, None)
+        reason = self.adopt(sock, claim)
+        if reason is not None:
+            log.warning("dropped: connection %s to rank %d: %s", claim.rail, self.info.rank, reason)
+            sock.close()
+
+    def _turned_away(self, claim: Claim, error: HandshakeError) -> None:
+        self._dialers.pop(claim.rail, None)
+        if claim.rail == "shm":
+            self._skip("shm", f"it refused: {error}")
+        elif not self._announced:
+            self._owner.peer_refused(self, f"refused the connection: {error}")
+        else:
+            self._last_failure = str(error)
+
+    def _dial_failed(self, claim: Claim, reason: str) -> None:
+        if claim.rail == "shm" and not self._announced:
+            self._dialers.pop("shm").close()
+            self._skip("shm", f"its socket cannot be reached: {reason}")
+        elif self._announced and not self.link.tracks and "refused" in reason.lower():
+            self._lose(f"{self._last_failure}, and nothing listens at {self.card.addresses[0]} any more")
+
+    def _skip(self, name: str, why: str) -> None:
+        """A rail is given up for good; the link does without it."""
+        if name not in self.skipped:
+            self.skipped[name] = why
+            self.link.send_rail_message({"skip": name, "why": why})
+            self.link.pump()
+        self._announce()
+
+    def adopt(self, sock: socket.socket, claim: Claim) -> str | None:
+        """Takes over a connection that has passed its handshake, or says why it has no place here."""
+        if self.departed or self.gone or self._closing:
+            return f"rank {self.info.rank} has left already"
+        if claim.rail not in self._expected or claim.rail in self.skipped:
+            return f"no connection {claim.rail} is wanted with rank {self.info.rank}"
+        if claim.rail in self.link.tracks:
+            if claim.source == self._owner.me.rank:
+                return f"rank {self.info.rank} is connected for {claim.rail} already"
+            # it has dialled again because its end has failed, which this end has not noticed yet
+            self.link.drop_rail(claim.rail, "the other end has connected anew")
+        if claim.purpose == Purpose.SHM:
+            if self._exchange is not None:
+                self._exchange.close()
+            rings = [self._rings[key].ring.fd for key in self._rings]
+            timeout_s = self._owner.settings.handshake_timeout_s
+            self._exchange = RingExchange(self._loop, sock, rings, self._rings_came, self._no_rings, timeout_s)
+        else:
+            self._add(StreamRail(RailKind.TCP, claim.rail, self.link, self._loop, sock), ready=True)
+        return None
+
+    def _rings_came(self, sock: socket.socket, descriptors: list[int]) -> None:
+        self._exchange = None
+        self._mapped = {"here": False, "there": False}
+        self._owner.segments(self, descriptors)
+        self._add(StreamRail(RailKind.SHM, "shm", self.link, self._loop, sock), ready=False)
+
+    def _no_rings(self, reason: str) -> None:
+        self._exchange = None
+        if self._dials:
+            self._skip("shm", reason)
+
+    def _add(self, rail: Rail, *, ready: bool) -> None:
+        self._cut_since = None
+        self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
+        self.link.ping(rail.name)
+        self._announce()
+
+    def mapped(self) -> None:
+        """The endpoint has mapped the peer's rings."""
+        self._mapped["here"] = True
+        self.link.send_rail_message({"mapped": "shm"})
+        self.link.pump()
+        self._announce()
+
+    # --- what the link reports
+
+    def message(self, direction: Direction, lane: int, found: Incoming) -> None:
+        self._owner.message(self, direction, lane, found)
+
+    def acked(self, direction: Direction, lane: int, message: int) -> None:
+        self._owner.acked(self, direction, lane, message)
+
+    def consumed(self, direction: Direction, lane: int, message: int) -> None:
+        self._owner.consumed(self, direction, lane, message)
+
+    def peer_stuck(self, direction: Direction, lane: int, stuck: bool) -> None:
+        self._owner.peer_stuck(self, direction, lane, stuck)
+
+    def control(self, message: dict[str, Any]) -> None:
+        self._owner.peer_control(self, message)
+
+    def rail_state(self, rail: Rail, state: State, why: str) -> None:
+        if self._announced and not (self.gone or self.departed or self._closing):
+            self._owner.peer_rail(self, rail, state, why)
+
+    def pong(self, sent: float, remote_received: float, remote_sent: float, received: float) -> None:
+        self.clock.add(sent, remote_received, remote_sent, received)
+        if not self._announced:
+            if self.clock.count < FIRST_PINGS and self.link.tracks:
+                self.link.ping(next(iter(self.link.tracks)))
+            self._announce()
+
+    def rail_message(self, rail: Rail, message: dict[str, Any]) -> None:
+        """The other proxy speaks of rails."""
+        if isinstance(name := message.get("closed"), str):
+            self._loop.post(functools.partial(self.link.drop_rail, name, "the other end has closed it"))
+        elif isinstance(name := message.get("skip"), str):
+            if len(self.skipped) < _MAX_SKIPPED:
+                why = message.get("why")
+                self.skipped.setdefault(name[:64], f"the other end says: {why[:1000] if isinstance(why, str) else ''}")
+            self._announce()
+        elif message.get("mapped") == "shm":
+            self._mapped["there"] = True
+            self.link.make_ready("shm")
+            self._announce()
+
+    # --- rails go
+
+    def rail_lost(self, rail: Rail, reason: str) -> None:
+        self._last_failure = reason
+        if self.departed or self._closing or self.gone:
+            self._check_done()
+            return
+        if self._dials:
+            pause = max(0.0, self.link.health[rail.name].until - self._loop.clock())
+            # what was the last rail is missed at once
+            self._timers[rail.name] = self._loop.call_later(
+                pause if self.link.tracks else min(pause, _PROBE_EVERY_S), lambda: self._again(rail.name)
+            )
+        if not self.link.tracks:
+            self._cut_since = self._loop.clock()
+            self._vigil()
+
+    def _again(self, name: str) -> None:
+        if not self.gone and name not in self.link.tracks:
+            self.link.health[name].probing()
+            self._dial(name)
+
+    def _vigil(self) -> None:
+        """No rail is left: is the peer there at all?"""
+        if self._cut_since is None or self.link.tracks or self.gone or self.departed or self._closing:
+            return
+        silent = self._loop.clock() - self._cut_since
+        if silent >= self._owner.settings.reconnect_s:
+            self._lose(f"{self._last_failure}, and no rail has come back within {silent:.1f} s")
+            return
+        if self._probe is not None:
+            self._probe.close()
+        self._probe = Probe(self._loop, self.card.addresses[0], self._probed)
+        self._timers["vigil"] = self._loop.call_later(_PROBE_EVERY_S, self._vigil)
+
+    def _probed(self, somebody: bool) -> None:
+        self._probe = None
+        if not somebody and not self.link.tracks:
+            self._lose(self._last_failure)
+
+    def _lose(self, reason: str) -> None:
+        if not (self.gone or self.departed or self._closing):
+            error, remedy = "PeerLostError", LOOK
+            if "no frame" in reason:
+                error = "TransportError"
+                remedy = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
+            self.gone = True
+            self.close()
+            self._owner.peer_lost(self, error, reason, remedy)
+
+    # --- the end
+
+    def goodbye(self) -> None:
+        if not self.departed:
+            self.departed = True
+            self._owner.peer_left(self)
+            self._check_done()
+
+    def begin_close(self) -> None:
+        """Sends what waits, then goodbye."""
+        self._closing = True
+        self._end_attempts()
+        self.link.say_goodbye()
+        self._check_done()
+
+    def finished(self) -> None:
+        self.close()
+        self._owner.peer_done(self)
+
+    @property
+    def done(self) -> bool:
+        return self.gone or (self._closing and not self.link.tracks)
+
+    def _check_done(self) -> None:
+        if self._closing and not self.link.tracks:
+            self._owner.peer_done(self)
+
+    def _end_attempts(self) -> None:
+        for dialer in self._dialers.values():
+            dialer.close()
+        self._dialers.clear()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        if self._probe is not None:
+            self._probe.close()
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+
+    def close(self) -> None:
+        """Gives everything back at once."""
+        self.gone = True
+        self._end_attempts()
+        self.link.close()
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "clock_offset_ms": self.clock.offset * 1e3,
+            "round_trip_ms": self.clock.round_trip * 1e3,
+            "retries": self.link.retries,
+            "damaged": self.link.corrupt,
+            "rails": {
+                name: {
+                    "state": health.state.value,
+                    "mb_per_s": round(self.link.tracks[name].speed / 1e6, 1) if name in self.link.tracks else 0.0,
+                    "delivered_bytes": self.link.tracks[name].delivered if name in self.link.tracks else 0,
+                }
+                for name, health in self.link.health.items()
+            },
+            "skipped": dict(self.skipped),
+        }

@@ -1,0 +1,168 @@
+"""Starts the proxy of an endpoint: a process of its own, or a thread of this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.bridge import pairs
+from adaptra_plugin.transport.log import log
+
+_MODULE = "adaptra_plugin.transport.proxy.main"
+_ROOT = Path(__file__).resolve().parents[2]
+"""Where the package lies."""
+
+
+class Running(ABC):
+    """A proxy that has been started. The endpoint owns its ends of the two pairs of sockets."""
+
+    data: socket.socket
+    control: socket.socket
+
+    @abstractmethod
+    def join(self, timeout_s: float) -> bool:
+        """Waits for its end (s). True if it has ended."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Ends it at once, as far as that is possible."""
+
+    @abstractmethod
+    def obituary(self) -> str:
+        """What it is and how it ended, in words."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """In a forked child: lets go of what was inherited besides the endpoint's ends."""
+
+
+Spawn = Callable[[int], Running]
+"""Starts a proxy for a rank. Raises TransportError."""
+
+
+class ProxyProcess(Running):
+    """Loads neither torch nor the training's code; the job's secret comes over the control stream."""
+
+    def __init__(self, rank: int) -> None:
+        """Raises TransportError if no process can be started."""
+        (self.data, data), (self.control, control) = pairs()
+        self._rank = rank
+        try:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                [sys.executable, "-m", _MODULE, str(data.fileno()), str(control.fileno())],
+                pass_fds=(data.fileno(), control.fileno()),
+                close_fds=True,
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+            )
+        except OSError as error:
+            self.data.close()
+            self.control.close()
+            raise TransportError(
+                f"the proxy process of rank {rank} cannot be started ({error}): set adaptra.transport.proxy to "
+                '"thread" to do without'
+            ) from None
+        finally:
+            data.close()
+            control.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def join(self, timeout_s: float) -> bool:
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def obituary(self) -> str:
+        code = self._process.poll() if self._process is not None else None
+        if code is None:
+            how = "has closed its sockets and is still there"
+        elif code < 0:
+            how = f"was killed by {_signal_name(-code)} (exit code {code})"
+        else:
+            how = f"has ended with exit code {code}"
+        return f"the proxy process of rank {self._rank} {how}"
+
+    def abandon(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.returncode = 0  # it is not this process's child: nobody here may wait for it
+
+
+def _environment() -> dict[str, str]:
+    """The proxy finds the package where this process has found it, also if that is a checkout."""
+    environment = dict(os.environ)
+    if _ROOT.name not in ("site-packages", "dist-packages"):
+        paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), str(_ROOT)])
+    return environment
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class ProxyThread(Running):
+    """The same proxy in this process: no start-up time and nothing to reap, but it shares the interpreter lock."""
+
+    def __init__(self, rank: int) -> None:
+        from adaptra_plugin.transport.proxy.server import Proxy
+
+        (self.data, data), (self.control, control) = pairs()
+        self._rank = rank
+        self._ends = (data, control)
+        self._proxy = Proxy(data, control)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"adaptra-proxy-{rank}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._proxy.run()
+        except BaseException as error:  # noqa: BLE001  the endpoint reports it
+            self._error = error
+            log.exception("the proxy thread of rank %d failed", self._rank)
+        finally:
+            for end in self._ends:
+                end.close()
+
+    def join(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """It notices that the endpoint's ends are closed."""
+
+    def obituary(self) -> str:
+        how = f"failed: {type(self._error).__name__}: {self._error}" if self._error is not None else "has ended"
+        return f"the proxy thread of rank {self._rank} {how}"
+
+    def abandon(self) -> None:
+        self._proxy.abandon()
+        for end in self._ends:
+            end.close()
+
+
+SPAWNS: dict[str, Spawn] = {"process": ProxyProcess, "thread": ProxyThread}

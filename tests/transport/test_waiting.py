@@ -1,0 +1,376 @@
+"""Who reads the data socket, in which order records may come, and how long `send` takes."""
+
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from adaptra_plugin.errors import TransferTimeout, TransportError
+from adaptra_plugin.transport import Direction, placement
+from adaptra_plugin.transport.bridge import MAX_PACKET, Op, pairs
+from adaptra_plugin.transport.mailbox import Mailbox
+from adaptra_plugin.transport.segment import Segment
+
+from .fake_proxy import connected
+from .support import activation, everywhere, gradient, line, until
+
+LIGHT = """
+import sys
+import {module}
+heavy = sorted(name for name in ("torch", "pydantic", "numpy") if name in sys.modules)
+sys.exit(f"imports {{heavy}}" if heavy else 0)
+"""
+
+
+@pytest.fixture
+def fake_pair():
+    made = []
+
+    def make(**changes):
+        made.append(connected(**changes))
+        return made[-1]
+
+    yield make
+    for endpoint, fake in made:
+        endpoint.close()
+        fake.close()
+
+
+@pytest.mark.parametrize("module", ["adaptra_plugin.transport.proxy.main", "adaptra_plugin.transport"])
+def test_the_proxy_imports_nothing_heavy(module):
+    result = subprocess.run([sys.executable, "-c", LIGHT.format(module=module)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- the mailbox
+
+
+def test_one_thread_reads_and_hands_the_role_on():
+    (near, far), control = pairs()
+    for end in control:
+        end.close()
+    got = []
+    box = Mailbox(near, got.append)
+    try:
+        order = []
+
+        def waiter(number):
+            assert box.wait(lambda: len(got) >= number, time.monotonic() + 10)
+            order.append(number)
+
+        threads = [threading.Thread(target=waiter, args=(number,)) for number in (3, 1, 2)]
+        for thread in threads:
+            thread.start()
+        for number in range(1, 4):
+            far.send(b"x")
+            until(lambda number=number: order == list(range(1, number + 1)), "wake-up")
+        for thread in threads:
+            thread.join(10)
+        assert not box._reading and box._followers == 0
+    finally:
+        box.close()
+        far.close()
+
+
+def test_what_no_record_tells_is_noticed_by_the_reader_and_by_the_others():
+    (near, far), control = pairs()
+    for end in control:
+        end.close()
+    box = Mailbox(near, lambda packet: None)
+    try:
+        flag = threading.Event()
+        calls = [lambda: box.wait(flag.is_set, time.monotonic() + 20) or 1 / 0] * 3
+        threading.Timer(0.1, lambda: (flag.set(), box.wake())).start()
+        start = time.monotonic()
+        assert everywhere(*calls) == [None] * 3
+        assert time.monotonic() - start < 5
+        start = time.monotonic()
+        assert not box.wait(lambda: False, start + 0.05)
+        assert 0.05 <= time.monotonic() - start < 2
+    finally:
+        box.close()
+        far.close()
+
+
+def test_a_full_socket_is_waited_for_and_a_closed_one_ends_nothing():
+    (near, far), control = pairs()
+    for end in control:
+        end.close()
+    box = Mailbox(near, lambda packet: None)
+    received = []
+    reader = threading.Thread(target=lambda: [received.append(far.recv(MAX_PACKET)) for _ in range(5000)])
+    threading.Timer(0.2, reader.start).start()
+    for number in range(5000):
+        box.post(Op.SEND, 1, 0, 0, 64 * number)
+    reader_started = time.monotonic()
+    while len(received) < 5000 and time.monotonic() - reader_started < 10:
+        time.sleep(0.01)
+    assert len(received) == 5000
+    far.close()
+    box.post(Op.SEND, 1, 0, 0)  # dropped
+    assert not box.wait(lambda: False, time.monotonic() + 0.05)
+    box.close()
+    box.post(Op.SEND, 1, 0, 0)
+
+
+# --- records
+
+
+def test_room_is_free_again_from_the_oldest_message_on(fake_pair):
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    tickets = [channel.send(activation(n), [torch.zeros(75_000)]) for n in range(3)]
+    records = [fake.expect(Op.SEND) for _ in range(3)]
+    assert [r[5] for r in records] == [0, 300_160, 600_320] and {r[6] for r in records} == {300_160}
+    fake.record(Op.CONSUMED, position=300_160)  # the second one: no room for the fourth yet, but it has arrived
+    tickets[1].wait()
+    assert not tickets[0].ready()
+    sent = []
+    thread = threading.Thread(target=lambda: sent.append(channel.send(activation(3), [torch.ones(75_000)])))
+    thread.start()
+    stuck = fake.expect(Op.STUCK)
+    assert (stuck[1], stuck[2], stuck[4], stuck[6]) == (Direction.ACTIVATION, 0, 1, 1)
+    assert sent == []
+    fake.record(Op.CONSUMED, position=0)
+    assert fake.expect(Op.STUCK)[6] == 0
+    record = fake.expect(Op.SEND)
+    thread.join(10)
+    assert record[5] == 900_480  # around the end
+    assert fake.ring(Direction.ACTIVATION).read(900_480, 4) == b"ADm2"
+    tickets[0].wait()
+    for position in (600_320, 900_480):
+        fake.record(Op.ACKED, position=position)
+        fake.record(Op.CONSUMED, position=position)
+    tickets[2].wait()
+    sent[0].wait()
+    first._mailbox.drain()
+    assert channel.send(activation(4), []).ready() is False
+    assert fake.expect(Op.SEND)[5] == 2 << 20  # an empty ring is filled from its start again
+
+
+def test_a_message_names_the_earlier_one_of_its_key_until_that_has_arrived(fake_pair):
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    for _ in range(2):
+        channel.send(activation(0), [])
+    channel.send(activation(1), [])
+    records = [fake.expect(Op.SEND) for _ in range(3)]
+    assert [(r[5], r[8]) for r in records] == [(0, 0), (64, 1), (128, 0)]
+    fake.record(Op.ACKED, position=0)
+    third = channel.send(activation(0), [])
+    assert fake.expect(Op.SEND)[8] == 65
+    fake.record(Op.ACKED, position=64)
+    fake.record(Op.ACKED, position=192)
+    third.wait()
+    channel.send(activation(0), [])
+    assert fake.expect(Op.SEND)[8] == 0
+
+
+def test_messages_arrive_in_any_order_in_the_mirror_and_in_the_peers_own_ring(fake_pair):
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    rings = [Segment.create(1 << 20) for _ in Direction]
+    fake.tell("segments", [ring.fd for ring in rings], rank=1)
+    until(lambda: {"op": "mapped", "rank": 1} in fake.heard, "mapped")
+    late, early = channel.recv(gradient(1)), channel.recv(gradient(0))
+    end = (1 << 20) - 128  # over the end of the ring
+    fake.deliver(gradient(1), torch.arange(100.0), 5 << 20, segment=rings[1], flags=1)
+    fake.deliver(gradient(0), torch.arange(100.0) + 1, end)
+    assert early.wait().tensors[0].tolist() == list(range(1, 101))
+    assert fake.expect(Op.RELEASE)[5] == end
+    message = late.wait()
+    assert message.tensors[0].tolist() == list(range(100))
+    assert fake.expect(Op.RELEASE)[5] == 5 << 20
+    rings[1].write(5 << 20, b"\xff" * 600)  # the room belongs to the peer again, the tensors to the caller
+    assert message.tensors[0].tolist() == list(range(100))
+    for ring in rings:
+        ring.close()
+
+
+def test_rings_of_a_peer_that_are_too_small_are_refused(fake_pair, caplog):
+    _, fake = fake_pair()
+    rings = [Segment.create(1 << 20), Segment.create(1 << 19)]
+    fake.tell("segments", [ring.fd for ring in rings], rank=1)
+    fake.tell("segments", [rings[0].fd], rank=1)
+    until(lambda: caplog.text.count("cannot be mapped") == 2, "warning")
+    assert "524288 bytes, 1048576 were announced" in caplog.text and "1 rings came, 2 were expected" in caplog.text
+    assert not [m for m in fake.heard if m["op"] == "mapped"]
+    for ring in rings:
+        ring.close()
+
+
+def test_the_oldest_gradient_is_absorbed_whatever_arrived_first(fake_pair):
+    """And only while the peer says that it waits for room."""
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    tickets = [channel.recv(gradient(n)) for n in (0, 1)]
+    for n in range(3):
+        channel.send(activation(n), [torch.zeros(75_000)])
+        fake.expect(Op.SEND)
+    blocked = threading.Thread(target=lambda: channel.send(activation(3), [torch.zeros(75_000)]))
+    blocked.start()
+    fake.expect(Op.STUCK)
+    second = 192  # after the header, the description and the payload of the first
+    third = fake.deliver(gradient(1), torch.ones(10), second)
+    assert fake.deliver(gradient(0), torch.ones(10), 0) == second
+    fake.deliver(gradient(2), torch.ones(10), third)  # nobody has asked for it
+    until(tickets[0].ready, "arrival")
+    lane = first._links[1].receiving[Direction.GRADIENT][0]
+    assert lane.counters.absorbed == 0
+    fake.record(Op.PEER_STUCK, Direction.GRADIENT, total=1)
+    assert [fake.expect(Op.RELEASE)[5] for _ in range(2)] == [0, second]
+    until(lambda: lane.counters.absorbed == 2, "count")
+    late = channel.recv(gradient(2))  # a receive posted late counts too
+    assert fake.expect(Op.RELEASE)[5] == third
+    until(lambda: lane.counters.absorbed == 3, "count")
+    fake.record(Op.PEER_STUCK, Direction.GRADIENT, total=0)
+    fake.deliver(gradient(3), torch.ones(10), 1 << 20)
+    kept = channel.recv(gradient(3))
+    until(kept.ready, "arrival")
+    assert lane.counters.absorbed == 3
+    fake.record(Op.CONSUMED, position=0)
+    assert fake.expect(Op.STUCK)[6] == 0
+    fake.expect(Op.SEND)
+    blocked.join(10)
+    for ticket in (*tickets, late, kept):
+        assert ticket.wait().tensors[0].tolist() == [1.0] * 10
+    assert fake.expect(Op.RELEASE)[5] == 1 << 20
+
+
+def test_producers_of_a_full_lane_stand_in_line(fake_pair):
+    """A large message is not overtaken for ever by small ones that would fit."""
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    channel.send(activation(0), [torch.zeros(150_000)])
+    fake.expect(Op.SEND)
+    sent = []
+
+    def send(number, elements):
+        channel.send(activation(number), [torch.zeros(elements)])
+        sent.append(number)
+
+    large = threading.Thread(target=send, args=(1, 150_000))
+    large.start()
+    fake.expect(Op.STUCK)
+    small = threading.Thread(target=send, args=(2, 10))
+    small.start()
+    time.sleep(0.1)
+    assert sent == []
+    fake.record(Op.CONSUMED, position=0)
+    assert fake.expect(Op.STUCK)[6] == 0
+    sizes = [fake.expect(Op.SEND)[6] for _ in range(2)]
+    assert sizes == [600_128, 192]
+    large.join(10)
+    small.join(10)
+
+
+def test_a_timeout_gives_the_place_in_line_to_the_next(fake_pair):
+    first, fake = fake_pair(deadline_s=0.3)
+    channel = first.channel(1)
+    channel.send(activation(0), [torch.zeros(150_000)])
+    with pytest.raises(TransferTimeout):
+        channel.send(activation(1), [torch.zeros(150_000)])
+    channel.send(activation(2), [torch.zeros(10)])
+    assert [r[0] for r in (fake.next() for _ in range(4))] == [Op.SEND, Op.STUCK, Op.STUCK, Op.SEND]
+
+
+def test_stats_of_a_busy_proxy_are_the_last_known(fake_pair, monkeypatch):
+    from adaptra_plugin.transport import endpoint as endpoint_module
+
+    first, fake = fake_pair()
+    fake.tell("stats", id=0, data={"refused_connections": 7, "peers": {"1": {"retries": 3}}})
+    until(lambda: first.stats()["refused_connections"] == 0, "an answer of its own")
+    monkeypatch.setattr(endpoint_module, "STATS_DEADLINE_S", 0.05)
+    monkeypatch.setattr(fake, "_command", lambda message, descriptors: None)
+    fake.tell("stats", id=0, data={"refused_connections": 7, "peers": {"1": {"retries": 3}}})
+    until(lambda: first.stats()["refused_connections"] == 7, "the last known")
+    assert first.stats()["peers"][1]["retries"] == 3
+    monkeypatch.undo()
+
+
+def test_other_settings_of_a_peer_are_refused_before_anything_is_dialled():
+    from dataclasses import replace
+
+    from adaptra_plugin.errors import HandshakeError
+
+    from .support import config, endpoint, info
+
+    for change, says in (
+        ({"connections": 3}, "connections_per_direction 3, this rank 2"),
+        ({"protocol": 1}, "protocol version 1, this rank 2"),
+    ):
+        first = endpoint(0, config())
+        try:
+            with pytest.raises(HandshakeError, match=says) as caught:
+                first.connect({1: (info(1), replace(first.card, **change))}, neighbours=[1], coordinator=0)
+            assert "rank 1 (stage 1, host n1)" in str(caught.value)
+        finally:
+            first.close()
+
+
+def test_the_smaller_ring_counts():
+    from .support import config, connect_line, endpoint
+
+    endpoints = [endpoint(rank, config(ring_mib=1 + rank)) for rank in (0, 1)]
+    try:
+        assert connect_line(endpoints) == [None, None]
+        assert endpoints[1].channel(0)._link.sending[Direction.GRADIENT][0].capacity == 1 << 20
+        with pytest.raises(TransportError, match="more than the 1048576 bytes"):
+            endpoints[1].channel(0).send(gradient(0), [torch.zeros(300_000)])
+        for number in range(20):
+            endpoints[1].channel(0).send(gradient(number), [torch.full((75_000,), float(number))])
+            (got,) = endpoints[0].channel(1).recv(gradient(number)).wait().tensors
+            assert got.unique().tolist() == [float(number)]
+    finally:
+        everywhere(*(e.close for e in endpoints))
+
+
+def test_send_returns_at_once_with_much_queued():
+    with line(2, ring_mib=72, proxy="process") as (first, second):
+        channel = first.channel(1)
+        big, small = torch.zeros(16 << 20, dtype=torch.uint8), torch.zeros(1024)
+        for number in range(4):
+            channel.send(activation(number), [big])
+        taken = []
+        for number in range(4, 204):
+            start = time.perf_counter()
+            channel.send(activation(number), [small])
+            taken.append((time.perf_counter() - start) * 1e6)
+        assert statistics.median(taken) < 400  # a quarter of that on an idle machine
+        for number in range(204):
+            second.channel(0).recv(activation(number)).wait()
+
+
+# --- placement
+
+
+def test_cpus_of_the_proxy(monkeypatch, tmp_path):
+    for node, cpus in ((0, "0-3"), (1, "4-7,9")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus + "\n")
+    monkeypatch.setattr(placement, "_NODES", tmp_path)
+    affinity = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(affinity["process" if pid else "thread"]))
+
+    def auto(process, thread):
+        affinity.update(process=process, thread=thread)
+        return placement.proxy_cpus("auto")
+
+    assert auto(range(8), range(8)) is None  # on which node the thread runs is not known
+    assert auto(range(4), range(4)) is None  # there is nothing to choose
+    assert auto(range(8), range(4)) == [0, 1, 2, 3]
+    assert auto(range(8), [1]) == [0, 2, 3]
+    assert auto([*range(8), 9], [9]) == [4, 5, 6, 7]
+    assert auto([0, 1], [0]) is None
+    assert placement.proxy_cpus(None) is None
+    assert placement.proxy_cpus((3, 1)) == [1, 3]
+    affinity["thread"] = range(4)
+    assert placement.spin_s("auto") == 0
+    affinity["thread"] = range(5)
+    assert placement.spin_s("auto") == pytest.approx(20e-6)
+    assert placement.spin_s(7) == pytest.approx(7e-6)
