@@ -12,7 +12,7 @@ class StragglerEvent:
 
     time_unix: float
     """Seconds since the epoch at which it was found."""
-    kind: Literal["link", "stage", "peer"]
+    kind: Literal["link", "stage", "peer", "rail"]
     state: Literal["slow", "healed", "lost"]
     replica: int
     """Pipeline replica (data-parallel index)."""
@@ -42,10 +42,14 @@ class StragglerEvent:
     """Ratio of the two."""
     plan_version: int
     """Plan in use once the action is done."""
+    rail: str | None = None
+    """`rdma0`, `tcp1`: the rail of `link` that was lost or works again."""
 
     @property
     def subject(self) -> str:
-        """Short name: `link 2-3`, `stage 2`, `peer rank 3`."""
+        """Short name: `link 2-3`, `stage 2`, `peer rank 3`, `rail rdma0 of link 2-3`."""
+        if self.kind == "rail":
+            return f"rail {self.rail} of link {self.link}"
         if self.kind == "link":
             return f"link {self.link}"
         if self.kind == "stage":
@@ -64,7 +68,7 @@ class StragglerEvent:
             who = f"replica {self.replica}: {who}"
         verb = "healed in" if self.state == "healed" else f"is {self.state} since"
         parts = [f"{who} {verb} iteration {self.since_iteration}"]
-        if self.kind != "peer":
+        if self.kind in ("link", "stage"):
             what = "delay" if self.kind == "link" else "compute"
             parts[0] += f": {what} {_ms(self.delay_before_ms)} -> {_ms(self.delay_after_ms)} ms"
         if self.action:

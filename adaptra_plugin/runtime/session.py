@@ -28,6 +28,7 @@ from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
+from adaptra_plugin.runtime.rails import RailWatch, event_from
 from adaptra_plugin.runtime.rendezvous import Rendezvous
 from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
@@ -92,12 +93,14 @@ class Session:
             config.report, topology.rank, wandb_here=topology.rank == COORDINATOR, at_exit=self.close
         )
         host = socket.gethostname()
+        self._rails = RailWatch(topology, host)
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
         self._me = PeerInfo(rank=topology.rank, stage=topology.stage, host=host)
         self._endpoint = Endpoint(self._me, config.transport, rendezvous.secret(topology), simulate=config.simulate)
         try:
             self._endpoint.on_control = self._control
             self._endpoint.on_peer_lost = self._peer_lost
+            self._endpoint.on_rail = self._rail
             peers = rendezvous.exchange(topology, host, self._endpoint.card)
             self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
             self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
@@ -239,6 +242,8 @@ class Session:
         if kind in ("report", "answer"):
             if self._coordinator is not None:
                 self._coordinator.post(sender, message)
+        elif kind == "rail":
+            self._report_rail(sender, message)
         elif kind == "lost":
             self._lose(PeerInfo(int(message["rank"]), int(message["stage"]), str(message["host"])), str(message["why"]))
         elif sender != COORDINATOR:
@@ -277,6 +282,19 @@ class Session:
         )
 
     # --- failures
+
+    def _rail(self, peer: PeerInfo, rail: str, state: str, why: str) -> None:
+        """A step in the life of a rail (on the control thread)."""
+        self._reporter.message("rail", peer=peer.rank, rail=rail, state=state, why=why, iteration=self._iteration)
+        event = self._rails.step(peer, rail, state, why, iteration=self._iteration, version=self._book.version)
+        if event is not None:
+            self._send(COORDINATOR, {"type": "rail", "event": event})
+
+    def _report_rail(self, sender: int, message: dict[str, Any]) -> None:
+        try:
+            self._reporter.event(event_from(message["event"]))
+        except (KeyError, ValueError) as error:
+            logger.warning("what rank %d says of a rail is not understood: %s", sender, error)
 
     def _peer_lost(self, peer: PeerInfo, why: str) -> None:
         """The transport has noticed that a peer is gone (on the control thread)."""

@@ -49,6 +49,8 @@ class Endpoint:
     """`(rank, message)` of every control message. Called on the control thread: be quick, never wait in it."""
     on_peer_lost: Callable[[PeerInfo, str], None]
     """`(peer, reason)`, once a peer, not for a goodbye. Called on the control thread: be quick, never wait in it."""
+    on_rail: Callable[[PeerInfo, str, str, str], None]
+    """`(peer, rail, state, why)`: a rail is `suspect`, `paused`, or `healthy` again. On the control thread, as above."""
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class Endpoint:
         self.me = me
         self.on_control = lambda rank, message: None
         self.on_peer_lost = lambda peer, reason: None
+        self.on_rail = lambda peer, rail, state, why: None
         self._config = config
         self._fate = Fate()
         self._peers: dict[int, PeerInfo] = {}
@@ -336,8 +339,8 @@ class Endpoint:
             self._backlog[event["rank"]] = event["waiting"]
         elif kind == "log":
             log.log(int(event["level"]), "%s", event["text"])
-        elif kind == "rail":
-            pass  # for the report; the proxy has written a line
+        elif kind == "rail":  # the proxy has written a line
+            self.on_rail(self._peers[event["rank"]], event["rail"], event["state"], event["why"])
         elif kind == "closed":
             self._said_closed = True
             self._control.stop()
