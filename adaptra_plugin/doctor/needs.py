@@ -16,6 +16,8 @@ NEIGHBOURS = 2
 """A stage in the middle of the pipeline: the most that a rank has."""
 DIRECTIONS = 2
 """Activations and gradients have connections of their own."""
+ENDS = 2
+"""A lane has the ring that this rank fills, and a mirror of the same size of the ring that the peer fills."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Needs:
 
     @property
     def connections(self) -> int:
-        """Data connections of a rank in the middle of the pipeline; each has a ring at this end."""
+        """Lanes of a rank in the middle of the pipeline; each has a ring and a mirror at this end."""
         return self.config.transport.connections_per_direction * DIRECTIONS * NEIGHBOURS
 
     @property
     def rank_bytes(self) -> int:
-        """All rings of one rank."""
-        return self.ring_bytes * self.connections
+        """All rings and mirrors of one rank. An upper bound: they are touched page by page, when messages first need them."""
+        return self.ring_bytes * self.connections * ENDS
 
     @property
     def node_bytes(self) -> int:
@@ -73,8 +75,8 @@ class Needs:
         """The sum in words."""
         transport = self.config.transport
         return (
-            f"{gib(self.rank_bytes)} a rank ({gib(self.ring_bytes)} x {transport.connections_per_direction} connections x "
-            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours)"
+            f"up to {gib(self.rank_bytes)} a rank ({gib(self.ring_bytes)} x {transport.connections_per_direction} lanes x "
+            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours, a ring and a mirror each, touched as messages need them)"
         )
 
 

@@ -55,12 +55,12 @@ def test_a_failure_is_exit_code_1(tmp_path, capsys):
 def test_ranks_default_to_the_gpus_of_the_node(tmp_path, capsys):
     tree = roce_node(tmp_path)
     run(None, None, False, tree.machine())
-    assert "2 ranks: 1 GiB" in " ".join(capsys.readouterr().out.split())
+    assert "2 ranks: 2 GiB" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "dev/nvidia1").unlink()  # a container that was given one of two
     run(None, None, False, tree.machine())
-    assert "2 neighbours): 512 MiB;" in " ".join(capsys.readouterr().out.split())
+    assert "as messages need them): 1 GiB;" in " ".join(capsys.readouterr().out.split())
     run(None, 8, False, tree.machine())
-    assert "8 ranks: 4 GiB" in " ".join(capsys.readouterr().out.split())
+    assert "8 ranks: 8 GiB" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_needs_of_the_configuration_are_checked_and_deepspeed_is_required(tmp_pa
     rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["configuration"]["status"] == "OKAY"
     assert rows["staging memory"]["status"] == "FAIL"
-    assert "512 GiB a rank" in rows["staging memory"]["found"]
+    assert "up to 1024 GiB a rank" in rows["staging memory"]["found"]
 
 
 def test_ranges_come_from_the_packages_own_metadata_and_are_those_of_the_patches():

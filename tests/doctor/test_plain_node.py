@@ -68,8 +68,8 @@ def test_a_check_that_breaks_is_a_row_and_keeps_what_it_had(node):
 
 @pytest.mark.parametrize(
     ("ring_mib", "ranks", "status"),
-    [(64, 2, Status.OKAY), (6400, 1, Status.OKAY), (6401, 1, Status.WARN), (12800, 1, Status.WARN),
-     (12801, 1, Status.FAIL), (6401, 2, Status.FAIL)],
+    [(64, 2, Status.OKAY), (3200, 1, Status.OKAY), (3201, 1, Status.WARN), (6400, 1, Status.WARN),
+     (6401, 1, Status.FAIL), (3201, 2, Status.FAIL)],
 )  # fmt: skip
 def test_rings_of_all_ranks_against_100_gib_available(node, ring_mib, ranks, status):
     needs = Needs(parse_config({"transport": {"ring_mib": ring_mib}}), ranks)
@@ -89,7 +89,7 @@ def test_the_tightest_control_group_counts(node):
     assert (row.status, "256 MiB free of 1 GiB" in row.found) == (Status.FAIL, True)
     # page cache is given back when it is needed
     node.file("/sys/fs/cgroup/slurm/memory.stat", f"anon 1\ninactive_file {GIB * 3 // 4}")
-    row = node.rows(Needs())["staging memory"]
+    row = node.rows(Needs(parse_config({"transport": {"ring_mib": 32}})))["staging memory"]
     assert (row.status, "1 GiB free of 1 GiB" in row.found) == (Status.OKAY, True)
 
 

@@ -39,8 +39,8 @@ def test_a_node_in_order_has_only_okay_rows(node):
         ((64 << 10, 64 << 10), 0, Status.FAIL, "memlock unlimited"),
         ((64 << 10, UNLIMITED), 0, Status.FAIL, "`ulimit -l unlimited`"),
         ((64 << 10, 1 << 30), 0, Status.FAIL, "`ulimit -l 1048576`"),
-        (((512 << 20) - 1, (512 << 20) - 1), 0, Status.FAIL, "memlock unlimited"),
-        ((512 << 20, 512 << 20), 0, Status.OKAY, ""),
+        (((1 << 30) - 1, (1 << 30) - 1), 0, Status.FAIL, "memlock unlimited"),
+        ((1 << 30, 1 << 30), 0, Status.OKAY, ""),
         ((64 << 10, 64 << 10), 1 << 14, Status.OKAY, "as the user of the job"),
         ((64 << 10, 64 << 10), ~(1 << 14) & 0xFFFF, Status.FAIL, "memlock unlimited"),
     ],
@@ -51,7 +51,7 @@ def test_memlock_is_compared_with_the_rings_of_a_rank(node, limits, capability, 
     row = node.rows()["memlock"]
     assert row.status is status
     assert words in row.advice
-    assert "512 MiB a rank (64 MiB x 2 connections x 2 directions x 2 neighbours)" in row.found
+    assert "up to 1 GiB a rank (64 MiB x 2 lanes x 2 directions x 2 neighbours, a ring and a mirror each, " in row.found
 
 
 def test_the_capability_of_a_user_namespace_does_not_lift_memlock(node):
