@@ -104,7 +104,6 @@ class Link:
         health = self.health.setdefault(rail.name, Health())
         if health.answered(self._clock()):
             self._events.rail_state(rail, health.state, "connected")
-        self._hurry()
         self.pump()
 
     def make_ready(self, name: str) -> None:
@@ -435,14 +434,7 @@ class Link:
         health = self.health[track.rail.name]
         if health.answered(self._clock()):
             self._events.rail_state(track.rail, health.state, "it answers again")
-            self._hurry()
             self.pump()
-
-    def _hurry(self) -> None:
-        """There is a rail that works: no patience any more with what waits on others."""
-        for track in self.tracks.values():
-            if not self._striping.healthy(track):
-                track.patience_factor = 1.0
 
     def flush(self) -> None:
         """At the end of the loop's turn: acknowledges what has come, and pumps."""
@@ -494,7 +486,7 @@ class Link:
             self._again(track.take_all())
         else:
             # nothing better: again on the same rail, in case that it loses frames, more and more seldom
-            track.patience_factor = min(2 * track.patience_factor, MOST_PATIENCE)
-            if not busy:
-                self._again(track.take_all())
+            if not busy and (frames := track.take_all(now - track.patience_s)):
+                track.patience_factor = min(2 * track.patience_factor, MOST_PATIENCE)
+                self._again(frames)
         self.pump()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -66,7 +67,7 @@ class Track:
     round_trip: float = 0.0
     spread: float = 0.0
     """Mean deviation of the round trip (s)."""
-    trips: tuple[float, float, float] = (float("inf"), float("inf"), 0.0)
+    trips: tuple[float, float, float] = (math.inf, math.inf, 0.0)
     """Shortest round trip of this period, of the one before, and when this one ends."""
     delivered: int = 0
     delivered_at: float = 0.0
@@ -115,7 +116,7 @@ class Track:
     def best_trip(self) -> float:
         """Round trip without a queue (s)."""
         best = min(self.trips[:2])
-        return best if best < float("inf") else self.round_trip
+        return best if best < math.inf else self.round_trip
 
     @property
     def window(self) -> int:
@@ -205,11 +206,11 @@ class Track:
         self.inflight -= sent.nbytes
         return sent
 
-    def take_all(self) -> list[Sent]:
-        """Everything under way, which has to go another way."""
+    def take_all(self, before: float = math.inf) -> list[Sent]:
+        """Everything under way that left `before`: it has to go again."""
         if (oldest := self.oldest) is not None and self.silent_since is None:
             self.silent_since = oldest
-        return [self._move(sent) for sent in self.under_way.values() if not sent.moved]
+        return [self._move(sent) for sent in self.under_way.values() if not sent.moved and sent.at < before]
 
     def overdue(self, now: float) -> bool:
         """Whether the oldest frame, or ping, should have been answered."""

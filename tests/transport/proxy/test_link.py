@@ -193,14 +193,17 @@ def test_control_messages_arrive_in_order_over_rails_of_different_speed(pairs):
 
 def test_stuck_tells_the_last_state(pairs):
     pair = pairs(Cable("tcp0", latency_s=0.05), Cable("tcp1"))
+    slow, fast = pair.a.link.tracks["tcp0"], pair.a.link.tracks["tcp1"]
+    fast.inflight += 1 << 30
     for stuck in (True, False, True):
         pair.a.link.stuck(*GRADIENT, stuck)
-        pair.a.link.tracks["tcp1"].inflight += 1 << 30  # the first ones go the fast way
         pair.a.link.pump()
-    pair.a.link.tracks["tcp1"].inflight = 0
+    fast.inflight, slow.inflight = 0, 1 << 30
     pair.a.link.stuck(*GRADIENT, False)
+    pair.a.link.pump()
+    slow.inflight = 0
     pair.settle()
-    assert pair.b.stuck[-1] == (GRADIENT, False)
+    assert pair.b.stuck == [(GRADIENT, False)]  # it came first, and those before it say nothing new
 
 
 def test_goodbye_comes_after_everything_and_is_confirmed(pairs):

@@ -20,7 +20,7 @@ def shm(name="shm", **options):
 
 
 def test_a_black_hole_beside_a_rail_that_works(pairs):
-    cables = [Cable(name, bytes_per_s=1e8) for name in ("tcp0", "tcp1")]
+    cables = [Cable(name, bytes_per_s=5e7) for name in ("tcp0", "tcp1")]
     pair = pairs(*cables, capacity=8 * MIB, chunk=256 * KIB)
     hole = pair.cables["tcp0"]
 
@@ -123,6 +123,33 @@ def test_a_rail_is_not_given_up_for_one_of_which_nobody_knows_whether_it_works(p
     for cable in pair.cables.values():
         cable.heal()
     pair.settle(3.0)
+
+
+def test_a_rail_that_is_only_slow_is_left_in_peace_in_the_end(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.6))
+    pair.world.run(40.0)
+    given_up = len(pair.a.lost)
+    assert given_up > 0
+    for _ in range(10):
+        pair.world.run(5.0)
+        pair.a.link.tracks["tcp0"].inflight += 1 << 30
+        pair.a.send(KIB)
+        pair.a.link.tracks["tcp0"].inflight -= 1 << 30
+    pair.settle()
+    assert len(pair.a.lost) == given_up and "tcp1" in pair.a.link.tracks
+
+
+def test_what_waits_on_a_silent_rail_is_not_waited_for_when_another_one_is_back(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=4 * MIB)
+    for cable in pair.cables.values():
+        cable.cut = True
+    for _ in range(4):
+        pair.a.send(MIB)
+    pair.world.run(30.0)  # by now both are tried only now and then
+    assert min(track.patience_factor for track in pair.a.link.tracks.values()) > 30
+    pair.cables["tcp1"].heal()
+    assert pair.settle() < 1.0
+    pair.check(pair.a, 4)
 
 
 def test_the_only_rail_turns_slow(pairs):
