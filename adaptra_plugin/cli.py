@@ -88,6 +88,10 @@ def add_doctor(commands: Subparsers) -> None:
         "--ranks", type=int, metavar="N", help="processes of the job on this node; default: one per GPU"
     )
     parser.add_argument("--json", action="store_true", help="print a list of {check, status, found, advice}")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--serve", action="store_true", help="measure the rails to another host: wait for it here")
+    ends.add_argument("--peer", metavar="HOST:PORT", help="... and here go to the one that waits")
+    parser.add_argument("--bind", metavar="ADDRESS", help="where --serve listens; default: the way out of this host")
     parser.set_defaults(run=run_doctor)
 
 
@@ -176,9 +180,18 @@ def run_simulate(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    """Examines this node and prints what was found."""
-    from adaptra_plugin.doctor.command import run
+    """Examines this node, or the rails to another one, and prints what was found."""
     from adaptra_plugin.errors import ConfigError
+
+    if options.bind is not None and not options.serve:
+        raise ConfigError("--bind says where --serve listens: give both, or neither")
+    if options.serve or options.peer is not None:
+        if options.ranks is not None:
+            raise ConfigError("--ranks is about this node alone: leave it out with --serve and --peer")
+        from adaptra_plugin.doctor.meet import run_meeting
+
+        return run_meeting(options.config, options.peer, options.bind, options.json)
+    from adaptra_plugin.doctor.command import run
 
     if options.ranks is not None and not 1 <= options.ranks <= MOST_RANKS:
         raise ConfigError(f"--ranks {options.ranks}: expected a whole number from 1 to {MOST_RANKS}")
