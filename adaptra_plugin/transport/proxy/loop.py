@@ -82,6 +82,8 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopped = self._closed = False
+        self.spin_s = 0.0
+        """How long to look again and again (s) before sleeping until something happens."""
         self.turn_ended: Callable[[], None] = lambda: None
         """Called after each turn: what the turn's events have caused together goes out now."""
 
@@ -118,7 +120,7 @@ class Loop:
     def run(self) -> None:
         """Until `stop`. An exception of a handler ends the loop and is the caller's."""
         while not self._stopped:
-            for key, mask in self._selector.select(self._patience()):
+            for key, mask in self._look():
                 if key.data is None:
                     self._bell.hush()
                 elif self._selector.get_map().get(key.fd) is key:  # an earlier handler may have closed this one
@@ -132,6 +134,16 @@ class Loop:
                 if not timer.cancelled:
                     timer.run()
             self.turn_ended()
+
+    def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
+        patience = self._patience()
+        if self.spin_s and patience != 0.0:
+            until = time.monotonic() + (self.spin_s if patience is None else min(self.spin_s, patience))
+            while time.monotonic() < until:
+                if ready := self._selector.select(0):
+                    return ready
+            patience = self._patience()
+        return self._selector.select(patience)
 
     def _patience(self) -> float | None:
         if self._posted:
