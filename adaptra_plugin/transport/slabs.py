@@ -6,6 +6,7 @@ back to its owner when the last tensor on it is gone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -44,7 +45,8 @@ class Slabs:
         except IndexError:
             area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                area.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # a kernel built without them
+                    area.madvise(mmap.MADV_HUGEPAGE)
         window = (ctypes.c_char * size).from_buffer(area)
         weakref.finalize(window, free.append, area).atexit = False
         storage = torch.frombuffer(window, dtype=torch.uint8).untyped_storage()

@@ -26,11 +26,30 @@ LANES = [(Direction.ACTIVATION, 0), (Direction.GRADIENT, 0)]
 LANE = LANES[0]
 
 
-class Host:
-    """One of the two processes. It is the sink of its rails."""
+class Half:
+    """One of the two processes: `side` a or b, and a line to the other one."""
+
+    def __init__(self, side: str, talk: socket.socket) -> None:
+        self.side = side
+        # one for both would lose what it read ahead
+        self._lines_in, self._lines_out = talk.makefile("r"), talk.makefile("w")
+
+    def swap(self, value: Any = None) -> Any:
+        """Gives a value to the other process and returns the one it gives; both wait for each other."""
+        self._lines_out.write(json.dumps(value) + "\n")
+        self._lines_out.flush()
+        line = self._lines_in.readline()
+        assert line, "the other process has ended"
+        return json.loads(line)
+
+    def close(self) -> None: ...
+
+
+class Host(Half):
+    """One that is the sink of its rails."""
 
     def __init__(self, side: str, talk: socket.socket, ring_bytes: int = 4 * MIB) -> None:
-        self.side = side
+        super().__init__(side, talk)
         self.limit = ring_bytes
         self.lanes = 1
         self.loop = Loop()
@@ -48,10 +67,6 @@ class Host:
         self.declined: set[int] = set()
         """Messages that `place` does not want."""
         self.on_arrived: Callable[[Rail, Header, bytes], None] = lambda rail, header, body: None
-        self._lines_in, self._lines_out = (
-            talk.makefile("r"),
-            talk.makefile("w"),
-        )  # one for both would lose what it read ahead
 
     # --- as a sink
 
@@ -76,16 +91,6 @@ class Host:
     def over(self, name: str) -> list[bytes]:
         """Bodies that have come over a rail."""
         return [body for rail, _, body in self.came if rail == name]
-
-    # --- the other process
-
-    def swap(self, value: Any = None) -> Any:
-        """Gives a value to the other process and returns the one it gives; both wait for each other."""
-        self._lines_out.write(json.dumps(value) + "\n")
-        self._lines_out.flush()
-        line = self._lines_in.readline()
-        assert line, "the other process has ended"
-        return json.loads(line)
 
     def connect(self, wire: int = 0, **options: Any) -> RdmaRail:
         """Rail `rdma<wire>`, connected; side a offers first."""
@@ -143,12 +148,14 @@ class Host:
         self.loop.close()
 
 
-def _main(report: Any, side: str, ends: Any, scenario: Callable[[Host], Any], options: dict[str, Any]) -> None:
+def _main(
+    report: Any, side: str, ends: Any, maker: Any, scenario: Callable[[Any], Any], options: dict[str, Any]
+) -> None:
     error = None
     talk, other = ends if side == "a" else reversed(ends)
     other.close()  # or the end of the other process would not be seen
     try:
-        host = Host(side, talk, **options)
+        host = maker(side, talk, **options)
         try:
             scenario(host)
             host.swap("done")
@@ -160,8 +167,8 @@ def _main(report: Any, side: str, ends: Any, scenario: Callable[[Host], Any], op
 
 
 @contextlib.contextmanager
-def started(scenario: Callable[[Host], Any], **options: Any) -> Iterator[list[Any]]:
-    """Forks processes a and b that run `scenario(host)`; (process, report) of each."""
+def started(scenario: Callable[[Any], Any], maker: type[Half] = Host, **options: Any) -> Iterator[list[Any]]:
+    """Forks processes a and b that run `scenario(maker(side, ...))`; (process, report) of each."""
     context = multiprocessing.get_context("fork")
     ends = socket.socketpair()
     for end in ends:
@@ -170,7 +177,7 @@ def started(scenario: Callable[[Host], Any], **options: Any) -> Iterator[list[An
     running = []
     for side in "ab":
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_main, args=(sender, side, ends, scenario, options), daemon=True)
+        process = context.Process(target=_main, args=(sender, side, ends, maker, scenario, options), daemon=True)
         process.start()
         sender.close()
         running.append((process, receiver))
@@ -185,7 +192,7 @@ def started(scenario: Callable[[Host], Any], **options: Any) -> Iterator[list[An
             process.join(10)
 
 
-def both(scenario: Callable[[Host], Any], patience_s: float = 60.0, **options: Any) -> None:
+def both(scenario: Callable[[Any], Any], patience_s: float = 60.0, **options: Any) -> None:
     """Runs `scenario(host)` in processes a and b; fails with the tracebacks of those that failed."""
     with started(scenario, **options) as running:
         until = time.monotonic() + patience_s

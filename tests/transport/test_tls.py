@@ -10,6 +10,7 @@ from adaptra_plugin.config import TlsConfig, parse_config
 from adaptra_plugin.errors import ConfigError, HandshakeError, TransportError
 from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.peer import Neighbour, Peer
+from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.types import Address, Card, PeerInfo
 from tests.transport.proxy import certificates
@@ -94,7 +95,9 @@ def test_rdma_is_not_used_between_hosts_and_the_reason_is_reported(tls, boot, sk
 
     loop = Loop()
     try:
-        owner = SimpleNamespace(settings=ProxySettings(), card=card("b"), loop=loop, tls=object() if tls else None)
+        owner = SimpleNamespace(
+            settings=ProxySettings(), card=card("b"), loop=loop, tls=object() if tls else None, ports=Ports()
+        )
         peer = Peer(owner, PeerInfo(1, 1, "h"), card(boot), Neighbour({}, 1), dials=False)
         why = peer.skipped.get("rdma", "")
         assert ("adaptra.transport.tls is set, and RDMA does not encrypt" in why) == skipped

@@ -12,14 +12,17 @@ from adaptra_plugin.errors import HandshakeError
 from adaptra_plugin.transport.clock import ClockOffset
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
-from adaptra_plugin.transport.proxy.health import State
+from adaptra_plugin.transport.proxy.health import Health, State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
 from adaptra_plugin.transport.proxy.meeting import Dialer, Probe
+from adaptra_plugin.transport.proxy.nics import pairs
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
+from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
+from adaptra_plugin.transport.proxy.rdma_setup import Ports, RdmaSetup
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
 from adaptra_plugin.transport.types import Card, Direction, PeerInfo
@@ -43,6 +46,7 @@ class Owner(Protocol):
     secret: bytes
     loop: Loop
     tls: Tls | None
+    ports: Ports
 
     def wrap(self, rail: Rail, peer: Peer) -> Rail:
         """The rail with the faults that are injected into it."""
@@ -100,6 +104,7 @@ class Peer:
         self._probe: Probe | None = None
         self._cut_since: float | None = None
         self._last_failure = "no rail has come up"
+        self._with_rdma = False
         self._expected = self._expected_rails()
         settings = owner.settings
         self.link = Link(
@@ -110,6 +115,19 @@ class Peer:
             chunk_bytes=settings.chunk_kib << 10,
             checksum=lambda rail: settings.checked(rail.kind),
         )
+        self._rdma = RdmaSetup(
+            owner.loop,
+            self.link,
+            owner.ports.nics if self._with_rdma else (),
+            card.rdma,
+            {key: rings.ring for key, rings in self._rings.items()},
+            chunk_bytes=settings.chunk_kib << 10,
+            timeout_s=settings.handshake_timeout_s,
+            dials=dials,
+            on_up=self._rdma_up,
+            on_failed=self._rdma_failed,
+        )
+        self._expected.update(self._rdma.names)
 
     def _expected_rails(self) -> set[str]:
         """Rails that are tried at the start."""
@@ -124,8 +142,16 @@ class Peer:
                 self.skipped["shm"] = "one end does not offer it"
             else:
                 found.add("shm")
-        if owner.tls is not None and owner.settings.wants(RailKind.RDMA) and owner.card.boot != self.card.boot:
-            self.skipped["rdma"] = "adaptra.transport.tls is set, and RDMA does not encrypt"
+        if owner.settings.wants(RailKind.RDMA) and "shm" not in found:
+            if owner.tls is not None:
+                self.skipped["rdma"] = "adaptra.transport.tls is set, and RDMA does not encrypt"
+            elif not owner.ports.nics:
+                self.skipped["rdma"] = owner.ports.why_none
+            elif not self.card.rdma:
+                self.skipped["rdma"] = "the other end offers none, see its log"
+            elif not pairs(owner.ports.cards(), self.card.rdma):
+                self.skipped["rdma"] = "its ports are of another kind"
+            self._with_rdma = "rdma" not in self.skipped
         return found
 
     @property
@@ -136,7 +162,7 @@ class Peer:
     # --- coming up
 
     def start(self) -> None:
-        for name in sorted(self._expected) if self._dials else ():
+        for name in sorted(self._expected.difference(self._rdma.names)) if self._dials else ():
             self._dial(name)
         self._announce()
 
@@ -152,8 +178,9 @@ class Peer:
         if self._announced or self.gone:
             return
         for kind in (RailKind.SHM, RailKind.RDMA):
-            if self.near and self._owner.settings.demands(kind) and kind.word in self.skipped:
-                why = self.skipped[kind.word]
+            names = {name for name in self._expected if name.startswith(kind.word)} or {kind.word}
+            if self.near and self._owner.settings.demands(kind) and names <= self.skipped.keys():
+                why = "; ".join(sorted({self.skipped[name] for name in names}))
                 self._owner.peer_refused(self, f"adaptra.transport.rail is {kind.word}, which is impossible: {why}")
                 return
         if self.up:
@@ -169,6 +196,9 @@ class Peer:
 
     def _dial(self, name: str) -> None:
         if self.gone or self.departed or self._closing or name in self._dialers or name in self.link.tracks:
+            return
+        if name in self._rdma.names:
+            self._rdma.dial(name)
             return
         shm = name == "shm"
         index = 0 if shm else int(name.removeprefix("tcp"))
@@ -257,9 +287,26 @@ class Peer:
 
     def _add(self, rail: Rail, *, ready: bool) -> None:
         self._cut_since = None
+        self.skipped.pop(rail.name, None)
         self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
         self.link.ping(rail.name)
+        self._rdma.begin()
         self._announce()
+
+    def _rdma_up(self, rail: RdmaRail) -> None:
+        if self.gone or self.departed or self._closing:
+            rail.close()
+        else:
+            self._add(rail, ready=True)
+
+    def _rdma_failed(self, name: str, why: str) -> None:
+        """This end has offered the rail, and will again, after a pause that grows."""
+        if self.gone or self.departed or self._closing:
+            return
+        pause = self.link.health.setdefault(name, Health()).failed(self._loop.clock())
+        self._timers[name] = self._loop.call_later(pause, lambda: self._again(name))
+        if not self._announced:
+            self._skip(name, why)
 
     def mapped(self) -> None:
         """The endpoint has mapped the peer's rings."""
@@ -309,6 +356,9 @@ class Peer:
             self._mapped["there"] = True
             self.link.make_ready("shm")
             self._announce()
+        elif "rdma" in message:
+            # not from here: the link is in the middle of a frame
+            self._loop.post(functools.partial(self._rdma.message, message))
 
     # --- rails go
 
@@ -328,9 +378,13 @@ class Peer:
             self._vigil()
 
     def _again(self, name: str) -> None:
-        if not self.gone and name not in self.link.tracks:
-            self.link.health[name].probing()
-            self._dial(name)
+        if self.gone or name in self.link.tracks:
+            return
+        if name in self._rdma.names and not self.link.tracks:  # nothing carries its offer
+            self._timers[name] = self._loop.call_later(_PROBE_EVERY_S, lambda: self._again(name))
+            return
+        self.link.health[name].probing()
+        self._dial(name)
 
     def _vigil(self) -> None:
         """No rail is left: is the peer there at all?"""
@@ -394,6 +448,7 @@ class Peer:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        self._rdma.close()
         if self._probe is not None:
             self._probe.close()
         if self._exchange is not None:

@@ -177,6 +177,7 @@ class QueuePair:
             attributes.qp_access_flags = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
             self._pair.to_init(attributes)
         self.number = int(self._pair.qp_num)
+        self._receives: dict[int, tuple[tuple[int, ...], Any]] = {}
         self._closed = False
 
     def connect(
@@ -252,9 +253,12 @@ class QueuePair:
     def post_receive(self, request: int, region: Region, offset: int, nbytes: int) -> None:
         """Where the next SEND goes; a write with an immediate uses it up without touching it. Raises VerbsError."""
         _require(not self._closed)
-        piece = self._wr.SGE(region.address + offset, nbytes, region.lkey)
+        key = (request, region.address + offset, nbytes, region.lkey)
+        known = self._receives.get(request)
+        if known is None or known[0] != key:  # making one costs more than posting it
+            known = self._receives[request] = (key, self._wr.RecvWR(request, 1, [self._wr.SGE(*key[1:])]))
         try:
-            self._pair.post_recv(self._wr.RecvWR(request, 1, [piece]))
+            self._pair.post_recv(known[1])
         except self._error as error:
             raise self._refused("receive", error) from None
 

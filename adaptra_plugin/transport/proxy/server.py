@@ -24,6 +24,7 @@ from adaptra_plugin.transport.proxy.meeting import Listener
 from adaptra_plugin.transport.proxy.peer import LEFT, Neighbour, Peer
 from adaptra_plugin.transport.proxy.rails.base import Rail
 from adaptra_plugin.transport.proxy.rails.faulty import Faults
+from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
 from adaptra_plugin.transport.segment import Segment
@@ -53,6 +54,7 @@ class Proxy:
     def __init__(self, data: socket.socket, control: socket.socket) -> None:
         self.loop = Loop()
         self.refused = 0
+        self.ports = Ports()
         self._data, self._control = data, control
         data.setblocking(False)
         control.setblocking(False)
@@ -143,6 +145,7 @@ class Proxy:
         self._faults = Faults(message.get("simulate") or {}, self.me.stage, self.loop)
         try:
             self.tls = Tls(self.settings.tls) if self.settings.tls else None
+            self.ports.find(self.loop, self.settings)
             self.card = self._listen(str(message["bind"]))
         except (TransportError, OSError) as error:
             self._tell("start_failed", text=str(error))
@@ -172,7 +175,7 @@ class Proxy:
             connections=settings.connections_per_direction,
             boot=boot,
             unix=unix,
-            rdma=(),
+            rdma=self.ports.cards(),
         )
 
     def _add_listener(self, sock: socket.socket) -> None:
@@ -472,6 +475,7 @@ class Proxy:
 
     def abandon(self) -> None:
         """In a forked child that does not run it: closes the inherited descriptors, and takes no lock."""
+        self.ports.abandon()
         self.loop.close()  # first: a child must not unregister sockets from the selector it shares with its parent
         self._give_back()
 
@@ -485,6 +489,7 @@ class Proxy:
         for descriptors in self._passing:
             for fd in descriptors:
                 os.close(fd)
+        self.ports.close()
         for segment in self._segments:
             segment.close()
         self._data.close()

@@ -39,6 +39,7 @@ __all__ = [
 
 _SYSFS = Path("/sys/class/infiniband")
 _ACTIVE = 4  # ibv_port_state
+_left_alone: list[Device] = []  # a forked child's copies of its parent's
 _LINK_LAYERS = {0: "infiniband", 1: "infiniband", 2: "ethernet"}
 _GID_KINDS = {0: "ib", 1: "roce1", 2: "roce2"}
 
@@ -166,7 +167,7 @@ class Device:
         self.port_count = int(attributes.phys_port_cnt)
         self.max_requests = int(attributes.max_qp_wr)
         self.max_completions = int(attributes.max_cqe)
-        self._closed = False
+        self._closed = self._abandoned = False
 
     def port(self, number: int = 1) -> Port:
         """Raises VerbsError."""
@@ -252,7 +253,7 @@ class Device:
 
     def close(self) -> None:
         """Closes all that was made from this device, newest first. Idempotent; never raises."""
-        if self._closed:
+        if self._closed or self._abandoned:
             return
         self._closed = True
         for child in reversed(self._children):
@@ -262,8 +263,15 @@ class Device:
             with contextlib.suppress(load().pyverbs_error.PyverbsError):
                 thing.close()
 
+    def abandon(self) -> None:
+        """In a forked child, where all of this is the parent's too: nothing is given back, now or by a collection."""
+        self._abandoned = True
+        _left_alone.append(self)
+
     def forget(self, child: Any) -> None:
         """Closes one thing that was made from this device, before the device is."""
+        if self._abandoned:
+            return
         with contextlib.suppress(ValueError):
             self._children.remove(child)
         child.close()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import mmap
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,9 @@ class RdmaRail(Rail):
         self._broken: str | None = None
         self._offered = False
         self._open = False  # the other end is known to be ready
+        self._heard = False
+        self.on_heard: Callable[[], None] = lambda: None
+        """The other end has been heard for the first time: the rail works both ways. What came follows."""
         self._peer_text = ""
         self._slot_bytes = SLOT_BYTES
         self._budget = Budget(slots, landing_bytes)
@@ -368,7 +371,12 @@ class RdmaRail(Rail):
         self._debt.emptied += 1
         self._post_receive(index)
         self._budget.returned(prefix)
-        self._open = True
+        if not self._heard:
+            self._heard = True
+            if not self._open:
+                self._open = True
+                self._post(SlotKind.CREDIT, b"", 0)  # the other end waits to hear from this one too
+            self.on_heard()
         if prefix.kind is SlotKind.FRAME:
             self._piece(payload, prefix.more)
         elif prefix.kind is SlotKind.CHUNK:
