@@ -7,7 +7,6 @@ import torch
 
 from adaptra_plugin.config import SlowLink
 from adaptra_plugin.transport.clock import ClockOffset
-from adaptra_plugin.transport.faults import HEALTHY, Faults
 
 from .support import activation, gradient, line, until
 
@@ -50,22 +49,6 @@ def test_hosts_whose_clocks_differ_measure_the_same_delay(shift, proxy):
             first.channel(1).send(activation(number), [torch.ones(10)])
             delays.append(second.channel(0).recv(activation(number)).wait().delay_ms)
         assert 0 <= min(delays) < 50
-
-
-def test_faults_apply_to_the_right_link_and_iterations():
-    links = (
-        SlowLink(src=1, dst=2, latency_ms=30, from_iteration=5, to_iteration=7),
-        SlowLink(src=2, dst=1, latency_ms=10, from_iteration=6),
-        SlowLink(src=2, dst=3, latency_ms=99),
-    )
-    faults = Faults(1, links)
-    assert faults.towards(0) is HEALTHY
-    fault = faults.towards(2)
-    seen = []
-    for faults.iteration in range(4, 9):
-        seen.append(fault.verdict(100).hold_s)
-    assert seen == pytest.approx([0, 0.03, 0.04, 0.01, 0.01])
-    assert HEALTHY.verdict(1).hold_s == 0
 
 
 def test_slow_link_delays_both_directions_without_blocking_and_transfers_overlap():

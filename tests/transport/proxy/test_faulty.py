@@ -186,6 +186,11 @@ def test_corruption_changes_a_copy_of_the_body_and_never_the_ring():
     assert inner.frames[-1][1].header.pack() == Header(FrameKind.PING).pack()
 
 
+def test_a_rail_that_damages_bodies_says_so_whatever_checksums_are_configured():
+    assert wrapped({"kind": "corruption", "rate": 0.5})[3].damages
+    assert not wrapped({"kind": "loss", "rate": 0.5})[3].damages and not Recorder(World()).damages
+
+
 def test_a_damaged_header_is_noticed_wherever_it_is_hit():
     _, _, inner, rail = wrapped({"kind": "corruption", "rate": 1.0, "part": "header"})
     send(rail, 500)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
-from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
@@ -21,38 +20,14 @@ from adaptra_plugin.transport.proxy.wire import UNIT
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.ends import End, Pair
 from tests.transport.proxy.memory import Cable
+from tests.transport.proxy.strategies import faults, moments
 
 KIB = 1 << 10
 EXAMPLES = int(os.environ.get("ADAPTRA_EXAMPLES", "200"))
 SCHEDULE_S = 6.0
 """When everything that happens to the rails themselves is over."""
 
-names = st.sampled_from(["any", "tcp", "tcp0", "tcp1", "rdma0", "shm"])
-times = st.floats(0.0, SCHEDULE_S).map(lambda when: round(when, 3))
-
-
-@st.composite
-def faults(draw) -> dict[str, Any]:
-    """One entry of `simulate.faults`. Those that let nothing pass end some time."""
-    kind = draw(
-        st.sampled_from(["latency", "jitter", "bandwidth", "loss", "duplication", "reordering", "corruption", "death"])
-    )
-    found: dict[str, Any] = {"kind": kind, "src": 0, "dst": 1, "rail": draw(names), "seed": draw(st.integers(0, 99))}
-    begins, ends = sorted((draw(times), draw(times)))
-    total = kind in ("loss", "death") and draw(st.booleans())
-    if total or draw(st.booleans()):
-        found |= {"from_s": begins, "to_s": ends + 0.001}
-    if kind in ("latency", "jitter", "reordering"):
-        found["ms"] = draw(st.sampled_from([0.05, 1.0, 20.0, 300.0]))
-    if kind == "bandwidth":
-        found["mb_per_s"] = draw(st.sampled_from([5.0, 50.0]))
-    elif kind == "corruption" and draw(st.booleans()):
-        found |= {"part": "header", "rate": draw(st.sampled_from([0.001, 0.01]))}
-    elif kind == "death" and not total:
-        found["rate"] = draw(st.sampled_from([0.001, 0.01]))
-    elif kind in ("loss", "duplication", "reordering", "corruption"):
-        found["rate"] = 1.0 if total else draw(st.sampled_from([0.01, 0.1, 0.3]))
-    return found
+times = moments(SCHEDULE_S)
 
 
 @st.composite
@@ -182,7 +157,7 @@ class Run:
 )
 @given(
     cables=cables(),
-    faults=st.lists(faults(), max_size=6),
+    faults=st.lists(faults(SCHEDULE_S), max_size=6),
     steps=steps,
     capacity=st.sampled_from([16 * KIB, 128 * KIB, 512 * KIB]),
     chunk=st.sampled_from([3 * KIB, 64 * KIB]),

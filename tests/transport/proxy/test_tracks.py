@@ -139,7 +139,8 @@ def test_speed_and_window_find_what_the_rail_can_do(speed, trip):
     track.ponged(-trip, 0.0)
     carry(track, speed, trip, 2.0)
     assert 0.8 * speed < track.speed < 1.3 * speed
-    assert min(MAX_WINDOW, max(MIN_WINDOW, 1.2 * speed * trip)) <= track.window <= max(2 * MIN_WINDOW, 3 * speed * trip)
+    most = max(2 * MIN_WINDOW, 3 * speed * trip, 0.005 * speed)  # no more than waits for some ms
+    assert min(MAX_WINDOW, max(MIN_WINDOW, 1.2 * speed * trip)) <= track.window <= most
 
 
 def test_little_traffic_does_not_make_a_rail_look_slow():

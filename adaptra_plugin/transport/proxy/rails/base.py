@@ -76,6 +76,8 @@ class Rail(ABC):
     by_reference = False
     """The peer reads the sender's ring itself."""
     closed = False
+    damages = False
+    """What it carries may arrive damaged although the connection stands: chunks need checksums, whatever is configured."""
 
     def __init__(self, kind: RailKind, name: str, sink: Sink) -> None:
         self.kind = kind

@@ -113,6 +113,7 @@ class FaultyRail(Rail):
     ) -> None:
         super().__init__(inner.kind, inner.name, inner.sink)
         self.by_reference = inner.by_reference
+        self.damages = any(fault.kind == "corruption" for fault, _ in faults)
         self.limit, self.lanes = inner.sink.limit, inner.sink.lanes
         self.inner = inner
         inner.sink = self
