@@ -293,8 +293,7 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     def _receive(self, direction: Direction, microbatch: int) -> tuple[tuple[torch.Tensor, ...], bool]:
         assert self._running is not None
-        tensors, is_tuple = self._running.receive(direction, microbatch)
-        return tuple(tensor.to(self.device) for tensor in tensors), is_tuple
+        return self._running.receive(direction, microbatch)
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012  one engine may go back to the stock map
         **PipelineEngine._INSTRUCTION_MAP,

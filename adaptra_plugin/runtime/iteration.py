@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from adaptra_plugin.detect import LinkDelay, StageTimes
@@ -41,6 +42,7 @@ class Iteration:
         epoch: number of the executed schedule, training and evaluation alike; part of every transfer's key.
         version: version of the plan.
         actions: what this rank runs, in order.
+        device: where received tensors are to be; None: in host memory.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Iteration:
     stopwatch: Stopwatch
     pacer: Pacer
     training: bool = True
+    device: torch.device | None = None
     wait_ms: float = 0.0
     _posted: dict[tuple[Direction, int], RecvTicket] = field(default_factory=dict)
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
@@ -63,10 +66,10 @@ class Iteration:
         for microbatch in range(self.microbatches):
             if self.links.previous is not None:
                 key = self._key(Direction.ACTIVATION, self.topology.stage, microbatch)
-                self._posted[Direction.ACTIVATION, microbatch] = self.links.previous.recv(key)
+                self._posted[Direction.ACTIVATION, microbatch] = self.links.previous.recv(key, self.device)
             if self.links.next is not None and self.training:
                 key = self._key(Direction.GRADIENT, self.topology.stage, microbatch)
-                self._posted[Direction.GRADIENT, microbatch] = self.links.next.recv(key)
+                self._posted[Direction.GRADIENT, microbatch] = self.links.next.recv(key, self.device)
         self._started = time.perf_counter()
         self.started_unix_ms = time.time() * 1e3
         self.stopwatch.start()
@@ -92,7 +95,8 @@ class Iteration:
         self._marks.append((Action(self.topology.stage, kind, microbatch), start, self.stopwatch.mark()))
 
     def send(self, direction: Direction, microbatch: int, tensors: Sequence[Tensor], *, is_tuple: bool) -> None:
-        """Hands tensors to the proxy and returns at once; blocks only while the staging ring is full."""
+        """Hands tensors to the proxy and returns at once; blocks only while the staging ring is full. Those on a device are
+        read later, see `Channel.send`."""
         forwards = direction is Direction.ACTIVATION
         channel = self.links.next if forwards else self.links.previous
         assert channel is not None
@@ -101,7 +105,7 @@ class Iteration:
         channel.send(self._key(direction, stage, microbatch), [t.detach() for t in tensors], tag)
 
     def receive(self, direction: Direction, microbatch: int) -> tuple[tuple[Tensor, ...], bool]:
-        """Waits for a transfer; its tensors, and whether they were sent as a tuple.
+        """Waits for a transfer; its tensors on `device`, and whether they were sent as a tuple.
 
         Raises:
             TransferTimeout, PeerLostError: it did not come.

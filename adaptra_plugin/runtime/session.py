@@ -172,6 +172,7 @@ class Session:
             stopwatch=self._stopwatch,
             pacer=self._pacer,
             training=training,
+            device=self.device,
         )
 
     def end(self, iteration: Iteration) -> None:

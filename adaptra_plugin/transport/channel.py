@@ -180,7 +180,10 @@ class Channel:
         self._link = link
 
     def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int = 0) -> Ticket:
-        """Copies the tensors into the staging ring and returns; they may be overwritten at once.
+        """Copies the tensors into the staging ring and returns; those in host memory may be overwritten at once.
+
+        CUDA tensors are read later, beside what the device computes (`staging`): until the ticket is done they must not be
+        changed in place, which would fail the endpoint; their memory may be let go of.
 
         Blocks only while the ring is full (one warning), at most `transport.deadline_s`. `tag` is a 64-bit number that
         the receiver finds in the message.
@@ -208,6 +211,7 @@ class Channel:
         """
         return self._link.sending[key.direction][key.microbatch % self._link.connections].send(key, tensors, tag)
 
-    def recv(self, key: Key) -> RecvTicket:
-        """Posts a receive and returns at once; failures show in the ticket's `wait`."""
-        return self._link.receiving[key.direction][key.microbatch % self._link.connections].post(key)
+    def recv(self, key: Key, device: torch.device | None = None) -> RecvTicket:
+        """Posts a receive and returns at once; failures show in the ticket's `wait`. `device`: where its tensors are to be;
+        None: in host memory."""
+        return self._link.receiving[key.direction][key.microbatch % self._link.connections].post(key, device)

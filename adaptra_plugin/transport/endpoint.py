@@ -24,6 +24,7 @@ from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
+from adaptra_plugin.transport.staging import Copier, Device
 from adaptra_plugin.transport.tickets import Fate, Loss
 from adaptra_plugin.transport.types import PROTOCOL, Address, Card, PeerInfo
 
@@ -62,10 +63,12 @@ class Endpoint:
         bind_host: str | None = None,
         clock_offset_s: float = 0.0,
         spawn: Spawn | None = None,
+        device: Device | None = None,
     ) -> None:
         """`secret`: the same random bytes on all ranks of the job (at least 16). `bind_host`: where to listen while
         `config.bind` is "auto"; without it the address that routes to `MASTER_ADDR`. `clock_offset_s`: this rank's clock
         in front of the host's (s), for tests. `spawn`: starts the proxy, instead of what `config.proxy` says.
+        `device`: the accelerator whose tensors are copied beside its computation, instead of CUDA.
 
         Raises:
             TransportError: the secret is too short, the address cannot be bound, or the proxy does not start.
@@ -102,7 +105,10 @@ class Endpoint:
         self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
         self._mailbox = Mailbox(self._proxy.data, self._records, spin_s(config.spin_us))
         slabs = Slabs(config.ring_mib << 20)  # a ring full of messages may be on its way to be used
-        self._shared = Shared(config, self._fate, self._mailbox, slabs, lambda: time.monotonic() + clock_offset_s)
+        self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
+        self._shared = Shared(
+            config, self._fate, self._mailbox, slabs, self._copier, lambda: time.monotonic() + clock_offset_s
+        )
         self._control = ControlStream(self._proxy.control, self._event, self._over, f"adaptra-control-{me.rank}")
         self._thread = self._control.thread
         _live.add(self)
@@ -224,6 +230,7 @@ class Endpoint:
                 for lane in link.send_lanes():
                     lane.refuse(_CLOSING)
             self._mailbox.wake()
+            self._copier.finish(linger_s)
             self._tell("close", linger_s=linger_s)
         if threading.current_thread() is not self._thread:
             self._thread.join(linger_s + _MARGIN_S)
@@ -238,6 +245,11 @@ class Endpoint:
         if self._fate.error is None:
             self._fate.error = error
         self._abort_lanes()
+
+    def _copy_failed(self, reason: str) -> None:
+        """On the copier's thread."""
+        log.error("%s", reason)
+        self.fail(TransportError(f"rank {self.me.rank}: {reason}"))
 
     def _abort_lanes(self) -> None:
         for link in list(self._links.values()):
@@ -410,6 +422,7 @@ class Endpoint:
                 log.error("the proxy of rank %d does not end", self.me.rank)
         for answer in list(self._stats_answers.values()):
             answer.set()
+        self._copier.close()
         for link in self._links.values():
             link.close()
 

@@ -6,6 +6,7 @@ bytes are copied, while anybody waits, nor around a call into the mailbox.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -25,7 +26,8 @@ from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.message import Message
 from adaptra_plugin.transport.ring import Book, Memory, Outgoing
 from adaptra_plugin.transport.slabs import Slabs
-from adaptra_plugin.transport.tensors import BadLayout, Spec, copy_in, copy_out, describe, understand
+from adaptra_plugin.transport.staging import Copier, stage
+from adaptra_plugin.transport.tensors import BadLayout, Spec, copy_out, describe, understand
 from adaptra_plugin.transport.tickets import Fate, Loss, RecvTicket, Ticket
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 
@@ -66,6 +68,7 @@ class Shared:
     fate: Fate
     mailbox: Mailbox
     slabs: Slabs
+    copier: Copier
     clock: Callable[[], float] = time.monotonic
 
 
@@ -79,6 +82,7 @@ class Lane(ABC):
         self.fate = shared.fate
         self.mailbox = shared.mailbox
         self.slabs = shared.slabs
+        self.copier = shared.copier
         self.clock = shared.clock
         self.deadline_s = self.config.deadline_s
         self.capacity = memory.segment.capacity
@@ -121,6 +125,7 @@ class SendLane(Lane):
         self.book = Book(self.capacity)
         self._newest: dict[Key, Outgoing] = {}  # of each key, the last message that is not acknowledged
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
+        self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
         self.can_relieve: Callable[[], bool] = lambda: False
         self.relieve: Callable[[], bool] = lambda: False
@@ -157,8 +162,9 @@ class SendLane(Lane):
     def _stage(self, key: Key, start: bytes, tensors: Sequence[torch.Tensor], total: int) -> Ticket:
         with self._lock:
             position = self.book.place()
-        # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was
-        copy_in(self.memory, position + len(start), tensors)
+        # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was; what is on a device
+        # follows, and an error then ends the endpoint
+        later = stage(self.memory, position + len(start), tensors, self.copier.device)
         self.memory.segment.write(position, start)
         ticket = Ticket(key, self)
         outgoing = Outgoing(position, total, ticket)
@@ -167,11 +173,23 @@ class SendLane(Lane):
             before = self._newest.get(key)
             self._newest[key] = outgoing
             self.book.add(outgoing)
+            behind = bool(later) or self._copying > 0  # the proxy hears of messages in the order of their positions
+            self._copying += behind
         self.counters.messages += 1
         self.counters.bytes += total
-        # stamped last: neither the wait for room nor that for the device is the link's doing
-        self._post(Op.SEND, position, total, self.clock(), before.position + 1 if before is not None else 0)
+        after = before.position + 1 if before is not None else 0
+        if behind:
+            self.copier.submit(self.memory, later, str(key), lambda: self._copied(position, total, after))
+        else:
+            # stamped last: neither the wait for room nor that for the device is the link's doing
+            self._post(Op.SEND, position, total, self.clock(), after)
         return ticket
+
+    def _copied(self, position: int, total: int, after: int) -> None:
+        """On the copier's thread."""
+        self._post(Op.SEND, position, total, self.clock(), after)
+        with self._lock:
+            self._copying -= 1
 
     def _fits(self, total: int) -> bool:
         with self._lock:
@@ -270,10 +288,13 @@ class RecvLane(Lane):
         self._posted: dict[Key, deque[RecvTicket]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
+        self._ahead: RecvTicket | None = None  # is on its way to the device, or there, and nobody has waited for it
 
-    def post(self, key: Key) -> RecvTicket:
+    def post(self, key: Key, device: torch.device | None = None) -> RecvTicket:
         """A receive; it is matched with what has arrived or will, first come first served per key."""
-        ticket = RecvTicket(key, self)
+        if device is not None and device.type == "cpu" and not self.copier.device.serves(device):
+            device = None  # it is there already
+        ticket = RecvTicket(key, self, device)
         with self._lock:
             waiting = self._arrived.get(key)
             if waiting:
@@ -286,6 +307,8 @@ class RecvLane(Lane):
                 self._posted.setdefault(key, deque()).append(ticket)
         if self.peer_stuck:
             self.mailbox.wake()  # a blocked send may absorb now
+        if ticket.for_device:
+            self._fetch()
         return ticket
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float) -> None:
@@ -314,12 +337,36 @@ class RecvLane(Lane):
                 if not posted:
                     del self._posted[header.key]
                 if ticket.arrive(arrived):
+                    if ticket.for_device:
+                        self._fetch(locked=True)
                     return
             self._arrived.setdefault(header.key, deque()).append(arrived)
 
-    def take(self, arrived: Arrived) -> Message:
-        """Caller: copies a message out and gives its room back."""
-        tensors = copy_out(arrived.memory, arrived.payload_at, arrived.specs, self.slabs)
+    def _fetch(self, *, locked: bool = False) -> None:
+        """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn."""
+        with contextlib.nullcontext() if locked else self._lock:
+            if self._ahead is not None:
+                return
+            for position in sorted(self._held):
+                ticket = self._held[position].ticket
+                if ticket is not None and ticket.for_device:
+                    self._ahead = ticket
+                    self.copier.fetches.put(ticket.fetch)
+                    return
+
+    def fetched(self, ticket: RecvTicket) -> None:
+        """Caller: has waited for a message on a device."""
+        with self._lock:
+            if self._ahead is ticket:
+                self._ahead = None
+        self._fetch()
+
+    def take(self, arrived: Arrived, device: torch.device | None = None) -> Message:
+        """Caller: copies a message out, into memory that is fit for a copy to `device` if one is given, and gives its room
+        back."""
+        served = device is not None and self.copier.device.serves(device)
+        empty = self.copier.device.pinned if served else None
+        tensors = copy_out(arrived.memory, arrived.payload_at, arrived.specs, self.slabs, empty)
         with self._lock:
             self._held.pop(arrived.position, None)
         self._post(Op.RELEASE, arrived.position, arrived.total)

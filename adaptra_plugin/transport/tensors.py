@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,20 +130,19 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def copy_in(memory: Memory, position: int, tensors: Sequence[torch.Tensor]) -> None:
-    """Copies the payload into a ring. From a CUDA tensor this waits for the device, as any copy to host memory."""
-    for tensor in tensors:
-        if tensor.numel():
-            data = as_bytes(tensor)
-            memory.copy_in(position, data)
-            position += aligned(data.numel())
-
-
-def copy_out(memory: Memory, position: int, specs: Sequence[Spec], slabs: Slabs) -> tuple[torch.Tensor, ...]:
-    """Tensors of their own in host memory with the payload that lies at `position` of a ring."""
+def copy_out(
+    memory: Memory,
+    position: int,
+    specs: Sequence[Spec],
+    slabs: Slabs,
+    pinned: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Tensors of their own in host memory (from `pinned`, if given) with the payload that lies at `position` of a ring."""
     tensors = []
     for spec in specs:
-        if spec.nbytes >= SLAB_FROM:
+        if pinned is not None:
+            tensor = pinned(spec.shape, spec.dtype)
+        elif spec.nbytes >= SLAB_FROM:
             tensor = slabs.empty(spec.shape, spec.dtype)
         else:
             # the device is said because the caller may have changed torch's default device

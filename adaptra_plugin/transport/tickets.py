@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from adaptra_plugin.errors import TransferTimeout, TransportError
+from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.message import Message
 from adaptra_plugin.transport.types import Key
 
 if TYPE_CHECKING:
     from adaptra_plugin.transport.lanes import Arrived, Lane, RecvLane, SendLane
+    from adaptra_plugin.transport.staging import Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +110,14 @@ class Ticket(_Pending):
 class RecvTicket(_Pending):
     """A posted receive."""
 
-    __slots__ = ("_arrived", "_copying", "_message")
+    __slots__ = ("_arrived", "_copying", "_device", "_message", "_uploaded")
     _lane: RecvLane
 
-    def __init__(self, key: Key, lane: RecvLane) -> None:
+    def __init__(self, key: Key, lane: RecvLane, device: torch.device | None = None) -> None:
         super().__init__(key)
         self._lane = lane
+        self._device = device  # where its tensors have still to go
+        self._uploaded: Event | None = None
         self._arrived: Arrived | None = None
         self._message: Message | None = None
         self._copying = threading.Lock()  # one thread copies
@@ -144,12 +150,42 @@ class RecvTicket(_Pending):
 
     def _take(self) -> None:
         assert self._arrived is not None
-        self._message = self._lane.take(self._arrived)
+        self._message = self._lane.take(self._arrived, self._device)
         self._arrived = None
+
+    def fetch(self) -> None:
+        """Takes the message, which has arrived, to the device before anybody waits for it; what fails is left to `wait`."""
+        if self._copying.acquire(blocking=False):
+            try:
+                if self._arrived is not None:
+                    self._take()
+                if self._message is not None and self._device is not None:
+                    self._upload(self._device)
+            except Exception as error:  # noqa: BLE001  the caller of `wait` tries again, and hears it
+                log.debug("%s could not be fetched before it was waited for: %s", self.key, error)
+            finally:
+                self._copying.release()
+
+    @property
+    def for_device(self) -> bool:
+        """Its tensors have still to go to a device that can be copied to beside the computation."""
+        return self._device is not None and self._lane.copier.device.serves(self._device)
+
+    def _upload(self, device: torch.device) -> None:
+        """Caller: from host memory to the device. What raises, out of memory for one, may be tried again."""
+        assert self._message is not None
+        accelerator = self._lane.copier.device
+        if accelerator.serves(device):
+            tensors, self._uploaded = accelerator.upload(self._message.tensors, device)
+            self._message = replace(self._message, tensors=tensors)
+        else:
+            self._message = self._message.to(device)
+        self._device = None
 
     def wait(self, deadline_s: float | None = None) -> Message:
         """The message, copied out of the staging ring on this thread at the first call unless a blocked send has done
-        it before, see `Channel.send` (seconds; None: `transport.deadline_s`).
+        it before, see `Channel.send` (seconds; None: `transport.deadline_s`). On a CUDA device the tensors are complete
+        for what this thread's current stream does from now on; the host does not wait for the device.
 
         Raises:
             TransferTimeout: names the transfer, the peer and what to do.
@@ -160,5 +196,10 @@ class RecvTicket(_Pending):
         with self._copying:
             if self._message is None:
                 self._take()
+            if self._device is not None:
+                self._upload(self._device)
             assert self._message is not None
+            if self._uploaded is not None:
+                self._lane.copier.device.join(self._uploaded, self._message.tensors)
+                self._lane.fetched(self)
             return self._message

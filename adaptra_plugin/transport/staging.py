@@ -1,0 +1,367 @@
+"""Tensors on a device: copies to and from the staging rings beside the computation, never with the host waiting in it.
+
+Sending: the caller reserves room in the ring, marks its current stream with an event and goes on. The endpoint's *copier*, one
+small thread, lets a stream of its own wait for that event, copies into the ring, sleeps until the copy is complete, and
+only then tells the proxy of the message, in the order of the positions. So the copies of messages overlap the computation
+and the wire of the messages before them; within one message they do not overlap the wire, the proxy hears of it when it is
+whole. A tensor must not be changed in place until it has been copied: one that was fails the endpoint instead of sending
+bytes that nobody meant.
+
+Receiving: a message is copied out of the mirror into pinned memory (which a blocked send may have done before) and from
+there, on a stream of its own, to the device; the consumer's current stream waits for that, the host does not. The oldest
+message of a lane that is asked for is fetched when it has come, by another small thread; no more than one a lane
+lies on the device ahead of its turn.
+
+Rings are registered as pinned memory (`cudaHostRegister`); where that does not work, copies go through two pinned buffers.
+Tensors in host memory do not come here at all.
+
+What is above `Cuda` is tested with a device that tests make up; `Cuda` itself has not been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.tensors import aligned, as_bytes
+
+_END_S = 5.0
+
+
+class Event(Protocol):
+    """A point of a stream."""
+
+    def synchronize(self) -> None:
+        """Sleeps until the stream has come there; lets other threads run."""
+
+
+class Device(Protocol):
+    """What is asked of an accelerator. *The stream* is one that nothing but copies to host memory run on."""
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies in its memory."""
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether that is its memory."""
+
+    def mark(self, tensor: torch.Tensor) -> Event:
+        """Caller: a point on its current stream, of the device of `tensor`."""
+
+    def follow(self, event: Event, tensors: Sequence[torch.Tensor]) -> None:
+        """Copier's thread: the stream waits for `event`, and will use the tensors, all of one device."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Event:
+        """To host memory, on the stream."""
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Makes host memory fit for copies beside the computation; False if it cannot."""
+
+    def unpin(self, memory: torch.Tensor) -> None: ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that is fit for them."""
+
+    def upload(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[tuple[torch.Tensor, ...], Event]:
+        """To the device, on a stream of its own kind; the event is behind the copies."""
+
+    def join(self, event: Event, tensors: Sequence[torch.Tensor]) -> None:
+        """Caller: its current stream waits for `event`, and will use the tensors."""
+
+
+class Cuda:
+    """Streams and events of torch, also of its ROCm build. Not run on a GPU yet."""
+
+    def __init__(self) -> None:
+        self._streams: dict[tuple[str, int], Any] = {}
+        self._lock = threading.Lock()
+
+    def _stream(self, device: torch.device, way: str = "down") -> Any:
+        """One for each way: a copy to the device must not wait for what is still to be computed there."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with self._lock:
+            found = self._streams.get((way, index))
+            if found is None:
+                found = self._streams[way, index] = torch.cuda.Stream(device=index)
+        return found
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cuda
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def mark(self, tensor: torch.Tensor) -> Any:
+        return torch.cuda.current_stream(tensor.device).record_event()
+
+    def follow(self, event: Any, tensors: Sequence[torch.Tensor]) -> None:
+        # of this thread, which else would pin memory for the first device, and wake it up for that
+        torch.cuda.set_device(tensors[0].device)
+        stream = self._stream(tensors[0].device)
+        stream.wait_event(event)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        stream = self._stream(source.device)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            event.record(stream)
+        return event
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        try:
+            return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
+        except (RuntimeError, AttributeError):
+            return False
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        # torch keeps such memory for the next time, and back from it only what no copy uses any more
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+
+    def upload(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[tuple[torch.Tensor, ...], Any]:
+        stream = self._stream(device, "up")
+        # allocated on this stream too: on the consumer's, memory could be had that its kernels still read
+        with torch.cuda.stream(stream):
+            uploaded = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+            return uploaded, stream.record_event()
+
+    def join(self, event: Any, tensors: Sequence[torch.Tensor]) -> None:
+        if tensors:
+            stream = torch.cuda.current_stream(tensors[0].device)
+            stream.wait_event(event)
+            for tensor in tensors:
+                tensor.record_stream(stream)
+
+
+@dataclass(slots=True)
+class Piece:
+    """A tensor's bytes, on a device, that are to lie at `position` of a ring."""
+
+    position: int
+    data: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Job:
+    memory: Memory
+    pieces: Sequence[Piece]
+    versions: list[int | None]
+    event: Event | None
+    name: str
+    done: Callable[[], None]
+
+
+class Worker:
+    """Runs calls one after the other on a thread, which starts with the first one. A call that raises is the last one.
+
+    Args:
+        name: of the thread.
+        at_end: runs on the thread when it ends.
+    """
+
+    def __init__(self, name: str, at_end: Callable[[], None] = lambda: None) -> None:
+        self._name = name
+        self._at_end = at_end
+        self._calls: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def put(self, call: Callable[[], None]) -> None:
+        with self._changed:
+            if self._stopped:
+                return  # the endpoint has failed or ended, and its tickets say why
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._calls.append(call)
+            self._changed.notify_all()
+
+    def finish(self, limit_s: float) -> bool:
+        """Waits until nothing is left to do (s); False if there is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._calls or self._busy), limit_s)
+
+    def close(self, limit_s: float) -> bool:
+        """Ends the thread, and drops what waits; False if it does not end within `limit_s`."""
+        self._stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(limit_s)
+            return not self._thread.is_alive()
+        return True
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped, self._busy = True, False
+            self._calls.clear()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while (call := self._next()) is not None:
+                call()
+                del call  # not kept while it waits: what it holds is the device's memory
+        finally:
+            self._stop()
+            self._at_end()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._calls or self._stopped)
+            if self._stopped:
+                return None
+            self._busy = True
+            return self._calls.popleft()
+
+
+class Copier:
+    """Copies to the rings of one endpoint. The thread starts with the first tensor on a device.
+
+    Args:
+        rank: for the thread's name.
+        failed: is called on the copier's thread with the reason of a failure, after which nothing is copied any more.
+        chunk_bytes: size of the buffers for rings that cannot be pinned.
+        device: the accelerator.
+    """
+
+    def __init__(
+        self, rank: int, failed: Callable[[str], None], chunk_bytes: int, device: Device | None = None
+    ) -> None:
+        self.device: Device = device or Cuda()
+        self.copies = Worker(f"adaptra-copier-{rank}", self._unpin)
+        """To the rings."""
+        self.fetches = Worker(f"adaptra-fetcher-{rank}")
+        """Uploads that come before anybody waits: their own thread, because a copy waits for the computation."""
+        self._failed = failed
+        self._chunk = chunk_bytes
+        self._pins: dict[Memory, torch.Tensor | None] = {}  # None: it cannot be pinned
+        self._bounce: list[torch.Tensor] = []
+
+    def submit(self, memory: Memory, pieces: Sequence[Piece], name: str, done: Callable[[], None]) -> None:
+        """Caller: `done` runs on the copier's thread when the pieces, and all that was submitted before, lie in the ring.
+
+        With no pieces it keeps a message behind those that are being copied. `name`: of the message, for an error.
+        """
+        event = self.device.mark(pieces[0].data) if pieces else None
+        job = _Job(memory, pieces, [_version(piece.data) for piece in pieces], event, name, done)
+        self.copies.put(lambda: self._serve(job))
+
+    def finish(self, limit_s: float) -> bool:
+        """Waits until all is copied to the rings (s); False if it is not."""
+        return self.copies.finish(limit_s)
+
+    def close(self) -> None:
+        """Ends the threads. Before the rings are unmapped; what is not copied yet is dropped."""
+        if not all([self.copies.close(_END_S), self.fetches.close(_END_S)]):
+            log.error("the device does not complete a copy: the memory that it writes to is not given back")
+
+    def _unpin(self) -> None:
+        for area in self._pins.values():
+            if area is not None:
+                self.device.unpin(area)
+        self._pins.clear()
+
+    def _serve(self, job: _Job) -> None:
+        try:
+            self._copy(job)
+            job.done()
+        except Exception as error:  # noqa: BLE001  whoever waits for the message hears it
+            self._failed(f"{job.name} could not be copied from the device: {type(error).__name__}: {error}")
+
+    def _copy(self, job: _Job) -> None:
+        if job.event is None:
+            return
+        self.device.follow(job.event, [piece.data for piece in job.pieces])
+        area = self._pinned(job.memory)
+        last: Event | None = None
+        for piece in job.pieces:
+            if area is None:
+                self._detour(job.memory, piece)
+                continue
+            at = 0
+            for start, stop in job.memory.segment.pieces(piece.position, piece.data.numel()):
+                last = self.device.copy(area[start:stop], piece.data[at : at + stop - start])
+                at += stop - start
+        if last is not None:
+            last.synchronize()
+        for piece, version in zip(job.pieces, job.versions, strict=True):
+            if version != _version(piece.data):
+                raise RuntimeError(
+                    "it was changed in place before it was copied: leave a tensor alone until its ticket is done, or "
+                    "send a clone"
+                )
+
+    def _pinned(self, memory: Memory) -> torch.Tensor | None:
+        if memory not in self._pins:
+            area = memory.tensor
+            self._pins[memory] = area if self.device.pin(area) else None
+            if self._pins[memory] is None:
+                log.warning("a staging ring cannot be pinned: copies from the device take a detour")
+        return self._pins[memory]
+
+    def _detour(self, memory: Memory, piece: Piece) -> None:
+        """Through two pinned buffers: one fills while the other is copied into the ring."""
+        if not self._bounce:
+            self._bounce = [self.device.pinned((self._chunk,), torch.uint8) for _ in range(2)]
+        before: tuple[Event, int, torch.Tensor] | None = None
+        for number, at in enumerate(range(0, piece.data.numel(), self._chunk)):
+            part = piece.data[at : at + self._chunk]
+            buffer = self._bounce[number % 2][: part.numel()]
+            event = self.device.copy(buffer, part)
+            if before is not None:
+                self._land(memory, *before)
+            before = (event, piece.position + at, buffer)
+        if before is not None:
+            self._land(memory, *before)
+
+    def _land(self, memory: Memory, event: Event, position: int, buffer: torch.Tensor) -> None:
+        event.synchronize()
+        memory.copy_in(position, buffer)
+
+
+def stage(memory: Memory, position: int, tensors: Sequence[torch.Tensor], device: Device) -> list[Piece]:
+    """Copies the payload of a message into a ring, except for what is on the device: that is returned.
+
+    Raises:
+        TransportError: the tensors are on several devices.
+    """
+    later: list[Piece] = []
+    for tensor in tensors:
+        if tensor.numel():
+            data = as_bytes(tensor)
+            if device.owns(tensor):
+                if later and later[0].data.device != data.device:
+                    raise TransportError(
+                        f"a message has tensors on {later[0].data.device} and {data.device}: send them one by one"
+                    )
+                later.append(Piece(position, data))
+            else:
+                memory.copy_in(position, data)
+            position += aligned(data.numel())
+    return later
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Counts changes in place, which views share; None for tensors that do not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,409 @@
+"""Tensors on a device that is made up of threads: their copies wait for what computes them, and nobody waits for the copies."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport import Channel, Endpoint, staging
+from adaptra_plugin.transport.bridge import Op
+from tests.transport.support import activation, config, connect_line, endpoint, everywhere, gradient, heard, until
+
+SLOW_S = 0.3
+THERE = torch.device("cpu", 1)
+"""What the made-up device is called; its tensors are in host memory all the same."""
+
+
+class Stream:
+    """Runs what it is given, one after the other, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._work: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def run(self, work: Callable[[], object]) -> None:
+        self._work.put(work)
+
+    def mark(self) -> Mark:
+        mark = Mark()
+        self.run(mark.set)
+        return mark
+
+    def end(self) -> None:
+        self._work.put(None)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+class Mark(threading.Event):
+    """An event that fails instead of hanging."""
+
+    def synchronize(self) -> None:
+        assert self.wait(20)
+
+
+class FakeDevice:
+    def __init__(self, pins: bool = True) -> None:
+        self.compute, self.side, self.up = Stream(), Stream(), Stream()
+        self.pins = pins
+        self.pinned_rings: list[int] = []
+        self.owned: set[int] = set()
+        self.copies = 0
+        self.broken = ""
+        self.uploads = self.uploads_fail = 0
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Puts a tensor on the device."""
+        self.owned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.owned
+
+    def serves(self, device: torch.device) -> bool:
+        return device == THERE
+
+    def mark(self, tensor: torch.Tensor) -> Mark:
+        return self.compute.mark()
+
+    def follow(self, event: Mark, tensors: list[torch.Tensor]) -> None:
+        self.side.run(event.synchronize)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Mark:
+        if self.broken:
+            raise RuntimeError(self.broken)
+        self.copies += 1
+        self.side.run(lambda: target.copy_(source))
+        return self.side.mark()
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        if self.pins:
+            self.pinned_rings.append(memory.data_ptr())
+        return self.pins
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        self.pinned_rings.remove(memory.data_ptr())
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def upload(self, tensors: tuple[torch.Tensor, ...], device: torch.device) -> tuple[tuple[torch.Tensor, ...], Mark]:
+        if self.uploads_fail:
+            self.uploads_fail -= 1
+            raise RuntimeError("out of memory")
+        targets = tuple(torch.zeros_like(tensor) for tensor in tensors)
+
+        def work() -> None:
+            time.sleep(SLOW_S)
+            for target, tensor in zip(targets, tensors, strict=True):
+                target.copy_(tensor)
+
+        self.uploads += 1
+        self.up.run(work)
+        return targets, self.up.mark()
+
+    def join(self, event: Mark, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.compute.run(event.synchronize)
+
+    def end(self) -> None:
+        self.compute.end()
+        self.side.end()
+        self.up.end()
+
+
+@pytest.fixture(params=[True, False], ids=["pinned", "detour"])
+def device(request) -> Iterator[FakeDevice]:
+    made = FakeDevice(pins=request.param)
+    yield made
+    made.end()
+
+
+@contextlib.contextmanager
+def pair(device: FakeDevice, **changes) -> Iterator[tuple[Endpoint, Endpoint]]:
+    """Both ends of one link; rank 0 computes on the device, and so does rank 1."""
+    settings = config(**{"chunk_kib": 64, **changes})
+    ends = [endpoint(rank, settings, device=device) for rank in range(2)]
+    try:
+        for error in connect_line(ends):
+            if error is not None:
+                raise error
+        yield ends[0], ends[1]
+    finally:
+        everywhere(*(end.close for end in ends))
+    assert device.pinned_rings == []
+
+
+def channels(ends: tuple[Endpoint, Endpoint]) -> tuple[Channel, Channel]:
+    return ends[0].channel(1), ends[1].channel(0)
+
+
+def late(tensor: torch.Tensor, value: float, seconds: float = SLOW_S) -> Callable[[], None]:
+    """A kernel: takes its time, then writes. Not a change in place as far as the version of the tensor goes."""
+
+    def kernel() -> None:
+        time.sleep(seconds)
+        tensor.data.fill_(value)
+
+    return kernel
+
+
+def test_the_copy_waits_for_the_computation_and_the_caller_does_not(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        tensor = device.put(torch.zeros(50_000))
+        device.compute.run(late(tensor, 7.0))
+        started = time.monotonic()
+        ticket = out.send(activation(0), [tensor])
+        assert time.monotonic() - started < SLOW_S / 2
+        message = into.recv(activation(0)).wait()
+        assert torch.equal(message.tensors[0], torch.full((50_000,), 7.0))
+        ticket.wait()
+        assert message.delay_ms < SLOW_S * 500  # neither the computation nor the copy is the link's
+
+
+def tensors_of_all_kinds() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(37, 41, generator=generator)
+    return [
+        rows,
+        rows.t()[3:, ::2],
+        rows.bfloat16(),
+        torch.randint(0, 2, (13,), generator=generator).bool(),
+        torch.zeros(0, 4),
+        torch.tensor(3.5, dtype=torch.float64),
+        torch.randint(0, 255, (200_003,), generator=generator, dtype=torch.uint8),
+        torch.complex(rows, -rows).conj(),
+    ]
+
+
+def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        for turn in range(12):  # 0.25 MiB a message in rings of 1 MiB
+            sent = tensors_of_all_kinds()
+            for index, tensor in enumerate(sent):
+                if (index + turn) % 3:  # the others are in host memory
+                    device.put(tensor)
+            tickets = [out.send(activation(microbatch, turn), sent) for microbatch in (0, 1)]
+            for microbatch in (0, 1):
+                got = into.recv(activation(microbatch, turn)).wait().tensors
+                for mine, theirs in zip(sent, got, strict=True):
+                    assert mine.dtype == theirs.dtype
+                    assert mine.shape == theirs.shape
+                    assert torch.equal(mine, theirs)
+            for ticket in tickets:
+                ticket.wait()
+        assert device.copies > 12
+        lanes = ends[0]._links[1].send_lanes()
+        assert [lane._copying for lane in lanes] == [0, 0, 0, 0]
+
+
+def test_the_proxy_hears_of_messages_in_the_order_of_their_positions(device):
+    with pair(device, connections_per_direction=1) as ends:
+        out, into = channels(ends)
+        [lane] = [lane for lane in ends[0]._links[1].send_lanes() if lane.direction == 0]
+        posted = []
+        post = lane._post
+
+        def record(op, position=0, *rest, **more):
+            if op == Op.SEND:
+                posted.append(position)
+            post(op, position, *rest, **more)
+
+        lane._post = record
+        tensor = device.put(torch.zeros(1000))
+        device.compute.run(late(tensor, 1.0))
+        for microbatch in range(6):  # those in host memory are ready long before
+            out.send(
+                activation(microbatch), [tensor if microbatch % 2 == 0 else torch.full((1000,), float(microbatch))]
+            )
+        received = [into.recv(activation(microbatch)).wait().tensors[0][0].item() for microbatch in range(6)]
+        assert received == [1.0, 1.0, 1.0, 3.0, 1.0, 5.0]
+        assert posted == sorted(posted)
+        assert len(posted) == 6
+
+
+def test_a_copy_that_fails_ends_the_endpoint_with_its_reason(device):
+    with pair(device) as ends:
+        out, _ = channels(ends)
+        device.broken = "an illegal memory access was encountered"
+        ticket = out.send(activation(0), [device.put(torch.zeros(10))])
+        with pytest.raises(
+            TransportError, match=r"activation of microbatch 0 .* copied from the device: .*illegal memory"
+        ):
+            ticket.wait()
+        with pytest.raises(TransportError, match="illegal memory"):
+            out.send(activation(1), [torch.zeros(1)])
+        with pytest.raises(TransportError, match="illegal memory"):
+            out.recv(gradient(0)).wait()
+
+
+def test_a_tensor_that_is_changed_before_it_is_copied_is_noticed(device):
+    with pair(device) as ends:
+        out, _ = channels(ends)
+        tensor = device.put(torch.zeros(10))
+        device.compute.run(lambda: time.sleep(SLOW_S))
+        ticket = out.send(activation(0), [tensor.detach()])
+        tensor.add_(1)
+        with pytest.raises(TransportError, match="changed in place before it was copied"):
+            ticket.wait()
+
+
+def test_what_is_not_contiguous_is_copied_at_once_and_may_be_changed(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        tensor = device.put(torch.arange(20.0).reshape(4, 5))
+        device.compute.run(lambda: time.sleep(SLOW_S))
+        out.send(activation(0), [tensor.t()])
+        tensor.zero_()
+        assert torch.equal(into.recv(activation(0)).wait().tensors[0], torch.arange(20.0).reshape(4, 5).t())
+
+
+def test_closing_waits_for_the_copies_as_it_waits_for_the_wire(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        tensor = device.put(torch.zeros(10))
+        device.compute.run(late(tensor, 4.0))
+        out.send(activation(0), [tensor])
+        ends[0].close(linger_s=10)
+        assert into.recv(activation(0)).wait().tensors[0].tolist() == [4.0] * 10
+
+
+def test_a_device_that_hangs_does_not_keep_the_endpoint_from_closing(device, monkeypatch, caplog):
+    monkeypatch.setattr(staging, "_END_S", 0.2)
+    hang = threading.Event()
+    with pair(device) as ends:
+        out, _ = channels(ends)
+        device.compute.run(lambda: hang.wait(20))
+        ticket = out.send(activation(0), [device.put(torch.zeros(10))])
+        started = time.monotonic()
+        ends[0].close(linger_s=0.1)
+        assert time.monotonic() - started < 5
+        with pytest.raises(TransportError):
+            ticket.wait()
+        assert "does not complete a copy" in caplog.text
+        hang.set()
+        until(lambda: not ends[0]._copier.copies.alive)
+
+
+def test_tensors_of_several_devices_are_refused_and_the_lane_goes_on(device, monkeypatch):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        one, other = device.put(torch.zeros(3)), device.put(torch.zeros(3))
+        monkeypatch.setattr(
+            staging, "as_bytes", lambda t: torch.empty(12, dtype=torch.uint8, device="meta" if t is other else "cpu")
+        )
+        with pytest.raises(TransportError, match="tensors on cpu and meta"):
+            out.send(activation(0), [one, other])
+        monkeypatch.undo()
+        out.send(activation(1), [torch.ones(2)])
+        assert into.recv(activation(1)).wait().tensors[0].tolist() == [1.0, 1.0]
+
+
+def test_what_is_received_is_complete_for_the_stream_and_the_host_does_not_wait(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        sent = [torch.arange(6.0).reshape(2, 3), torch.ones(3, dtype=torch.int8)]
+        ticket = into.recv(activation(0), device=THERE)
+        out.send(activation(0), sent, tag=9).wait()
+        started = time.monotonic()
+        message = ticket.wait()
+        assert time.monotonic() - started < SLOW_S / 2
+        assert message.tag == 9
+        seen: list[torch.Tensor] = []
+        device.compute.run(lambda: seen.extend(tensor.clone() for tensor in message.tensors))
+        device.compute.mark().synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(seen, sent, strict=True))
+        assert ticket.wait() is message
+
+
+def test_the_next_message_of_a_lane_is_fetched_ahead_and_no_more(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        tickets = [into.recv(activation(microbatch), device=THERE) for microbatch in (0, 2, 4)]  # all of lane 0
+        other = into.recv(activation(6))
+        for microbatch in (0, 2, 4, 6):
+            out.send(activation(microbatch), [torch.full((1000,), float(microbatch))]).wait()
+            until(heard(ends[1], lambda: device.uploads == 1), "upload before it is waited for")
+        for turn, ticket in enumerate(tickets):
+            until(heard(ends[1], lambda turn=turn: device.uploads == turn + 1), "upload of the next one")
+            time.sleep(0.05)  # for one too many to show
+            assert device.uploads == turn + 1
+            message = ticket.wait()
+            seen: list[torch.Tensor] = []
+            device.compute.run(lambda message=message, seen=seen: seen.append(message.tensors[0].clone()))
+            device.compute.mark().synchronize()
+            assert torch.equal(seen[0], torch.full((1000,), 2.0 * turn))
+        other.wait()
+        assert device.uploads == 3
+
+
+def test_a_message_that_came_before_it_was_asked_for_is_fetched_too(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        out.send(activation(0), [torch.ones(10)]).wait()
+        [lane] = [lane for lane in ends[1]._links[0].recv_lanes() if lane.direction == 0 and lane.index == 0]
+        until(heard(ends[1], lambda: lane._held))
+        assert device.uploads == 0
+        ticket = into.recv(activation(0), device=THERE)
+        until(lambda: device.uploads == 1)
+        message = ticket.wait()
+        device.compute.mark().synchronize()
+        assert message.tensors[0].tolist() == [1.0] * 10
+
+
+def test_a_fetch_waits_for_no_computation(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        hang = threading.Event()
+        device.compute.run(lambda: hang.wait(20))
+        into.send(gradient(0), [device.put(torch.zeros(10))])  # the copier waits
+        into.recv(activation(0), device=THERE)
+        out.send(activation(0), [torch.ones(10)]).wait()
+        until(heard(ends[1], lambda: device.uploads == 1))
+        hang.set()
+        out.recv(gradient(0)).wait()
+
+
+def test_an_upload_that_fails_may_be_tried_again(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        ticket = into.recv(activation(0), device=THERE)
+        out.send(activation(0), [torch.ones(4)])
+        device.uploads_fail = 2  # once ahead of its turn, which is nobody's error
+        until(heard(ends[1], lambda: device.uploads_fail == 1))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            ticket.wait()
+        out.send(activation(2), [torch.zeros(200_000)])  # into the room of the first one, which is free
+        into.recv(activation(2)).wait()
+        message = ticket.wait()
+        device.compute.mark().synchronize()
+        assert message.tensors[0].tolist() == [1.0] * 4
+
+
+def test_host_memory_needs_neither_thread_nor_copies(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        tensor = torch.zeros(10)
+        device.compute.run(lambda: time.sleep(SLOW_S))
+        started = time.monotonic()
+        out.send(activation(0), [tensor])
+        tensor.add_(1)  # at once
+        ticket = into.recv(activation(0), device=torch.device("cpu"))
+        assert ticket._device is None  # as without one
+        got = ticket.wait()
+        assert time.monotonic() - started < SLOW_S / 2
+        assert got.tensors[0].tolist() == [0.0] * 10
+        assert (device.copies, ends[0]._copier.copies.alive, ends[1]._copier.fetches.alive) == (0, False, False)
