@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES
-from adaptra_plugin.transport.proxy.verbs import VerbsError
+from adaptra_plugin.transport.proxy.verbs import VerbsError, Work
 from adaptra_plugin.transport.proxy.verbs_library import event_descriptors
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind
 from tests.rdma import wires
@@ -82,6 +83,28 @@ def test_little_memory_at_the_other_end_loses_nothing():
             size = sizes[index]
             assert body == (noise(size, index) if index % 2 and size else b"" if index % 2 else noise(size + 64, index))
         host.settle()
+
+    both(scenario)
+
+
+@pytest.mark.parametrize("gather", [1, 2, 3])
+def test_a_chunk_is_one_request_if_the_device_gathers_its_pieces(gather):
+    def scenario(host: Host) -> None:
+        posted: list[list[Work]] = []
+        device = Nic(host.loop, wires.device(host.side, 0), address=wires.address(host.side, 0))
+        device.device.max_gather = gather
+        host.nics[0] = device
+        rail = host.connect()
+        capacity = host.rings[LANES[0]].capacity
+        post = rail._pair.post
+        rail._pair.post = lambda works: (posted.append(list(works)), post(works))  # type: ignore[func-returns-value]
+        rail.submit(host.chunk(capacity - MIB // 2, noise(MIB)))  # around the end of the ring: header and two pieces
+        host.until(lambda: host.came)
+        assert host.came[0][2] == noise(MIB)
+        host.settle()
+        (chunk,) = (works for works in posted if works[-1].immediate is not None)
+        assert len(chunk) == -(-3 // gather) and all(work.remote for work in chunk)
+        assert [work.signaled for work in chunk] == [False] * (len(chunk) - 1) + [True]
 
     both(scenario)
 
@@ -255,7 +278,7 @@ def test_offers_that_make_no_sense_are_refused():
             ("number", -1),
             ("psn", 1 << 24),
             ("mtu", "4096"),
-            ("version", 2),
+            ("version", 3),
             ("slots", True),
             ("key", None),
         ):

@@ -7,7 +7,15 @@ import random
 import pytest
 
 from adaptra_plugin.transport.proxy.nics import pairs
-from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES, Budget, Debt, Prefix, SlotKind, parse_prefix
+from adaptra_plugin.transport.proxy.rails.slots import (
+    IMMEDIATES,
+    PREFIX_BYTES,
+    Budget,
+    Debt,
+    Prefix,
+    SlotKind,
+    parse_prefix,
+)
 from adaptra_plugin.transport.proxy.wire import MalformedFrame
 
 
@@ -126,3 +134,11 @@ def test_ports_are_joined_alike_from_both_ends():
     assert sorted((i, j) for j, i in pairs(theirs, mine)) == pairs(mine, theirs)
     assert pairs(mine[:2], theirs[2:]) == [(0, 0)]
     assert pairs([], theirs) == [] and pairs([eth("nonsense")], [eth("")]) == [(0, 0)]
+
+
+def test_a_position_is_known_by_its_last_32_bits():
+    debt = Debt(8, 1 << 20)
+    for landed in (0, 5000, (1 << 32) - 10, (1 << 40) + 7):
+        debt.landed = landed
+        for at in (landed, landed + 100, landed + (1 << 20)):
+            assert debt.position(at % IMMEDIATES) == at

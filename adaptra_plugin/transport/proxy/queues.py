@@ -142,7 +142,7 @@ class Completions:
 class Work(NamedTuple):
     """A request to send `nbytes` from `offset` of `region`. With `remote` (address, key): an RDMA WRITE to there, else a
     SEND into the oldest receive that is posted at the other end. A write with `immediate` uses one up too.
-    `signaled` False: heard of only if it fails."""
+    `signaled` False: heard of only if it fails. `more`: (region, offset, nbytes) of what follows in the same message."""
 
     request: int
     region: Region
@@ -151,6 +151,7 @@ class Work(NamedTuple):
     remote: tuple[int, int] | None = None
     immediate: int | None = None
     signaled: bool = True
+    more: tuple[tuple[Region, int, int], ...] = ()
 
 
 class QueuePair:
@@ -158,7 +159,14 @@ class QueuePair:
     a new pair is needed. Requests posted in ERR, and those under way, complete as flushed."""
 
     def __init__(
-        self, device: Device, domain: Any, completions: Completions, sends: int, receives: int, port_number: int
+        self,
+        device: Device,
+        domain: Any,
+        completions: Completions,
+        sends: int,
+        receives: int,
+        port_number: int,
+        gather: int,
     ) -> None:
         modules = load()
         self._enums = enums = modules.enums
@@ -168,7 +176,7 @@ class QueuePair:
         self.port_number = port_number
         self.psn = random.SystemRandom().getrandbits(24)
         """Of its first packet."""
-        limits = modules.qp.QPCap(max_send_wr=sends, max_recv_wr=receives, max_send_sge=1, max_recv_sge=1)
+        limits = modules.qp.QPCap(max_send_wr=sends, max_recv_wr=receives, max_send_sge=gather, max_recv_sge=1)
         queue = completions._queue
         with told(f"create a queue pair on {device.name} for {sends} sends and {receives} receives"):
             wanted = modules.qp.QPInitAttr(qp_type=enums.IBV_QPT_RC, scq=queue, rcq=queue, cap=limits, sq_sig_all=0)
@@ -269,7 +277,8 @@ class QueuePair:
         enums = self._enums
         chain: list[Any] = []
         for work in works:
-            piece = self._wr.SGE(work.region.address + work.offset, work.nbytes, work.region.lkey)
+            parts = ((work.region, work.offset, work.nbytes), *work.more)
+            pieces = [self._wr.SGE(region.address + offset, nbytes, region.lkey) for region, offset, nbytes in parts]
             if work.remote is None:
                 kind = enums.IBV_WR_SEND if work.immediate is None else enums.IBV_WR_SEND_WITH_IMM
             else:
@@ -277,8 +286,8 @@ class QueuePair:
             request = self._wr.SendWR(
                 wr_id=work.request,
                 opcode=kind,
-                num_sge=1,
-                sg=[piece],
+                num_sge=len(pieces),
+                sg=pieces,
                 imm_data=socket.htonl(work.immediate or 0),
                 send_flags=enums.IBV_SEND_SIGNALED if work.signaled else 0,
             )

@@ -167,6 +167,8 @@ class Device:
         self.port_count = int(attributes.phys_port_cnt)
         self.max_requests = int(attributes.max_qp_wr)
         self.max_completions = int(attributes.max_cqe)
+        self.max_gather = int(attributes.max_sge)
+        """Pieces of memory that one request can send."""
         self._closed = self._abandoned = False
 
     def port(self, number: int = 1) -> Port:
@@ -237,11 +239,20 @@ class Device:
         self._children.append(queue)
         return queue
 
-    def queue_pair(self, completions: Completions, sends: int, receives: int, number: int = 1) -> QueuePair:
-        """A new pair on port `number`, in state INIT, for so many posted requests. Raises VerbsError."""
+    def queue_pair(
+        self, completions: Completions, sends: int, receives: int, number: int = 1, gather: int = 1
+    ) -> QueuePair:
+        """A new pair on port `number`, in state INIT, for so many posted requests, each of which sends at most `gather`
+        pieces (no more than `max_gather`). Raises VerbsError."""
         self._require_open()
         pair = QueuePair(
-            self, self._domain, completions, min(sends, self.max_requests), min(receives, self.max_requests), number
+            self,
+            self._domain,
+            completions,
+            min(sends, self.max_requests),
+            min(receives, self.max_requests),
+            number,
+            gather,
         )
         self._children.append(pair)
         return pair

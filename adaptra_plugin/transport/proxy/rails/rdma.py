@@ -1,8 +1,9 @@
 """Frames over a reliable connected RDMA queue pair.
 
-The body of a chunk goes straight from the sender's ring, by RDMA WRITE, into the receiver's *landing*, and its header follows
-in a SEND. The queue pair carries requests out in order, so when the header is seen, the body is there: one completion for
-a chunk. The receiver then asks its link where the body belongs and copies it there.
+A chunk is one RDMA WRITE WITH IMMEDIATE, which gathers its header and its body, straight from the sender's ring, into the
+receiver's *landing*. The immediate says where; its completion, the only one for a chunk, says that all is there. The receiver
+then asks its link where the body belongs, copies it there, and returns the room. Everything else is small and travels in
+SENDs.
 
 Why not write into the mirror ring itself: the link sends a chunk again over another rail when this one is late, and the
 message may then be complete, consumed, and its room used for the next one, while the first write is still on its way. Nothing
@@ -25,18 +26,29 @@ from typing import Any
 from adaptra_plugin.transport.proxy.loop import READ, Timer
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
-from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES, Budget, Debt, Prefix, SlotKind, parse_prefix
+from adaptra_plugin.transport.proxy.rails.slots import (
+    IMMEDIATES,
+    PREFIX_BYTES,
+    Budget,
+    Debt,
+    Prefix,
+    SlotKind,
+    parse_prefix,
+)
 from adaptra_plugin.transport.proxy.verbs import Completion, Region, VerbsError, Work, status_text
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
 from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 
-VERSION = 1
+VERSION = 2
 SLOTS = 256
 """Receives that are posted, and sends that may be under way."""
 SLOT_BYTES = 4096
 LANDING_BYTES = 64 << 20
 """Bodies that may be under way: as many as a link ever has on one rail."""
+GATHER = 3
+"""Pieces of a chunk: its header, and its body in two, where its ring ends."""
+_HEAD = PREFIX_BYTES + HEADER_BYTES  # in front of a body in the landing
 SLOWEST = 1e6
 """A wire that moves fewer bytes per second counts as dead, if nothing else is acknowledged meanwhile."""
 _RECEIVE = 1 << 32  # bit of the request numbers of receives
@@ -48,7 +60,7 @@ _OFFER: dict[str, tuple[int, int]] = {  # field -> smallest and largest value
     "mtu": (256, 4096),
     "slots": (4, 1 << 16),
     "slot_bytes": (512, 1 << 16),
-    "landing": (SLOT_BYTES, 1 << 40),
+    "landing": (SLOT_BYTES, 1 << 31),  # positions in it are told by their last 32 bits
     "address": (1, (1 << 64) - 1),
     "key": (0, (1 << 32) - 1),
 }
@@ -131,9 +143,11 @@ class RdmaRail(Rail):
             self._receive_region = self._owned(device.register(self._receive_memory))
             self._landing = self._memory(landing_bytes)
             self._landing_region = self._owned(device.register(self._landing, remote_write=True))
-            # a chunk takes at most two writes, where its ring ends, and a send
-            self._completions = self._owned(device.completions(5 * slots))
-            self._pair = self._owned(device.queue_pair(self._completions, 3 * slots, slots, nic.port.number))
+            # one request a chunk, or as many as it has pieces where the device gathers none
+            self._gather = min(GATHER, device.max_gather)
+            self._completions = self._owned(device.completions((GATHER + 2) * slots))
+            wanted = (GATHER * slots, slots, nic.port.number, self._gather)
+            self._pair = self._owned(device.queue_pair(self._completions, *wanted))
             for index in range(slots):
                 self._post_receive(index)
         except BaseException:
@@ -219,7 +233,7 @@ class RdmaRail(Rail):
         head = header.pack()
         key = (header.direction, header.lane)
         if header.kind == FrameKind.CHUNK and HEADER_BYTES + length > self._room and self._in_ring(key, frame.body):
-            if length > self._budget.landing:
+            if _HEAD + length > self._budget.landing:
                 self._fail(f"a chunk of {length} bytes does not fit into the other end's {self._budget.landing}")
                 return
             pieces = tuple(self._segments[key].pieces(header.message + header.at, length))
@@ -268,18 +282,11 @@ class RdmaRail(Rail):
         """False: the other end has no room for the body now."""
         region = waiting.body_region
         assert region is not None
-        length = waiting.header.length
-        at = self._budget.place(length)
+        at = self._budget.place(_HEAD + waiting.header.length)
         if at is None:
             return False
-        address, key = self._target
-        target = address + at % self._budget.landing
-        works = []
-        for start, stop in waiting.body_pieces:
-            # unsignaled: the send that follows tells of its end too
-            works.append(Work(0, region, start, stop - start, remote=(target, key), signaled=False))
-            target += stop - start
-        self._post(SlotKind.CHUNK, waiting.rest, waiting.nbytes, works=works, at=at)
+        body = tuple((region, start, stop - start) for start, stop in waiting.body_pieces)
+        self._post(SlotKind.CHUNK, waiting.rest, waiting.nbytes, body=body, at=at)
         return True
 
     def _post(
@@ -288,12 +295,12 @@ class RdmaRail(Rail):
         payload: bytes | memoryview,
         nbytes: int,
         *,
-        works: list[Work] | None = None,
+        body: tuple[tuple[Region, int, int], ...] = (),
         at: int = 0,
         more: bool = False,
     ) -> None:
-        """Fills a slot and posts it behind `works`. `nbytes`: part of the backlog that has gone when it has. Raises
-        VerbsError."""
+        """Fills a slot and posts it: with a body into the landing, at `at`. `nbytes`: part of the backlog that has gone when
+        it has. Raises VerbsError."""
         slot = self._free.popleft()
         emptied, landed = self._debt.told()
         prefix = Prefix(kind, len(payload), self._budget.sent, emptied, landed, at, more)
@@ -307,7 +314,23 @@ class RdmaRail(Rail):
             if self._watchdog is None:
                 self._watchdog = self._loop.call_later(self._silence_s, self._watch_progress)
         self._posted.append((slot, nbytes))
-        self._pair.post([*(works or ()), Work(slot, self._send_region, start, total)])
+        if body:
+            self._pair.post(self._writes(slot, ((self._send_region, start, total), *body), at))
+        else:
+            self._pair.post([Work(slot, self._send_region, start, total)])
+
+    def _writes(self, slot: int, parts: Sequence[tuple[Region, int, int]], at: int) -> list[Work]:
+        """As few requests as the device can make of these pieces; the last one tells, of both ends, that all is done."""
+        address, key = self._target
+        target = address + at % self._budget.landing
+        works = []
+        for index in range(0, len(parts), self._gather):
+            first, *more = parts[index : index + self._gather]
+            last = index + self._gather >= len(parts)
+            immediate = at % IMMEDIATES if last else None
+            works.append(Work(slot, *first, (target, key), immediate, signaled=last, more=tuple(more)))
+            target += first[2] + sum(nbytes for _, _, nbytes in more)
+        return works
 
     def _post_receive(self, index: int) -> None:
         self._pair.post_receive(_RECEIVE | index, self._receive_region, index * SLOT_BYTES, SLOT_BYTES)
@@ -364,9 +387,15 @@ class RdmaRail(Rail):
 
     def _received(self, completion: Completion) -> None:
         index = completion.request & (_RECEIVE - 1)
-        start = index * SLOT_BYTES
-        slot = self._receive_memory[start : start + completion.nbytes]
+        if completion.immediate is None:
+            start = index * SLOT_BYTES
+            slot = self._receive_memory[start : start + completion.nbytes]
+        else:
+            start, stop = self._debt.window(self._debt.position(completion.immediate), _HEAD)
+            slot = self._landing[start:stop]
         prefix = parse_prefix(slot, self._debt.emptied)
+        if (prefix.kind is SlotKind.CHUNK) != (completion.immediate is not None):
+            raise MalformedFrame(f"a slot of kind {prefix.kind.name.lower()} came the wrong way")
         payload = bytes(slot[PREFIX_BYTES:])
         self._debt.emptied += 1
         self._post_receive(index)
@@ -380,6 +409,8 @@ class RdmaRail(Rail):
         if prefix.kind is SlotKind.FRAME:
             self._piece(payload, prefix.more)
         elif prefix.kind is SlotKind.CHUNK:
+            if prefix.at % IMMEDIATES != completion.immediate:
+                raise MalformedFrame(f"a chunk at {prefix.at} in the landing came with number {completion.immediate}")
             self._chunk(payload, prefix.at)
 
     def _parse(self, raw: bytes) -> Header:
@@ -410,11 +441,11 @@ class RdmaRail(Rail):
         header = self._parse(payload)
         if header.kind != FrameKind.CHUNK or len(payload) != HEADER_BYTES or header.body_bytes != header.length:
             raise MalformedFrame(f"a {header.kind.name.lower()} frame has a body in the landing")
-        start, stop = self._debt.window(at, header.length)
+        start, stop = self._debt.window(at, _HEAD + header.length)
         try:
-            self._deliver(header, self._landing[start:stop])
+            self._deliver(header, self._landing[start + _HEAD : stop])
         finally:
-            self._debt.landed = at + header.length
+            self._debt.landed = at + _HEAD + header.length
 
     def _deliver(self, header: Header, body: memoryview) -> None:
         windows = self.sink.place(self, header)

@@ -1,8 +1,8 @@
 """How the two ends of an RDMA rail share the receiver's memory: slots for small things, the landing for bodies. Pure.
 
-Every SEND fills one *slot* that the receiver has posted: a prefix and at most a page of payload. Bodies of chunks are
-written into the *landing*, a ring of the receiver's memory, in front of the SEND that announces them. A sender never uses
-more of either than is free, so nothing is ever sent that has nowhere to go; the receiver returns what it has emptied with
+Every SEND fills one *slot* that the receiver has posted: a prefix and at most a page of payload. Chunks are written into the
+*landing*, a ring of the receiver's memory: prefix, header and body, and the immediate of the write uses up a slot too. A
+sender never uses more of either than is free, so nothing is ever sent that has nowhere to go; the receiver returns what it has emptied with
 every slot that goes the other way, or, if none does, with a slot of its own.
 """
 
@@ -18,6 +18,8 @@ from adaptra_plugin.transport.proxy.wire import MalformedFrame
 _PREFIX = struct.Struct("<BBHIQQQ")
 PREFIX_BYTES = _PREFIX.size
 _SEQUENCES = 1 << 32
+IMMEDIATES = 1 << 32
+"""A write's immediate has 32 bits."""
 
 
 class SlotKind(enum.IntEnum):
@@ -26,7 +28,7 @@ class SlotKind(enum.IntEnum):
     FRAME = 2
     """A frame, or a piece of one."""
     CHUNK = 3
-    """The header of a frame whose body lies in the landing."""
+    """The header of a frame that lies in the landing, its body behind it."""
 
 
 @dataclass(slots=True)
@@ -114,6 +116,10 @@ class Debt:
         self._bytes_due = max(1, landing // 4)
         self._told_emptied = 0
         self._told_landed = 0
+
+    def position(self, immediate: int) -> int:
+        """The position in the landing whose last 32 bits these are."""
+        return self.landed + (immediate - self.landed) % IMMEDIATES
 
     def window(self, at: int, nbytes: int) -> tuple[int, int]:
         """(start, stop) offsets of a body in the landing. Raises MalformedFrame if it cannot lie there."""
