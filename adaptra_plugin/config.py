@@ -63,7 +63,7 @@ class TransportConfig(_Block):
     rdma_devices: Literal["auto"] | tuple[str, ...] = "auto"
     """RDMA devices to use; `auto`: all that work, an empty list: none."""
     checksum: Literal["auto", "on", "off"] = "auto"
-    """Verify every piece of a message at the receiver; `auto`: on the rails whose transport does not."""
+    """Verify every piece of a message at the receiver (xxh3); `auto`: of what comes from another host."""
     max_message_mib: int = Field(4096, ge=1, le=1 << 20)
     """Largest accepted message (MiB); a longer length in a frame is refused before memory is touched."""
     warn_full_after_ms: NonNegative = 100.0

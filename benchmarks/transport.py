@@ -39,9 +39,13 @@ class Side:
         self.rank = rank
         self.pipe = pipe
         torch.set_num_threads(1)
+        cpus = sorted(os.sched_getaffinity(0))
+        if options.pin:
+            os.sched_setaffinity(0, {cpus[rank * len(cpus) // 2]})  # and, with it, its proxy and gloo's thread
         config = TransportConfig.model_validate(
             {
                 "rail": rail,
+                "cpus": None,
                 "proxy": options.proxy,
                 "ring_mib": options.ring_mib,
                 "connections_per_direction": options.connections,
@@ -267,6 +271,7 @@ def table(summary: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rails", nargs="+", choices=["shm", "tcp", "rdma"], default=["shm", "tcp"])
+    parser.add_argument("--pin", action="store_true", help="each rank, with its proxy and gloo's thread, on one processor")
     parser.add_argument("--proxy", choices=["process", "thread"], default="process")
     parser.add_argument("--sizes-kib", type=int, nargs="+", default=[64, 1024, 4096, 16384, 65536])
     parser.add_argument("--volume-mib", type=int, default=256, help="bytes moved per size, way and repeat")

@@ -103,7 +103,8 @@ class Endpoint:
         host = choose_bind(config.bind, bind_host)
         cpus = proxy_cpus(config.cpus)
         self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
-        self._mailbox = Mailbox(self._proxy.data, self._records, spin_s(config.spin_us))
+        spin = spin_s(config.spin_us)
+        self._mailbox = Mailbox(self._proxy.data, self._records, spin)
         slabs = Slabs(config.ring_mib << 20)  # a ring full of messages may be on its way to be used
         self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
         self._shared = Shared(
@@ -116,7 +117,7 @@ class Endpoint:
         self._tell(
             "start",
             me={"rank": me.rank, "stage": me.stage, "host": me.host},
-            config=config.model_dump(mode="json") | {"cpus": cpus},
+            config=config.model_dump(mode="json") | {"cpus": cpus, "spin_us": spin * 1e6},
             secret=secret.hex(),
             bind=host,
             source=None if config.bind == "auto" or is_wildcard(config.bind) else config.bind,

@@ -113,7 +113,7 @@ class Peer:
             owner.loop.clock,
             limit=neighbour.limit if neighbour else 0,
             chunk_bytes=settings.chunk_kib << 10,
-            checksum=lambda rail: settings.checked(rail.kind),
+            checksum=lambda rail: rail.damages or settings.checked(same_host=owner.card.boot == card.boot),
         )
         self._rdma = RdmaSetup(
             owner.loop,

@@ -22,6 +22,7 @@ from adaptra_plugin.transport.proxy.link import TICK_S, LaneKey, Rings
 from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop, Timer
 from adaptra_plugin.transport.proxy.meeting import Listener
 from adaptra_plugin.transport.proxy.peer import LEFT, Neighbour, Peer
+from adaptra_plugin.transport.proxy.placing import place
 from adaptra_plugin.transport.proxy.rails.base import Rail
 from adaptra_plugin.transport.proxy.rails.faulty import Faults
 from adaptra_plugin.transport.proxy.rdma_setup import Ports
@@ -138,6 +139,8 @@ class Proxy:
         self.me = PeerInfo(**message["me"])
         self.settings = ProxySettings.of(message["config"])
         self.secret = bytes.fromhex(message["secret"])
+        place(self.settings)
+        self.loop.spin_s = self.settings.spin_us / 1e6
         offset = float(message.get("clock_offset_s", 0.0))
         if offset:
             clock = self.loop.clock
@@ -156,7 +159,7 @@ class Proxy:
     def _listen(self, bind: str) -> Card:
         settings = self.settings
         addresses = []
-        hosts = [address_of(name) for name in settings.interfaces] or [bind]
+        hosts = dict.fromkeys([bind, *(address_of(name) for name in settings.interfaces)])
         for host in hosts:
             sock = listen(host, _BACKLOG)
             self._add_listener(sock)

@@ -23,9 +23,9 @@ class ProxySettings:
     rdma_devices: str | Sequence[str] = "auto"
     handshake_timeout_s: float = 5.0
     reconnect_s: float = 5.0
-    cpus: Sequence[int] | str | None = None
+    cpus: Sequence[int] | None = None
     nice: int = 0
-    spin_us: int = 0
+    spin_us: float = 0.0
     tls: Mapping[str, Any] | None = None
 
     @classmethod
@@ -45,6 +45,6 @@ class ProxySettings:
         """Whether a link without a rail of that kind is an error."""
         return self.rail == kind.word
 
-    def checked(self, kind: RailKind) -> bool:
-        """Whether chunks carry a checksum. Of shared memory only the reader could be wrong."""
-        return self.checksum == "on" or (self.checksum == "auto" and kind is not RailKind.SHM)
+    def checked(self, *, same_host: bool) -> bool:
+        """Whether chunks carry a checksum: what does not leave a host's memory needs none."""
+        return self.checksum == "on" or (self.checksum == "auto" and not same_host)

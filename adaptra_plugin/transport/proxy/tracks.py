@@ -16,6 +16,8 @@ FIRST_SPEED = 1e9
 """Assumed speed of a rail that nothing is known of (bytes/s)."""
 MIN_WINDOW = 2 << 20
 MAX_WINDOW = 64 << 20
+TURNS_S = 0.004
+"""A proxy does something else for so long (s) before it sees what a fast rail has brought, and the other one likewise."""
 MIN_PATIENCE_S = 0.25
 """An acknowledgement is never overdue earlier than this: a proxy may have to wait for a CPU."""
 MOST_PATIENCE = 64.0
@@ -120,8 +122,9 @@ class Track:
 
     @property
     def window(self) -> int:
-        """Bytes that may be under way: twice what the rail delivers in a round trip, as far as that is known."""
-        wanted = 2 * self.speed * self.best_trip
+        """Bytes that may be under way: twice what the rail delivers in a round trip, or in the turns of the two proxies,
+        which take longer on a fast rail; as far as that is known."""
+        wanted = self.speed * max(2 * self.best_trip, TURNS_S)
         if not self.measured:
             wanted = min(wanted, 2 * self.delivered)
         return int(min(MAX_WINDOW, max(MIN_WINDOW, wanted)))

@@ -15,7 +15,7 @@ _ROUNDS = 8
 """System calls for one rail before others get their turn."""
 _PIECES = 24
 """Pieces handed over in one system call."""
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 8 << 20
 _SCRATCH = 64 << 10
 """Bytes read at a time where small frames are expected."""
 _LOW_WATER = 512 << 10
@@ -138,6 +138,7 @@ class StreamRail(Rail):
             for _ in range(_ROUNDS):
                 if self.closed or not self._read_once():
                     break
+            self._expect()
             self._wait_for(READ)
             self._look_again()
         except BlockingIOError as blocked:
