@@ -271,7 +271,9 @@ def table(summary: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rails", nargs="+", choices=["shm", "tcp", "rdma"], default=["shm", "tcp"])
-    parser.add_argument("--pin", action="store_true", help="each rank, with its proxy and gloo's thread, on one processor")
+    parser.add_argument(
+        "--pin", action="store_true", help="each rank, with its proxy and gloo's thread, on one processor"
+    )
     parser.add_argument("--proxy", choices=["process", "thread"], default="process")
     parser.add_argument("--sizes-kib", type=int, nargs="+", default=[64, 1024, 4096, 16384, 65536])
     parser.add_argument("--volume-mib", type=int, default=256, help="bytes moved per size, way and repeat")
