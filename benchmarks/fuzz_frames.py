@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptra_plugin.transport.bridge import Writer
-from adaptra_plugin.transport.proxy import peer
+from adaptra_plugin.transport.proxy import vigil
 from adaptra_plugin.transport.proxy.control import checksum_of
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose
 from adaptra_plugin.transport.proxy.link import LaneKey, Rings
@@ -377,11 +377,11 @@ def instrument() -> Callable[[], None]:
 
     def undo() -> None:
         del stream.bytearray  # type: ignore[attr-defined]
-        peer.Probe = probe  # type: ignore[misc]
+        vigil.Probe = probe  # type: ignore[misc]
 
-    probe = peer.Probe
+    probe = vigil.Probe
     stream.bytearray = limited  # type: ignore[attr-defined]
-    peer.Probe = _NoProbe  # type: ignore[assignment,misc]
+    vigil.Probe = _NoProbe  # type: ignore[assignment,misc]
     return undo
 
 

@@ -10,6 +10,7 @@ Control messages to the proxy, by `op`:
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
              rank fills, then the mirror of the ring that the peer fills
     mapped   rank (the peer's rings are mapped: chunks may come by reference)
+    unmapped rank, why (they cannot be mapped: the link does without shared memory)
     control  rank, message (JSON text; it is passed on as it is)
     stats    id
     close    linger_s
@@ -33,6 +34,7 @@ from __future__ import annotations
 import array
 import enum
 import json
+import os
 import socket
 import struct
 from collections import deque
@@ -73,8 +75,6 @@ class Op(enum.IntEnum):
     """The peer's producer waits for room in the ring that this rank empties (`total` 1), or no longer (0)."""
     LOST = 20
     """Nothing more goes to, or comes from, `rank`; the control stream says why, and said so before."""
-    WAKE = 21
-    """Nothing has happened; a thread that waits for records has to look again."""
 
 
 def pairs() -> tuple[tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]:
@@ -109,14 +109,16 @@ class Reader:
         self._sock = sock
         self._buffer = bytearray()
         self._descriptors: deque[int] = deque()
+        self._cut = False  # the descriptors of the next message that has some were lost
 
     def receive(self) -> list[tuple[dict[str, Any], list[int]]] | None:
-        """Reads once; the messages that are complete. None: the other end is closed.
+        """Reads once; the messages that are complete. None: the other end is closed. A message whose descriptors found no
+        room in this process comes without any.
 
         Raises BlockingIOError, and TransportError if what came is no message of the bridge.
         """
         size = array.array("i").itemsize
-        data, ancillary, _, _ = self._sock.recvmsg(
+        data, ancillary, flags, _ = self._sock.recvmsg(
             1 << 18, socket.CMSG_SPACE(_MAX_DESCRIPTORS * size), socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, payload in ancillary:
@@ -126,6 +128,10 @@ class Reader:
                 self._descriptors.extend(received)
         if not data:
             return None
+        if flags & socket.MSG_CTRUNC:  # this process has no room for more descriptors: the kernel has dropped some
+            self._cut = True
+            while self._descriptors:
+                os.close(self._descriptors.popleft())
         self._buffer += data
         found = []
         while len(self._buffer) >= _LENGTH.size:
@@ -133,6 +139,8 @@ class Reader:
             if length > MAX_MESSAGE_BYTES:
                 raise TransportError(f"a message of {length} bytes is announced between endpoint and proxy")
             end = _LENGTH.size + length
+            if count and self._cut and len(self._buffer) >= end:
+                count, self._cut = 0, False
             if len(self._buffer) < end or len(self._descriptors) < count:
                 break
             message = _parse(self._buffer[_LENGTH.size : end])

@@ -100,9 +100,11 @@ class Link:
                 os.close(fd)
             raise
         for segment, lane in zip(segments, lanes, strict=True):
-            before, lane.remote = lane.remote, Memory(segment)
-            if before is not None:
-                before.close()
+            # a peer's rings stay the same when shared memory comes back, and messages may still wait in the mapping
+            if lane.remote is not None and lane.remote.segment.same_as(segment):
+                segment.close()
+            else:
+                lane.remote = Memory(segment)
 
     # --- records
 

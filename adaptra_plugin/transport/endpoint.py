@@ -320,7 +320,7 @@ class Endpoint:
         """On whichever thread reads the data socket."""
         for op, direction, lane, flags, rank, position, total, value, _ in RECORD.iter_unpack(packet):
             link = self._links.get(rank)
-            if op != Op.WAKE and link is not None:
+            if link is not None:
                 link.record(op, direction, lane, flags, position, total, value)
 
     def _event(self, event: dict[str, Any], descriptors: list[int]) -> None:
@@ -362,14 +362,16 @@ class Endpoint:
 
     def _segments(self, rank: int, descriptors: list[int]) -> None:
         link = self._links.get(rank)
-        if link is None or not descriptors:
+        if link is None:
             for fd in descriptors:
                 os.close(fd)
             return
         try:
             link.map_remote(descriptors)
-        except ValueError as error:
-            log.warning("the rings of %s cannot be mapped (%s): its messages are copied", link.info, error)
+        except (ValueError, OSError) as error:
+            why = str(error) if descriptors else "this process has no room for more descriptors (ulimit -n)"
+            log.warning("the rings of %s cannot be mapped (%s): shared memory is not used", link.info, why)
+            self._tell("unmapped", rank=rank, why=why)
             return
         self._tell("mapped", rank=rank)
 

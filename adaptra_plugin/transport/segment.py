@@ -40,9 +40,17 @@ class Segment:
             raise
         return cls(fd, capacity)
 
+    def same_as(self, other: Segment) -> bool:
+        """Whether both are the same memory."""
+        mine, theirs = os.fstat(self.fd), os.fstat(other.fd)
+        return (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
+
     @property
     def view(self) -> memoryview:
+        """All bytes. Raises ValueError once the segment is closed."""
         if self._view is None:
+            if self.fd < 0:
+                raise ValueError("a shared segment is used after it was closed")
             self._map = mmap.mmap(self.fd, self.capacity)
             # a forked child must not keep a window into its parent's traffic, nor pay for its pages
             self._map.madvise(mmap.MADV_DONTFORK)

@@ -16,7 +16,16 @@ from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bridge import pairs
 from adaptra_plugin.transport.log import log
 
-_MODULE = "adaptra_plugin.transport.proxy.main"
+_START = """
+import signal, sys
+for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+sys.path[:] = [path for path in sys.path if path]
+from adaptra_plugin.transport.proxy.main import main
+main()
+"""
+# Signals to the whole job are the trainer's to handle (it may save a checkpoint first), from the first moment on; its end is
+# the proxy's. And nothing is imported from the working directory, which is the user's.
 _ROOT = Path(__file__).resolve().parents[2]
 """Where the package lies."""
 
@@ -57,7 +66,7 @@ class ProxyProcess(Running):
         self._rank = rank
         try:
             self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(data.fileno()), str(control.fileno())],
+                [sys.executable, "-c", _START, str(data.fileno()), str(control.fileno())],
                 pass_fds=(data.fileno(), control.fileno()),
                 close_fds=True,
                 stdin=subprocess.DEVNULL,

@@ -24,9 +24,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     config["gradient_accumulation_steps"] = 6
     config["adaptra"]["simulate"] = {
         "compute": {"forward_ms": 6, "backward_input_ms": 6, "backward_weight_ms": 4},
-        "links": [{"src": 1, "dst": 2, "latency_ms": 60, "from_iteration": ONSET}],
+        "links": [{"src": 1, "dst": 2, "latency_ms": 150, "from_iteration": ONSET}],
     }
-    # ranks that wait for a core of a busy machine look like slow links; 60 ms are more than that
+    # ranks that wait for a core of a busy machine look like slow links; 150 ms are far more than that
     config["adaptra"]["detector"] = {"min_delay_ms": 25}
     path = folder / "demo.json"
     path.write_text(json.dumps(config))

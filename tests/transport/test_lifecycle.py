@@ -118,9 +118,8 @@ def test_connections_over_ipv6():
 
 def test_missing_peers_are_named_with_the_reason():
     first = endpoint(0, config(connect_deadline_s=0.3))
-    closed = listen("127.0.0.1", 1)
-    port = closed.getsockname()[1]
-    closed.close()
+    silent = listen("127.0.0.1", 8)  # it accepts, and says nothing
+    port = silent.getsockname()[1]
     try:
         card = replace(first.card, addresses=(Address("127.0.0.1", port),), boot="another host")
         peers = {0: (first.me, first.card), 1: (info(1), card), 2: (info(2), card)}
@@ -130,9 +129,25 @@ def test_missing_peers_are_named_with_the_reason():
         assert "rank 0 is not connected after 0.3 s" in text
         assert f"rank 1 (stage 1, host n1) at 127.0.0.1:{port} (2 connections missing" in text
         assert f"rank 2 (stage 2, host n2) at 127.0.0.1:{port} (1 connections missing" in text
-        assert "refused" in text and "adaptra.transport.connect_deadline_s" in text
+        assert "no answer yet" in text and "adaptra.transport.connect_deadline_s" in text
     finally:
         first.close()
+        silent.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_peer_that_has_ended_before_it_was_connected_is_found_at_once(rank):
+    """Rank 1 dials, rank 0, the coordinator, waits to be dialled: either finds out by itself."""
+    ends = [endpoint(number, config()) for number in (0, 1)]
+    peers = {end.me.rank: (end.me, replace(end.card, boot=f"host {end.me.rank}")) for end in ends}
+    ends[1 - rank].close()
+    try:
+        begun = time.monotonic()
+        with pytest.raises(PeerLostError, match=rf"rank {1 - rank} .*nothing listens at"):
+            ends[rank].connect(peers, neighbours=[1 - rank], coordinator=0)
+        assert time.monotonic() - begun < 10
+    finally:
+        ends[rank].close()
 
 
 def test_a_rank_that_starts_late_is_waited_for():

@@ -70,6 +70,7 @@ class Link:
         self.health: dict[str, Health] = {}
         self.retries = 0
         self.corrupt = 0
+        self._untold, self._told_damage = 0, float("-inf")
         self.tracks: dict[str, Track] = {}
         self._events = events
         self._clock = clock
@@ -332,7 +333,10 @@ class Link:
     def _damaged(self, track: Track) -> None:
         """It is not acknowledged, so it will come again."""
         self.corrupt += 1
-        self._events.rail_state(track.rail, self.health[track.rail.name].state, "a frame arrived damaged")
+        self._untold += 1
+        if self._clock() - self._told_damage >= 1.0:  # a bad cable must not flood the report
+            self._told_damage, count, self._untold = self._clock(), self._untold, 0
+            self._events.rail_state(track.rail, self.health[track.rail.name].state, f"{count} frames arrived damaged")
 
     def _chunk(self, track: Track, header: Header) -> bool:
         """False if its bytes have not come, or are not what was sent: it will come again."""

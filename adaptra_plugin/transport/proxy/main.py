@@ -1,10 +1,9 @@
-"""The proxy process: `python -m adaptra_plugin.transport.proxy.main DATA_FD CONTROL_FD`. Imports no torch."""
+"""The proxy process, with two descriptors as its arguments: `transport/spawn.py` starts it. Imports no torch."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 
@@ -35,8 +34,6 @@ class _Descriptor:
 
 
 def main() -> None:
-    # the terminal's interrupt goes to the whole group; when to end is the endpoint's decision
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     data, control = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
     proxy = Proxy(data, control)
     log.addHandler(_Forward(proxy))
@@ -49,7 +46,3 @@ def main() -> None:
         except OSError:
             return  # the endpoint's process is gone already
     proxy.run()
-
-
-if __name__ == "__main__":
-    main()

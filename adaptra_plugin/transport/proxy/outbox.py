@@ -159,8 +159,3 @@ class Outbox:
     def consumed(self, direction: Direction, lane: int, message: int) -> Outgoing | None:
         """The peer has copied a message out; None if it was known."""
         return self.lanes[direction, lane].pop(message, None)
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether something has not arrived yet."""
-        return any(not found.acked for lane in self.lanes.values() for found in lane.values())

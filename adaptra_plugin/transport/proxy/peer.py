@@ -16,7 +16,7 @@ from adaptra_plugin.transport.proxy.health import Health, State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
-from adaptra_plugin.transport.proxy.meeting import Dialer, Probe
+from adaptra_plugin.transport.proxy.meeting import Dialer
 from adaptra_plugin.transport.proxy.nics import pairs
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
@@ -25,11 +25,12 @@ from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.rdma_setup import Ports, RdmaSetup
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
+from adaptra_plugin.transport.proxy.vigil import Vigil
 from adaptra_plugin.transport.types import Card, Direction, PeerInfo
 
 FIRST_PINGS = 8
 """Pings in a row before a link counts as connected: the offset of the clocks must be known for the first message."""
-_PROBE_EVERY_S = 0.1
+_AT_ONCE_S = 0.1
 _MAX_SKIPPED = 64
 """Rails that the other end may give up; there are never so many."""
 
@@ -98,12 +99,10 @@ class Peer:
         self._dialers: dict[str, Dialer] = {}
         self._timers: dict[str, Timer] = {}
         self._exchange: RingExchange | None = None
-        self._mapped = {"here": False, "there": False}
+        self._mapped_here = self._mapped_there = False
         self._announced = False
         self._closing = False
-        self._probe: Probe | None = None
-        self._cut_since: float | None = None
-        self._last_failure = "no rail has come up"
+        self._vigil = Vigil(owner.loop, card.addresses[0], owner.settings.reconnect_s, self._lose)
         self._with_rdma = False
         self._expected = self._expected_rails()
         settings = owner.settings
@@ -164,6 +163,7 @@ class Peer:
     def start(self) -> None:
         for name in sorted(self._expected.difference(self._rdma.names)) if self._dials else ():
             self._dial(name)
+        self._vigil.begin()
         self._announce()
 
     @property
@@ -172,7 +172,7 @@ class Peer:
         waiting = self._expected - self.skipped.keys()
         if not all(name in self.link.tracks and self.link.tracks[name].ready for name in waiting):
             return False
-        return not self.near or (("shm" not in waiting or self._mapped["here"]) and self.clock.count >= FIRST_PINGS)
+        return not self.near or (("shm" not in waiting or self._mapped_here) and self.clock.count >= FIRST_PINGS)
 
     def _announce(self) -> None:
         if self._announced or self.gone:
@@ -201,6 +201,8 @@ class Peer:
             self._rdma.dial(name)
             return
         shm = name == "shm"
+        if shm and name in self.skipped:
+            return
         index = 0 if shm else int(name.removeprefix("tcp"))
         path = index % self._paths if self.near else 0
         claim = Claim(
@@ -231,19 +233,21 @@ class Peer:
 
     def _turned_away(self, claim: Claim, error: HandshakeError) -> None:
         self._dialers.pop(claim.rail, None)
-        if claim.rail == "shm":
+        if self._announced:
+            # who they are was settled at the start: something was in the way, or damaged
+            log.warning("rail %s to %s did not come back: %s", claim.rail, self.info, error)
+            self._later(claim.rail)
+        elif claim.rail == "shm":
             self._skip("shm", f"it refused: {error}")
-        elif not self._announced:
-            self._owner.peer_refused(self, f"refused the connection: {error}")
         else:
-            self._last_failure = str(error)
+            self._owner.peer_refused(self, f"refused the connection: {error}")
 
     def _dial_failed(self, claim: Claim, reason: str) -> None:
         if claim.rail == "shm" and not self._announced:
             self._dialers.pop("shm").close()
             self._skip("shm", f"its socket cannot be reached: {reason}")
-        elif self._announced and not self.link.tracks and "refused" in reason.lower():
-            self._lose(f"{self._last_failure}, and nothing listens at {self.card.addresses[0]} any more")
+        elif claim.rail != "shm" and "refused" in reason.lower():
+            self._vigil.refused()
 
     def _skip(self, name: str, why: str) -> None:
         """A rail is given up for good; the link does without it."""
@@ -276,17 +280,21 @@ class Peer:
 
     def _rings_came(self, sock: socket.socket, descriptors: list[int]) -> None:
         self._exchange = None
-        self._mapped = {"here": False, "there": False}
+        self._mapped_here = False
         self._owner.segments(self, descriptors)
-        self._add(StreamRail(RailKind.SHM, "shm", self.link, self._loop, sock), ready=False)
+        # the peer may have said that it has mapped this rank's rings before theirs came
+        self._add(StreamRail(RailKind.SHM, "shm", self.link, self._loop, sock), ready=self._mapped_there)
 
     def _no_rings(self, reason: str) -> None:
         self._exchange = None
-        if self._dials:
+        if self._dials and self._announced:
+            log.warning("rail shm to %s did not come back: %s", self.info, reason)
+            self._later("shm")
+        elif self._dials:
             self._skip("shm", reason)
 
     def _add(self, rail: Rail, *, ready: bool) -> None:
-        self._cut_since = None
+        self._vigil.end()
         self.skipped.pop(rail.name, None)
         self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
         self.link.ping(rail.name)
@@ -308,9 +316,13 @@ class Peer:
         if not self._announced:
             self._skip(name, why)
 
-    def mapped(self) -> None:
-        """The endpoint has mapped the peer's rings."""
-        self._mapped["here"] = True
+    def mapped(self, refusal: str | None) -> None:
+        """The endpoint has mapped the peer's rings, or cannot, for the reason given: then the link does without."""
+        if refusal is not None:
+            self._skip("shm", refusal)
+            self.link.drop_rail("shm", refusal)
+            return
+        self._mapped_here = True
         self.link.send_rail_message({"mapped": "shm"})
         self.link.pump()
         self._announce()
@@ -353,7 +365,7 @@ class Peer:
                 self.skipped.setdefault(name[:64], f"the other end says: {why[:1000] if isinstance(why, str) else ''}")
             self._announce()
         elif message.get("mapped") == "shm":
-            self._mapped["there"] = True
+            self._mapped_there = True
             self.link.make_ready("shm")
             self._announce()
         elif "rdma" in message:
@@ -363,46 +375,38 @@ class Peer:
     # --- rails go
 
     def rail_lost(self, rail: Rail, reason: str) -> None:
-        self._last_failure = reason
         if self.departed or self._closing or self.gone:
+            if not (self.departed or self.link.tracks) and self.link.unsent:
+                log.warning("closed with %d messages unsent to %s: %s", self.link.unsent, self.info, reason)
             self._check_done()
             return
+        if rail.name == "shm":
+            self._mapped_there = False
         if self._dials:
-            pause = max(0.0, self.link.health[rail.name].until - self._loop.clock())
-            # what was the last rail is missed at once
-            self._timers[rail.name] = self._loop.call_later(
-                pause if self.link.tracks else min(pause, _PROBE_EVERY_S), lambda: self._again(rail.name)
-            )
+            self._plan_again(rail.name)
         if not self.link.tracks:
-            self._cut_since = self._loop.clock()
-            self._vigil()
+            self._vigil.begin(reason)
+
+    def _later(self, name: str) -> None:
+        """An attempt to bring a rail back has failed."""
+        if not (self.gone or self.departed or self._closing):
+            self.link.health[name].failed(self._loop.clock())
+            self._plan_again(name)
+
+    def _plan_again(self, name: str) -> None:
+        pause = max(0.0, self.link.health[name].until - self._loop.clock())
+        # what was the last rail is missed at once
+        wait = pause if self.link.tracks else min(pause, _AT_ONCE_S)
+        self._timers[name] = self._loop.call_later(wait, lambda: self._again(name))
 
     def _again(self, name: str) -> None:
         if self.gone or name in self.link.tracks:
             return
         if name in self._rdma.names and not self.link.tracks:  # nothing carries its offer
-            self._timers[name] = self._loop.call_later(_PROBE_EVERY_S, lambda: self._again(name))
+            self._timers[name] = self._loop.call_later(_AT_ONCE_S, lambda: self._again(name))
             return
         self.link.health[name].probing()
         self._dial(name)
-
-    def _vigil(self) -> None:
-        """No rail is left: is the peer there at all?"""
-        if self._cut_since is None or self.link.tracks or self.gone or self.departed or self._closing:
-            return
-        silent = self._loop.clock() - self._cut_since
-        if silent >= self._owner.settings.reconnect_s:
-            self._lose(f"{self._last_failure}, and no rail has come back within {silent:.1f} s")
-            return
-        if self._probe is not None:
-            self._probe.close()
-        self._probe = Probe(self._loop, self.card.addresses[0], self._probed)
-        self._timers["vigil"] = self._loop.call_later(_PROBE_EVERY_S, self._vigil)
-
-    def _probed(self, somebody: bool) -> None:
-        self._probe = None
-        if not somebody and not self.link.tracks:
-            self._lose(self._last_failure)
 
     def _lose(self, reason: str) -> None:
         if not (self.gone or self.departed or self._closing):
@@ -449,8 +453,7 @@ class Peer:
             timer.cancel()
         self._timers.clear()
         self._rdma.close()
-        if self._probe is not None:
-            self._probe.close()
+        self._vigil.end()
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None

@@ -98,8 +98,7 @@ class Proxy:
             except OSError:
                 found = None
             if found is None:
-                self.stop()
-                return
+                return self.stop()
             for message, descriptors in found:
                 self._command(message, descriptors)
 
@@ -109,15 +108,15 @@ class Proxy:
             self._start(message)
         elif op == "connect":
             self._connect(message, descriptors)
-        elif op == "mapped":
-            self._peer(message["rank"], Peer.mapped)
+        elif op in ("mapped", "unmapped"):
+            self._peer(message["rank"], lambda peer: peer.mapped(message.get("why")))
         elif op == "control":
             data = message["message"].encode()
             self._peer(message["rank"], lambda peer: self._send_control(peer, data))
         elif op == "stats":
-            data = {"refused_connections": sum(listener.refused for listener in self._listeners)}
+            refused = sum(listener.refused for listener in self._listeners)
             peers = {peer.info.rank: peer.stats() for peer in self._each_peer()}
-            self._tell("stats", id=message["id"], data={**data, "peers": peers})
+            self._tell("stats", id=message["id"], data={"refused_connections": refused, "peers": peers})
         elif op == "close":
             self._begin_close(float(message["linger_s"]))
 
@@ -163,8 +162,10 @@ class Proxy:
         for host in hosts:
             sock = listen(host, _BACKLOG)
             self._add_listener(sock)
-            shown = local_address_towards(os.environ.get("MASTER_ADDR", "localhost")) if is_wildcard(host) else host
-            addresses.append(Address(shown, sock.getsockname()[1]))
+            shown, port = sock.getsockname()[:2]  # the address of a host that was given by name
+            if is_wildcard(host):
+                shown = local_address_towards(os.environ.get("MASTER_ADDR", "localhost"))
+            addresses.append(Address(shown, port))
         unix = f"adaptra-{secrets.token_hex(12)}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -196,8 +197,6 @@ class Proxy:
                 tls=None if sock.family == socket.AF_UNIX else self.tls,
             )
         )
-
-    # --- connecting
 
     def _connect(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """Dials, or waits for, every peer. Of two, the coordinator is dialled, else the higher rank."""
