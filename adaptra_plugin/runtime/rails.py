@@ -26,7 +26,10 @@ class RailWatch:
     def step(
         self, peer: PeerInfo, rail: str, state: str, why: str, *, iteration: int, version: int
     ) -> dict[str, Any] | None:
-        """The fields of an event, or None if this step is none, or the other end's to tell."""
+        """The fields of an event, or None if this step is none, or the other end's to tell. Links are those of a pipeline:
+        to other ranks, there are control connections, which lead nowhere else."""
+        if peer.rank not in self._topology.neighbours:
+            return None
         key = (peer.rank, rail)
         if state == LOST and key not in self._lost_in:
             self._lost_in[key] = since = iteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from datetime import timedelta
@@ -18,7 +19,7 @@ class Rendezvous:
     """Wraps the store for one session.
 
     Args:
-        store: a c10d store (`set`, `get`, `wait`) that all ranks share; keys are put under `prefix`.
+        store: a c10d store (`set`, `get`, `wait`, `delete_key`) that all ranks share; keys are put under `prefix`.
         prefix: unique to the session within the job.
         deadline_s: longest wait for another rank.
     """
@@ -29,13 +30,14 @@ class Rendezvous:
         self._deadline = timedelta(seconds=deadline_s)
 
     def secret(self, topology: Topology) -> bytes:
-        """The job's secret: made by rank 0, never written anywhere but the store."""
+        """The job's secret: made by rank 0, never written anywhere but the store, and there only until `exchange`."""
         if topology.rank == 0:
             self._store.set(self._key("secret"), secrets.token_hex(SECRET_BYTES))
         return bytes.fromhex(self._get("secret", "rank 0 has not started its session"))
 
     def exchange(self, topology: Topology, host: str, card: Card) -> dict[int, tuple[PeerInfo, Card]]:
-        """Publishes how this rank's endpoint is reached and returns the same of all ranks.
+        """Publishes how this rank's endpoint is reached and returns the same of all ranks. Call `secret` before:
+        a card says that its rank has read it, and with all of them there, rank 0 takes the secret out of the store.
 
         Raises:
             TransportError: a rank did not publish its card within the deadline, or published nonsense.
@@ -49,6 +51,9 @@ class Rendezvous:
                 peers[rank] = (info, Card.parse(str(data["card"])))
             except TransportError as error:
                 raise TransportError(f"{info}: {error}") from None
+        if topology.rank == 0:
+            with contextlib.suppress(RuntimeError):  # a store that cannot delete keeps it
+                self._store.delete_key(self._key("secret"))
         return peers
 
     def _key(self, name: str) -> str:

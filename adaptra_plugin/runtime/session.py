@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -89,32 +89,46 @@ class Session:
         unknown = Profile(microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits))
         self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
         self._book.plan_for(microbatches)
+        with ExitStack() as undo:
+            try:
+                self._start(store, module, undo)
+            except BaseException:
+                self._closed = True  # what has not started is not to be ended, and what is heard now is no news
+                self._noticed.set()
+                _activation.remove_session(self)
+                raise
+            undo.pop_all()
+
+    def _start(self, store: Any, module: torch.nn.Module, undo: ExitStack) -> None:
+        """Makes all that has to be given back; what `undo` holds does so if a step fails."""
+        config, topology = self.config, self.topology
         self._reporter = Reporter(
             config.report, topology.rank, wandb_here=topology.rank == COORDINATOR, at_exit=self.close
         )
+        undo.callback(self._reporter.close, 1.0)
         host = socket.gethostname()
         self._rails = RailWatch(topology, host)
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
         self._me = PeerInfo(rank=topology.rank, stage=topology.stage, host=host)
         self._endpoint = Endpoint(self._me, config.transport, rendezvous.secret(topology), simulate=config.simulate)
-        try:
-            self._endpoint.on_control = self._control
-            self._endpoint.on_peer_lost = self._peer_lost
-            self._endpoint.on_rail = self._rail
-            peers = rendezvous.exchange(topology, host, self._endpoint.card)
-            self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
-            self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
-            self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
-        except BaseException:
-            self._endpoint.close(linger_s=0.0)
-            self._reporter.close(1.0)
-            raise
+        undo.callback(self._endpoint.close, linger_s=0.0)
+        self._endpoint.on_control = self._control
+        self._endpoint.on_peer_lost = self._peer_lost
+        self._endpoint.on_rail = self._rail
+        peers = rendezvous.exchange(topology, host, self._endpoint.card)
+        self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
+        self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
+        if self._coordinator is not None:
+            undo.callback(self._coordinator.close)
+        self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
         self._links = Links(
             previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
             next=None if topology.next is None else self._endpoint.channel(topology.next),
         )
         self._split = SplitLinears(module, self.queue) if config.split_backward else None
         if self._split is not None:
+            undo.callback(self._split.remove)
+            undo.callback(self.queue.settle)
             self.queue.watch(self._split.weights)
             if self._split.report.split == 0:
                 logger.warning("rank %d: no linear layer can run a split backward; all run fused", topology.rank)

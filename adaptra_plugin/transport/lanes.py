@@ -255,9 +255,10 @@ class SendLane(Lane):
     def consumed(self, position: int) -> None:
         """A message has been copied out at the peer; that it had arrived may not have been heard."""
         with self._lock:
-            outgoing = self.book.consume(position)
+            outgoing = self.book.find(position)
             if outgoing is not None:
                 self._settle(outgoing)
+                self.book.consume(position)  # last: after it, the position is not known here any more
 
     def _settle(self, outgoing: Outgoing) -> None:
         outgoing.ticket.settle()
@@ -288,6 +289,8 @@ class RecvLane(Lane):
         self._posted: dict[Key, deque[RecvTicket]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
+        self._entering: tuple[Key, Arrived] | None = None  # the message that `deliver` is at
+        self._entered = -1  # position of the newest one that it is done with
         self._ahead: RecvTicket | None = None  # is on its way to the device, or there, and nobody has waited for it
 
     def post(self, key: Key, device: torch.device | None = None) -> RecvTicket:
@@ -312,7 +315,21 @@ class RecvLane(Lane):
         return ticket
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float) -> None:
-        """A whole message is there. Raises MalformedMessage."""
+        """A whole message is there. After an exception that has interrupted it, that of a signal handler, it is called
+        once more for the same message before any other one, and completes what is left to do. Raises MalformedMessage."""
+        if position == self._entered:
+            return
+        if self._entering is None or self._entering[1].position != position:
+            self._entering = self._understand(position, total, by_reference, delay_ms)
+            self.counters.messages += 1
+            self.counters.bytes += total
+        key, arrived = self._entering
+        with self._lock:
+            self._enter(key, arrived)
+        self._entered = position
+        self._entering = None
+
+    def _understand(self, position: int, total: int, by_reference: bool, delay_ms: float) -> tuple[Key, Arrived]:
         memory = self.remote if by_reference else self.memory
         if memory is None:
             raise MalformedMessage("a message came by reference, and the peer's ring is not mapped")
@@ -326,21 +343,31 @@ class RecvLane(Lane):
         except BadLayout as error:
             raise MalformedMessage(f"{header.key}: {error}") from None
         payload_at = position + HEADER_BYTES + header.meta_bytes
-        arrived = Arrived(position, total, memory, payload_at, specs, header.tag, delay_ms)
-        self.counters.messages += 1
-        self.counters.bytes += total
-        with self._lock:
-            self._held[position] = arrived
-            posted = self._posted.get(header.key)
-            if posted:
-                ticket = posted.popleft()
-                if not posted:
-                    del self._posted[header.key]
-                if ticket.arrive(arrived):
-                    if ticket.for_device:
-                        self._fetch(locked=True)
-                    return
-            self._arrived.setdefault(header.key, deque()).append(arrived)
+        return header.key, Arrived(position, total, memory, payload_at, specs, header.tag, delay_ms)
+
+    def _enter(self, key: Key, arrived: Arrived) -> None:
+        """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the
+        message, once it has a ticket."""
+        posted = self._posted.get(key)
+        if arrived.ticket is not None:
+            arrived.ticket.arrive(arrived)  # does nothing if it did all before
+        else:
+            self._held[arrived.position] = arrived
+            while posted and not posted[0].arrive(arrived):
+                posted.popleft()
+        ticket = arrived.ticket
+        if ticket is None:
+            waiting = self._arrived.get(key)
+            if not waiting:
+                self._arrived[key] = deque((arrived,))
+            elif waiting[-1] is not arrived:
+                waiting.append(arrived)
+        elif posted and posted[0] is ticket:
+            posted.popleft()
+        if posted is not None and not posted:
+            self._posted.pop(key, None)
+        if ticket is not None and ticket.for_device:
+            self._fetch(locked=True)
 
     def _fetch(self, *, locked: bool = False) -> None:
         """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn."""

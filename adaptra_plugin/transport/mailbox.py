@@ -7,16 +7,19 @@ role and another one takes it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op
 
+_ONE_PACKET = (MAX_PACKET,)
 SEND_DEADLINE_S = 60.0
 """Longest wait for the proxy to take a record out of a full socket; it reads all the time."""
 
@@ -26,7 +29,9 @@ class Mailbox:
 
     Args:
         sock: the endpoint's end of the data pair; the mailbox owns it.
-        dispatch: is handed every packet of records, on the thread that has the role, which holds no lock then.
+        dispatch: is handed every record, on the thread that has the role, which holds no lock then. An exception in it, that
+            of a signal handler for one, leaves the record to the next reader: to be handed the newest one again has to
+            complete what was done with it, or to do nothing.
         spin_s: how long a reader tries again before it sleeps.
     """
 
@@ -43,6 +48,7 @@ class Mailbox:
         self._reading = False
         self._closed = False
         self._ended = False  # the proxy's end is closed
+        self._pending: deque[bytes] = deque()  # read and not handled yet: one packet, or what is left of it
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -86,38 +92,46 @@ class Mailbox:
 
     def drain(self) -> None:
         """Handles what has come, without waiting; nothing if another thread does it already."""
-        with self._lock:
-            if self._reading or self._closed:
-                return
-            self._reading = True
+        mine = False
         try:
+            with self._lock:
+                if self._reading or self._closed:
+                    return
+                mine = self._reading = True
             while self._read():
                 pass
         finally:
-            self._let_go()
+            if mine:
+                self._reading = False  # before any call: none of them may keep the role from being let go
+                self._let_go()
 
     def wait(self, done: Callable[[], bool], until: float) -> bool:
         """Returns when `done()` holds (True), or at `until` (s, monotonic clock). `done` is called often, on this thread;
         it changes by a record, or somebody calls `wake`."""
+        mine = False
         while not done():
-            with self._lock:
-                if done():
-                    return True
-                left = until - time.monotonic()
-                if left <= 0:
-                    return False
-                if self._reading or self._closed:
+            try:
+                with self._lock:
+                    # counted before it looks: the reader, which looks at the count without the lock, has either handled
+                    # its records by then, or notifies
                     self._followers += 1
                     try:
-                        self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                        if done():
+                            return True
+                        left = until - time.monotonic()
+                        if left <= 0:
+                            return False
+                        if self._reading or self._closed:
+                            self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                            continue
+                        mine = self._reading = True
                     finally:
                         self._followers -= 1
-                    continue
-                self._reading = True
-            try:
                 return self._read_until(done, until)
             finally:
-                self._let_go()
+                if mine:
+                    self._reading = False  # as in `drain`
+                    self._let_go()
         return True
 
     def wake(self) -> None:
@@ -130,8 +144,7 @@ class Mailbox:
 
     def _let_go(self) -> None:
         with self._lock:
-            self._reading = False
-            if self._closed:
+            if self._closed and not self._reading:
                 self._close()
             if self._followers:
                 self._changed.notify_all()
@@ -159,21 +172,31 @@ class Mailbox:
                     pass
 
     def _read(self) -> bool:
-        """Handles one packet; False if there is none."""
-        if self._ended:
-            return False
-        try:
-            packet = self._sock.recv(MAX_PACKET)
-        except BlockingIOError:
-            return False
-        except OSError:
-            packet = b""
+        """Handles one packet, or the rest of one that an exception has interrupted; False if there is none."""
+        pending = self._pending
+        if not pending:
+            if self._ended:
+                return False
+            try:
+                # from the socket into the queue within one call: a signal handler runs after it, not in between
+                pending.extend(map(self._sock.recv, _ONE_PACKET))
+            except BlockingIOError:
+                return False
+            except OSError:
+                pending.append(b"")
+        packet = pending[0]
         if not packet:
             # the control stream has ended too, and its thread finds out why
             self._ended = True
-            self._poll.unregister(self._sock)
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._sock)
+            pending.clear()
             return False
+        while len(packet) > RECORD.size:
+            self._dispatch(packet[: RECORD.size])
+            pending[0] = packet = packet[RECORD.size :]
         self._dispatch(packet)
+        pending.popleft()
         if self._followers:
             with self._lock:
                 self._changed.notify_all()

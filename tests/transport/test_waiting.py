@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from linecache import getline
 
 import pytest
 import torch
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport import Direction, placement
-from adaptra_plugin.transport.bridge import MAX_PACKET, Op, pairs
+from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, pairs
 from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.segment import Segment
 
@@ -75,6 +76,148 @@ def test_one_thread_reads_and_hands_the_role_on():
     finally:
         box.close()
         far.close()
+
+
+def test_a_record_that_comes_between_a_followers_look_and_its_sleep_wakes_it():
+    (near, far), control = pairs()
+    for end in control:
+        end.close()
+    got = []
+    box = Mailbox(near, got.append)
+    looks = []
+
+    def done():
+        found = bool(got)
+        looks.append(found)
+        if len(looks) == 2:  # the look under the lock: now the record comes
+            far.send(b"x")
+            until(lambda: got, "dispatch")
+            time.sleep(0.05)
+        return found
+
+    try:
+        stop = threading.Event()
+        reader = threading.Thread(target=lambda: box.wait(stop.is_set, time.monotonic() + 20))
+        reader.start()
+        until(lambda: box._reading, "reader")
+        start = time.monotonic()
+        assert box.wait(done, start + 10)
+        assert time.monotonic() - start < 5
+        stop.set()
+        box.wake()
+        reader.join(10)
+        assert not box._reading and box._followers == 0
+    finally:
+        box.close()
+        far.close()
+
+
+class Interrupt(Exception):
+    """What a signal handler raises."""
+
+
+def interrupting(code_of, line):
+    """A trace function that raises, once, in front of the `line`-th line that runs in functions that `code_of` accepts;
+    it counts them in `seen`."""
+
+    def local(frame, event, argument):
+        # a line of a `with` is traced again on its way out, where no signal handler can run before the lock is free
+        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            local.seen += 1
+            if local.seen == line:
+                raise Interrupt
+        return local
+
+    def trace(frame, event, argument):
+        return local if code_of(frame.f_code) else None
+
+    local.seen = 0
+    return trace, local
+
+
+def test_records_that_an_interrupted_reader_has_taken_are_handled_by_the_next_one():
+    (near, far), control = pairs()
+    for end in control:
+        end.close()
+    got, interrupts = [], [2]
+
+    def dispatch(record):
+        if interrupts and len(got) == interrupts[0]:
+            interrupts.pop()
+            raise Interrupt
+        got.append(record)
+
+    box = Mailbox(near, dispatch)
+    records = [RECORD.pack(Op.ACKED, 0, 0, 0, 1, 64 * n, 0, 0.0, 0) for n in range(5)]
+    far.send(b"".join(records))
+    far.send(records[0])
+    try:
+        with pytest.raises(Interrupt):
+            box.wait(lambda: False, time.monotonic() + 10)
+        assert got == records[:2] and not box._reading
+        assert box.wait(lambda: len(got) == 6, time.monotonic() + 10)
+        assert got == [*records, records[0]]
+    finally:
+        box.close()
+        far.close()
+
+
+def test_no_place_of_an_interruption_loses_a_message(fake_pair):
+    """The books of a reader that is interrupted in front of any of its lines are completed by the next one."""
+    first, fake = fake_pair(ring_mib=16)
+    channel = first.channel(1)
+
+    def ours(code):
+        file, name = code.co_filename, code.co_name
+        return (file.endswith("mailbox.py") and name in ("_read", "_let_go")) or (
+            file.endswith("lanes.py") and name in ("deliver", "_understand", "_enter", "acked", "consumed", "_settle")
+        )
+
+    line, interrupted = 0, True
+    while interrupted:
+        line += 1
+        epoch = line
+        early = channel.recv(gradient(0, epoch))
+        sent = channel.send(activation(0, epoch), [torch.ones(4)])
+        position = fake.expect(Op.SEND)[5]
+        at = fake.deliver(gradient(0, epoch), torch.full((4,), float(epoch)), 1024 * epoch)
+        fake.deliver(gradient(1, epoch), torch.full((4,), -float(epoch)), at)
+        fake.record(Op.ACKED, position=position)
+        fake.record(Op.CONSUMED, position=position)
+        trace, local = interrupting(ours, line)
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            first._mailbox.drain()
+        except Interrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        interrupted = local.seen >= line
+        assert not first._mailbox._reading, f"line {line}: the role is not let go"
+        assert early.wait(2).tensors[0].tolist() == [epoch] * 4, f"line {line}"
+        assert channel.recv(gradient(1, epoch)).wait(2).tensors[0].tolist() == [-epoch] * 4, f"line {line}"
+        sent.wait(2)
+        assert [fake.expect(Op.RELEASE)[5] for _ in range(2)] == [1024 * epoch, at]
+        lane = first._links[1].receiving[Direction.GRADIENT][0]
+        first._mailbox.drain()
+        assert not (lane._held or lane._posted or lane._arrived) and not first._links[1].sending[0][0].book
+        # the counts are entered in a line of their own, where no signal handler can run
+        assert 2 * epoch - 2 <= lane.counters.messages <= 2 * epoch
+    assert line > 60
+
+
+def test_a_record_that_comes_again_after_its_message_was_taken_is_no_message(fake_pair):
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    ticket = channel.recv(gradient(0))
+    fake.deliver(gradient(0), torch.ones(4), 0)
+    assert ticket.wait().tensors[0].tolist() == [1.0] * 4
+    fake.mirror(Direction.GRADIENT).write(0, b"\xff" * 192)  # the room is the peer's again
+    fake.record(Op.ARRIVED, Direction.GRADIENT, 0, 192)
+    first._mailbox.drain()
+    lane = first._links[1].receiving[Direction.GRADIENT][0]
+    assert lane.loss is None and not lane._arrived and lane.counters.messages == 1
 
 
 def test_what_no_record_tells_is_noticed_by_the_reader_and_by_the_others():
@@ -366,7 +509,19 @@ def test_cpus_of_the_proxy(monkeypatch, tmp_path):
     assert auto(range(8), range(4)) == [0, 1, 2, 3]
     assert auto(range(8), [1]) == [0, 2, 3]
     assert auto([*range(8), 9], [9]) == [4, 5, 6, 7]
-    assert auto([0, 1], [0]) is None
+    assert auto([0, 1], [0]) == [0, 1]
+    allowed = set(range(8))
+    monkeypatch.setattr(placement, "allowed_cpus", lambda: allowed)
+    monkeypatch.setattr(placement, "_TOPOLOGY", tmp_path)
+    (tmp_path / "cpu1" / "topology").mkdir(parents=True)
+    (tmp_path / "cpu1" / "topology" / "thread_siblings_list").write_text("1,3\n")
+    assert auto([1], [1]) == [0, 2, 3]  # called on the main thread, which is pinned
+    assert auto([1, 3], [1, 3]) == [0, 2]  # to both threads of a core
+    assert auto([1, 2], [1, 2]) is None  # to its share of the node
+    allowed = {1, 2}
+    assert auto([1], [1]) == [1, 2]
+    allowed = {1}
+    assert auto([1], [1]) is None
     assert placement.proxy_cpus(None) is None
     assert placement.proxy_cpus((3, 1)) == [1, 3]
     affinity["thread"] = range(4)
@@ -374,3 +529,13 @@ def test_cpus_of_the_proxy(monkeypatch, tmp_path):
     affinity["thread"] = range(5)
     assert placement.spin_s("auto") == pytest.approx(20e-6)
     assert placement.spin_s(7) == pytest.approx(7e-6)
+
+
+def test_what_the_system_allows_does_not_depend_on_where_a_thread_is_pinned():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert placement.allowed_cpus() >= before
+        assert os.sched_getaffinity(0) == {min(before)}
+    finally:
+        os.sched_setaffinity(0, before)
