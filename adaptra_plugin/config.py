@@ -71,7 +71,7 @@ class TransportConfig(_Block):
     spin_us: Literal["auto"] | int = "auto"
     """A thread that waits for a transfer tries for so long before it sleeps; `auto`: 20, or 0 where it has 4 CPUs or less."""
     cpus: Literal["auto"] | tuple[int, ...] | None = "auto"
-    """CPUs for the proxy process; `auto`: those of the training thread's NUMA node but not its own, null: no choice."""
+    """CPUs for the proxy; `auto`: those of the training thread's NUMA node, without its own if it is pinned to one; null: no choice."""
     nice: int = Field(0, ge=-20, le=19)
     """Niceness of the proxy process."""
     tls: TlsConfig | None = None

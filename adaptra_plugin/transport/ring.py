@@ -99,11 +99,12 @@ class Book:
 
     def consume(self, position: int) -> Outgoing | None:
         """The peer has copied a message out. Room becomes free from the oldest message on."""
-        outgoing = self._by_position.pop(position, None)
+        outgoing = self._by_position.get(position)
         if outgoing is not None:
             outgoing.consumed = True
             while self._held and self._held[0].consumed:
                 self._held.popleft()
+            del self._by_position[position]  # last: a reader that is interrupted begins again with this record
         return outgoing
 
     def waiting(self) -> list[Outgoing]:
