@@ -189,9 +189,9 @@ def test_black_hole_and_another_wire_goes_on():
 
 
 def test_loss_costs_time_and_no_bytes():
-    with ends(nbytes=4 * MIB) as (a, b):
-        wires.fault(0, "loss", "1%")
-        data = noise(4 * MIB, 5)
+    with ends(nbytes=MIB) as (a, b):
+        wires.fault(0, "loss", "0.5%")
+        data = noise(MIB, 5)
         a.memory[:] = data
         b.pair.post_receive(1, b.region, 0, 64)
         a.pair.post([Work(2, a.region, 0, len(data), (b.region.address, b.region.rkey), immediate=1)])
