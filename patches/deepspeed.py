@@ -8,6 +8,7 @@ session's channels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +27,9 @@ from adaptra_plugin.patches.deepspeed_gate import effective_config
 from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
+from adaptra_plugin.runtime.split import SplitLinears
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
-from adaptra_plugin.transport import Direction
 
 logger = logging.getLogger("adaptra")
 
@@ -80,8 +81,7 @@ class PlanSchedule(stock.PipeSchedule):
             yield [stock.ReduceTiedGrads(), stock.ReduceGrads(), stock.OptimizerStep()]
 
     def _instructions(self, action: Action) -> list[stock.PipeInstruction]:
-        microbatch = action.microbatch
-        at = {"buffer_id": microbatch % self.num_pipe_buffers(), "microbatch": microbatch}
+        at = {"buffer_id": action.microbatch % self.num_pipe_buffers(), "action": action}
         commands: list[stock.PipeInstruction] = []
         if action.kind is Kind.W:
             return [BackwardWeight(**at)]
@@ -123,7 +123,7 @@ class AdaptraPipelineEngine(PipelineEngine):
             config,
             Topology.of(self.global_rank, self._pipelines()),
             store,
-            self.module,
+            functools.partial(SplitLinears, self.module),
             torch.device(self.device),
             self.micro_batches,
         )
@@ -154,24 +154,17 @@ class AdaptraPipelineEngine(PipelineEngine):
         return super().compile(*args, **kwargs)
 
     def train_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return self._explained(super().train_batch, *args, **kwargs)
+        return self._inside(super().train_batch, *args, **kwargs)
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return self._explained(super().eval_batch, *args, **kwargs)
+        return self._inside(super().eval_batch, *args, **kwargs)
 
-    def _explained(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Errors of a collective that are due to a lost peer are raised as what they are."""
+    def _inside(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session = self.adaptra
         if session is None:
             return call(*args, **kwargs)
-        try:
-            with session.inside():
-                return call(*args, **kwargs)
-        except Exception as error:
-            cause = session.explain(error)
-            if cause is error:
-                raise
-            raise cause from error
+        with session.inside():
+            return call(*args, **kwargs)
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
         session = self.adaptra
@@ -206,27 +199,27 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     # --- computations
 
-    def _adaptra_forward(self, buffer_id: int, microbatch: int) -> None:
+    def _adaptra_forward(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
-        with iteration.compute(Kind.F, microbatch), session.queue.recording() if iteration.splits() else nullcontext():
+        with iteration.compute(action), session.queue.recording() if iteration.splits() else nullcontext():
             PipelineEngine._exec_forward_pass(self, buffer_id)
         if iteration.training and self.is_last_stage():
             # the stock engine has one slot for the loss; here several forwards may run before the first backward
             self._losses[buffer_id] = self.loss
 
-    def _adaptra_backward(self, buffer_id: int, microbatch: int) -> None:
+    def _adaptra_backward(self, buffer_id: int, action: Action) -> None:
         iteration = self._running
         assert iteration is not None
-        with iteration.compute(Kind.B, microbatch):
+        with iteration.compute(action):
             self._stock_backward(buffer_id)
 
-    def _adaptra_backward_input(self, buffer_id: int, microbatch: int) -> None:
+    def _adaptra_backward_input(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
         queue = session.queue
         # recording again: activation checkpointing runs forwards inside the backward
-        with iteration.compute(Kind.I, microbatch), queue.recording(), queue.collect(microbatch):
+        with iteration.compute(action), queue.recording(), queue.collect(action.microbatch):
             self._stock_backward(buffer_id)
 
     def _stock_backward(self, buffer_id: int) -> None:
@@ -234,10 +227,10 @@ class AdaptraPipelineEngine(PipelineEngine):
             self.loss = self._losses.pop(buffer_id)
         PipelineEngine._exec_backward_pass(self, buffer_id)
 
-    def _adaptra_backward_weight(self, buffer_id: int, microbatch: int) -> None:
+    def _adaptra_backward_weight(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
-        with iteration.compute(Kind.W, microbatch):
+        with iteration.compute(action):
             # BF16_Optimizer adds low-precision gradients to its fp32 copies after each backward of the engine; W is
             # one more. With immediate_grad_update hooks on the parameters do it.
             manual = self.using_bf16_optimizer and not support.immediate_grad_update(self._config)
@@ -246,7 +239,7 @@ class AdaptraPipelineEngine(PipelineEngine):
             before = getattr(self, "_running_engine_backward", False)
             self._running_engine_backward = True  # tells DeepSpeed's hooks that this is no stray tensor.backward()
             try:
-                session.queue.run(microbatch)
+                session.queue.run(action.microbatch)
             finally:
                 self._running_engine_backward = before
             if manual:
@@ -254,12 +247,12 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     # --- transfers
 
-    def _adaptra_send_activations(self, buffer_id: int, microbatch: int) -> None:
+    def _adaptra_send_activations(self, buffer_id: int, action: Action) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
-        self._send(Direction.ACTIVATION, microbatch, outputs)
+        self._send(action, outputs)
 
-    def _adaptra_receive_activations(self, buffer_id: int, microbatch: int) -> None:
-        tensors, is_tuple = self._receive(Direction.ACTIVATION, microbatch)
+    def _adaptra_receive_activations(self, buffer_id: int, action: Action) -> None:
+        tensors, is_tuple = self._receive(action)
         if is_tuple and (self.has_attention_mask or self.has_bool_tensors):
             assert self._running is not None
             tensors = support.with_bool_mask(tensors, self._running.training)
@@ -267,7 +260,7 @@ class AdaptraPipelineEngine(PipelineEngine):
             tensor.requires_grad_(tensor.is_floating_point())
         self.pipe_buffers["inputs"][buffer_id] = tensors if is_tuple else tensors[0]
 
-    def _adaptra_send_grads(self, buffer_id: int, microbatch: int) -> None:
+    def _adaptra_send_grads(self, buffer_id: int, action: Action) -> None:
         inputs = self.pipe_buffers["inputs"][buffer_id]
         is_tuple = isinstance(inputs, tuple)
         gradients = []
@@ -279,21 +272,21 @@ class AdaptraPipelineEngine(PipelineEngine):
                         "floating-point tensor that the stage before it returns"
                     )
                 gradients.append(tensor.grad)
-        self._send(Direction.GRADIENT, microbatch, tuple(gradients) if is_tuple else gradients[0])
+        self._send(action, tuple(gradients) if is_tuple else gradients[0])
         self.pipe_buffers["inputs"][buffer_id] = None
 
-    def _adaptra_receive_grads(self, buffer_id: int, microbatch: int) -> None:
-        tensors, is_tuple = self._receive(Direction.GRADIENT, microbatch)
+    def _adaptra_receive_grads(self, buffer_id: int, action: Action) -> None:
+        tensors, is_tuple = self._receive(action)
         self.grad_layer = list(tensors) if is_tuple else tensors[0]
 
-    def _send(self, direction: Direction, microbatch: int, value: Any) -> None:
+    def _send(self, action: Action, value: Any) -> None:
         assert self._running is not None
         is_tuple = isinstance(value, tuple)
-        self._running.send(direction, microbatch, value if is_tuple else (value,), is_tuple=is_tuple)
+        self._running.send(action, value if is_tuple else (value,), is_tuple=is_tuple)
 
-    def _receive(self, direction: Direction, microbatch: int) -> tuple[tuple[torch.Tensor, ...], bool]:
+    def _receive(self, action: Action) -> tuple[tuple[torch.Tensor, ...], bool]:
         assert self._running is not None
-        return self._running.receive(direction, microbatch)
+        return self._running.receive(action)
 
     _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012  one engine may go back to the stock map
         **PipelineEngine._INSTRUCTION_MAP,

@@ -48,11 +48,13 @@ class _Replica:
 class Detector:
     """Turns the reports of an iteration into findings. One detector serves all replicas of a job."""
 
-    def __init__(self, config: DetectorConfig, stages: int) -> None:
+    def __init__(self, config: DetectorConfig, stages: int, *, ring: bool = False) -> None:
         """
         Args:
             config: thresholds, windows and hysteresis.
-            stages: pipeline stages of every replica.
+            stages: ranks in every replica. Subjects are what can be slow: ranks and the links between them. A rank with
+                several model chunks is one subject, named by the first of its stages.
+            ring: the last rank sends to the first one too (several model chunks a rank).
 
         Raises:
             ValueError: for fewer than one stage.
@@ -61,6 +63,7 @@ class Detector:
             raise ValueError(f"{stages} stages: a pipeline has at least one")
         self._config = config
         self._stages = stages
+        self._links = links_of(stages, ring=ring)
         self._replicas: dict[int, _Replica] = {}
 
     def observe(self, reports: Sequence[IterationReport]) -> list[Finding]:
@@ -102,7 +105,7 @@ class Detector:
         state = self._replicas.get(replica)
         if state is None or len(state.stages) < self._stages:
             return False
-        links = [state.links.get((stage, stage + 1)) for stage in range(self._stages - 1)]
+        links = [state.links.get(link) for link in self._links]
         known = [*state.stages.values(), *links]
         return all(monitor is not None and (monitor.mature or monitor.slow is not None) for monitor in known)
 
@@ -229,9 +232,16 @@ def _ratios(state: _Replica, reports: Sequence[IterationReport]) -> dict[int, fl
     return ratios
 
 
+def links_of(ranks: int, *, ring: bool) -> list[Key]:
+    """The links between neighbours of a pipeline, (lower, higher) position; of a ring also that between its ends."""
+    ends = [(0, ranks - 1)] if ring and ranks > 2 else []
+    return [*((low, low + 1) for low in range(ranks - 1)), *ends]
+
+
 def _link(src: int, dst: int) -> Key:
     return (min(src, dst), max(src, dst))
 
 
 def _mean_forward(reports: Sequence[IterationReport]) -> float:
-    return sum(report.times.forward_ms for report in reports) / len(reports)
+    """Of one microbatch on one model chunk."""
+    return sum(report.times.forward_ms / len(report.chunks) for report in reports) / len(reports)

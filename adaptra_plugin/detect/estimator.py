@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from adaptra_plugin.config import DetectorConfig
-from adaptra_plugin.detect.detector import Detector
+from adaptra_plugin.detect.detector import Detector, links_of
 from adaptra_plugin.detect.samples import IterationReport, StageTimes
 from adaptra_plugin.detect.window import median
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
@@ -20,31 +20,36 @@ class Estimator:
     both see every change in the same iteration.
     """
 
-    def __init__(self, config: DetectorConfig, stages: int) -> None:
+    def __init__(self, config: DetectorConfig, ranks: int, chunks: int = 1) -> None:
         """
         Args:
             config: as for the detector.
-            stages: pipeline stages of every replica.
+            ranks: in every replica.
+            chunks: model chunks of each rank; stage `s` is on rank `s % ranks`.
         """
         self._config = config
-        self._stages = stages
-        self._detector = Detector(config, stages)
+        self._ranks = ranks
+        self._chunks = chunks
+        self._links = links_of(ranks, ring=chunks > 1)
+        self._detector = Detector(config, ranks, ring=chunks > 1)
         self._recent: dict[
-            tuple[int, int], deque[tuple[int, StageTimes]]
-        ] = {}  # (replica, stage) -> (iteration, times)
+            tuple[int, int], deque[tuple[int, tuple[StageTimes, ...]]]
+        ] = {}  # (replica, position) -> (iteration, times of each chunk)
 
     def observe(self, reports: Sequence[IterationReport]) -> None:
-        """Takes the reports of all stages of one replica for one iteration; iterations come in order.
+        """Takes the reports of all ranks of one replica for one iteration; iterations come in order.
 
         Raises:
-            ValueError: as `Detector.observe`.
+            ValueError: as `Detector.observe`, or a report has another number of chunks.
         """
+        if wrong := [report.rank for report in reports if len(report.chunks) != self._chunks]:
+            raise ValueError(f"the reports of ranks {wrong} do not have {self._chunks} model chunks")
         findings = self._detector.observe(reports)
         for report in reports:
             recent = self._recent.setdefault((report.replica, report.stage), deque(maxlen=self._config.window))
-            if recent and (recent[-1][1].backward_weight_ms > 0) != (report.times.backward_weight_ms > 0):
+            if recent and _splits(recent[-1][1]) != _splits(report.chunks):
                 recent.clear()  # the backward is split now, or no longer is: parts of the two must not be mixed
-            recent.append((report.iteration, report.times))
+            recent.append((report.iteration, report.chunks))
         for finding in findings:
             if finding.kind == "stage":
                 recent = self._recent[finding.replica, finding.stages[0]]
@@ -66,23 +71,24 @@ class Estimator:
             ValueError: if `max_activations` does not have one entry per stage.
             PlanError: if the profile is refused (microbatches or limits out of range).
         """
-        if len(max_activations) != self._stages:
-            raise ValueError(f"{len(max_activations)} limits of activations for {self._stages} stages")
+        if len(max_activations) != self._ranks * self._chunks:
+            raise ValueError(f"{len(max_activations)} limits of activations for {self._ranks * self._chunks} stages")
         if not self._detector.warm(replica):
             return None
         stages = []
         for stage, limit in enumerate(max_activations):
-            times = [item for _, item in self._recent[replica, stage]]
+            chunk, position = divmod(stage, self._ranks)
+            times = [item[chunk] for _, item in self._recent[replica, position]]
             forward = median(item.forward_ms for item in times)
             backward_input = median(item.backward_input_ms for item in times)
             backward_weight = median(item.backward_weight_ms for item in times)
             stages.append(StageProfile(forward, backward_input, backward_weight, limit))
         links = [
             LinkProfile(src, dst, self._delay(replica, src, dst), 0.0)
-            for low in range(self._stages - 1)
-            for src, dst in ((low, low + 1), (low + 1, low))
+            for ends in self._links
+            for src, dst in (ends, ends[::-1])
         ]
-        return Profile(microbatches=microbatches, stages=tuple(stages), links=tuple(links), virtual_stages=1)
+        return Profile(microbatches, tuple(stages), tuple(links), virtual_stages=self._chunks)
 
     def _delay(self, replica: int, src: int, dst: int) -> float:
         """Delay of one direction (ms); a direction without any message takes that of the other one."""
@@ -90,3 +96,7 @@ class Estimator:
         if delay is None:
             delay = self._detector.link_delay(replica, dst, src)
         return max(0.0, delay or 0.0)  # clocks of two machines may differ by more than a healthy link takes
+
+
+def _splits(chunks: Sequence[StageTimes]) -> bool:
+    return any(times.backward_weight_ms > 0 for times in chunks)

@@ -7,11 +7,12 @@ sentence and never reaches the detector.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 _MAX_MS = 1e9  # eleven days: longer than any deadline; larger numbers are garbage, not measurements
+_MAX_ENTRIES = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class LinkDelay:
-    """Median one-way delay (ms) of the messages that stage `dst` received from stage `src` in one iteration.
+    """Median one-way delay (ms) of the messages that position `dst` received from position `src` in one iteration.
 
     A difference of two clocks, so it may be slightly negative.
     """
@@ -46,12 +47,12 @@ class LinkDelay:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """What one rank measured in one iteration: compute of its stage, delays of the links it receives from."""
+    """What one rank measured in one iteration: compute of its stages, delays of the links it receives from."""
 
     replica: int
     """Pipeline replica (data-parallel index)."""
     stage: int
-    """Pipeline stage of the rank in its replica."""
+    """Position of the rank in its replica: its stage, or with several model chunks the first of its stages."""
     rank: int
     """World rank."""
     host: str
@@ -64,14 +65,23 @@ class IterationReport:
     """Wall time of the whole iteration (ms)."""
     plan_version: int
     """Version of the plan that the iteration ran."""
-    times: StageTimes
-    """Median compute times per microbatch."""
+    chunks: tuple[StageTimes, ...]
+    """Median compute times per microbatch of each model chunk, in the order of the stages."""
     links: tuple[LinkDelay, ...]
-    """Delays of the directed links into this stage."""
+    """Delays of the directed links into this rank."""
     wait_ms: float = 0.0
     """Total time (ms) that the stage waited for messages."""
     compute_ms: float = 0.0
     """Total time (ms) that the stage computed; 0 if it was not measured."""
+
+    @property
+    def times(self) -> StageTimes:
+        """Compute times of one microbatch on all chunks of the rank together."""
+        return StageTimes(
+            sum(chunk.forward_ms for chunk in self.chunks),
+            sum(chunk.backward_input_ms for chunk in self.chunks),
+            sum(chunk.backward_weight_ms for chunk in self.chunks),
+        )
 
     @property
     def bubble_ms(self) -> float:
@@ -80,7 +90,11 @@ class IterationReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
-        return {**asdict(self), "links": [asdict(link) for link in self.links]}
+        return {
+            **asdict(self),
+            "chunks": [asdict(times) for times in self.chunks],
+            "links": [asdict(link) for link in self.links],
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> IterationReport:
@@ -90,9 +104,9 @@ class IterationReport:
             ValueError: names the field, its value and what is allowed.
         """
         data = _table("report", data, {item.name for item in fields(cls)}, optional={"wait_ms", "compute_ms"})
-        times = _table("report.times", data["times"], {item.name for item in fields(StageTimes)})
-        if not isinstance(data["links"], list | tuple) or len(data["links"]) > 64:
-            raise ValueError(f"report.links: {data['links']!r:.80} is not a list of at most 64 links")
+        chunks, links = _list("report.chunks", data["chunks"]), _list("report.links", data["links"])
+        if not chunks:
+            raise ValueError("report.chunks is empty: a rank has at least one model chunk")
         stage = _integer("report.stage", data["stage"])
         host = data["host"]
         if not isinstance(host, str) or len(host) > 255:
@@ -106,11 +120,22 @@ class IterationReport:
             microbatches=_integer("report.microbatches", data["microbatches"], least=1),
             iteration_ms=_milliseconds("report.iteration_ms", data["iteration_ms"]),
             plan_version=_integer("report.plan_version", data["plan_version"]),
-            times=StageTimes(**{name: _milliseconds(f"report.times.{name}", value) for name, value in times.items()}),
-            links=tuple(_link(number, item, stage) for number, item in enumerate(data["links"])),
+            chunks=tuple(_times(f"report.chunks[{number}]", item) for number, item in enumerate(chunks)),
+            links=tuple(_link(number, item, stage) for number, item in enumerate(links)),
             wait_ms=_milliseconds("report.wait_ms", data.get("wait_ms", 0.0)),
             compute_ms=_milliseconds("report.compute_ms", data.get("compute_ms", 0.0)),
         )
+
+
+def _list(where: str, data: Any) -> Sequence[Any]:
+    if not isinstance(data, list | tuple) or len(data) > _MAX_ENTRIES:
+        raise ValueError(f"{where}: {data!r:.80} is not a list of at most {_MAX_ENTRIES} entries")
+    return data
+
+
+def _times(where: str, item: Any) -> StageTimes:
+    item = _table(where, item, {field.name for field in fields(StageTimes)})
+    return StageTimes(**{name: _milliseconds(f"{where}.{name}", value) for name, value in item.items()})
 
 
 def _link(number: int, item: Any, stage: int) -> LinkDelay:

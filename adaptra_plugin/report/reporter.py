@@ -78,6 +78,16 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.event(event)
 
+    def show_pipeline(self, metrics: Mapping[str, Any]) -> None:
+        """As `pipeline`, for W&B alone: another rank keeps the record."""
+        if self._wandb is not None and int(metrics["iteration"]) % self._config.metrics_every == 0:
+            self._wandb.iteration(dict(metrics))
+
+    def show_event(self, event: StragglerEvent) -> None:
+        """As `event`, for W&B alone: another rank has logged it and keeps the record."""
+        if self._wandb is not None:
+            self._wandb.event(event)
+
     def message(self, kind: str, text: str | None = None, *, level: int = logging.INFO, **fields: Any) -> None:
         """Anything else worth keeping.
 

@@ -131,8 +131,8 @@ class Coordinator:
         self._begun = begun
         self._limits = list(limits)
         self._clock = clock
-        self._detector = Detector(config.detector, topology.stages)
-        self._estimator = Estimator(config.detector, topology.stages)
+        self._detector = Detector(config.detector, topology.length, ring=topology.chunks > 1)
+        self._estimator = Estimator(config.detector, topology.length, topology.chunks)
         self._reports: dict[int, dict[int, IterationReport]] = {}
         self._newest = 0
         self._version = 0

@@ -12,9 +12,19 @@ def in_order(actions: Sequence[Action]) -> Iterator[Action]:
     yield from actions
 
 
-def forward_only(stage: int, microbatches: int) -> tuple[Action, ...]:
-    """The actions of an evaluation."""
-    return tuple(Action(stage, Kind.F, microbatch) for microbatch in range(microbatches))
+def forward_only(stages: Sequence[int], microbatches: int, ranks: int) -> tuple[Action, ...]:
+    """The actions of an evaluation on a rank with these stages.
+
+    With several of them, `ranks` microbatches go through the first one, then through the next one, and so on: by then the first of
+    them is back from the other ranks.
+    """
+    group = microbatches if len(stages) == 1 else ranks
+    return tuple(
+        Action(stage, Kind.F, microbatch)
+        for first in range(0, microbatches, group)
+        for stage in stages
+        for microbatch in range(first, min(first + group, microbatches))
+    )
 
 
 def buffers_needed(actions: Sequence[Action]) -> int:

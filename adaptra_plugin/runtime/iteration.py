@@ -35,7 +35,9 @@ class Links:
 class Iteration:
     """Runs the actions of one rank in one iteration.
 
-    A host adapter walks through `dispatch()`, and brackets the computation of every action with `compute`.
+    A host adapter walks through `dispatch()`; for each action it calls `receive`, brackets the computation with `compute`, and
+    calls `send`. What is received and sent follows from the action: a forward takes the activation of the stage before and
+    gives one to the stage after, a backward the other way round.
 
     Attributes:
         index: number of the training iteration, 0-based (an evaluation has that of the next training iteration).
@@ -57,19 +59,16 @@ class Iteration:
     training: bool = True
     device: torch.device | None = None
     wait_ms: float = 0.0
-    _posted: dict[tuple[Direction, int], RecvTicket] = field(default_factory=dict)
+    _posted: dict[Key, RecvTicket] = field(default_factory=dict)
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
-    _delays: dict[Direction, list[float]] = field(default_factory=dict)
+    _delays: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # all receives at once: what arrives early finds its place
-        for microbatch in range(self.microbatches):
-            if self.links.previous is not None:
-                key = self._key(Direction.ACTIVATION, self.topology.stage, microbatch)
-                self._posted[Direction.ACTIVATION, microbatch] = self.links.previous.recv(key, self.device)
-            if self.links.next is not None and self.training:
-                key = self._key(Direction.GRADIENT, self.topology.stage, microbatch)
-                self._posted[Direction.GRADIENT, microbatch] = self.links.next.recv(key, self.device)
+        for action in self.actions:
+            key = self._incoming(action)
+            if key is not None:
+                self._posted[key] = self._channel(key.direction, receiving=True).recv(key, self.device)
         self._started = time.perf_counter()
         self.started_unix_ms = time.time() * 1e3
         self.stopwatch.start()
@@ -87,40 +86,53 @@ class Iteration:
         return any(action.kind is Kind.I for action in self.actions)
 
     @contextmanager
-    def compute(self, kind: Kind, microbatch: int) -> Iterator[None]:
+    def compute(self, action: Action) -> Iterator[None]:
         """Brackets the computation of one action: times and paces it."""
         start = self.stopwatch.mark()
-        with self.pacer.pace(kind):
+        with self.pacer.pace(action.kind):
             yield
-        self._marks.append((Action(self.topology.stage, kind, microbatch), start, self.stopwatch.mark()))
+        self._marks.append((action, start, self.stopwatch.mark()))
 
-    def send(self, direction: Direction, microbatch: int, tensors: Sequence[Tensor], *, is_tuple: bool) -> None:
-        """Hands tensors to the proxy and returns at once; blocks only while the staging ring is full. Those on a device are
-        read later, see `Channel.send`."""
-        forwards = direction is Direction.ACTIVATION
-        channel = self.links.next if forwards else self.links.previous
-        assert channel is not None
-        stage = self.topology.stage + (1 if forwards else -1)
+    def send(self, action: Action, tensors: Sequence[Tensor], *, is_tuple: bool = False) -> None:
+        """Hands what an action has made for a neighbour to the proxy and returns at once; blocks only while the staging ring
+        is full. Tensors on a device are read later, see `Channel.send`."""
+        forwards = action.kind is Kind.F
+        direction = Direction.ACTIVATION if forwards else Direction.GRADIENT
+        key = self._key(direction, action.stage + (1 if forwards else -1), action.microbatch)
         tag = self.version << 1 | (TUPLE if is_tuple else 0)
-        channel.send(self._key(direction, stage, microbatch), [t.detach() for t in tensors], tag)
+        self._channel(direction, receiving=False).send(key, [t.detach() for t in tensors], tag)
 
-    def receive(self, direction: Direction, microbatch: int) -> tuple[tuple[Tensor, ...], bool]:
-        """Waits for a transfer; its tensors on `device`, and whether they were sent as a tuple.
+    def receive(self, action: Action) -> tuple[tuple[Tensor, ...], bool]:
+        """Waits for what an action takes from a neighbour; its tensors on `device`, and whether they were sent as a tuple.
 
         Raises:
             TransferTimeout, PeerLostError: it did not come.
             TransportError: the sender runs another plan in this iteration.
         """
+        key = self._incoming(action)
+        assert key is not None
         started = time.perf_counter()
-        message: Message = self._posted.pop((direction, microbatch)).wait()
+        message: Message = self._posted.pop(key).wait()
         self.wait_ms += (time.perf_counter() - started) * 1e3
-        self._delays.setdefault(direction, []).append(message.delay_ms)
+        source = action.stage + (-1 if key.direction is Direction.ACTIVATION else 1)
+        ends = (source % self.topology.length, action.stage % self.topology.length)
+        self._delays.setdefault(ends, []).append(message.delay_ms)
         if message.tag >> 1 != self.version:
             raise TransportError(
                 f"iteration {self.index}: this rank ({self.topology.rank}) runs plan v{self.version}, "
-                f"its neighbour sent {direction.name.lower()} {microbatch} under plan v{message.tag >> 1}"
+                f"its neighbour sent {key.direction.name.lower()} {key.microbatch} under plan v{message.tag >> 1}"
             )
         return message.tensors, bool(message.tag & TUPLE)
+
+    def receives(self, action: Action) -> bool:
+        """Whether an action takes something from a neighbour."""
+        return self._incoming(action) is not None
+
+    def sends(self, action: Action) -> bool:
+        """Whether an action makes something for a neighbour."""
+        if action.kind is Kind.F:
+            return not self.topology.is_last(action.stage)
+        return action.kind is not Kind.W and action.stage > 0
 
     def finish(self) -> None:
         """The schedule has been executed."""
@@ -134,26 +146,28 @@ class Iteration:
             for action, start, end in self._marks
         ]
 
-    def stage_times(self) -> StageTimes:
-        """Medians over the microbatches; an unsplit backward counts as backward-input."""
+    def stage_times(self) -> tuple[StageTimes, ...]:
+        """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input."""
+        durations: dict[tuple[int, Kind], list[float]] = {}
+        for action, start, end in self._marks:
+            kind = Kind.I if action.kind is Kind.B else action.kind
+            duration = self.mark_times_ms[end] - self.mark_times_ms[start]
+            durations.setdefault((action.stage, kind), []).append(duration)
 
-        def median(*kinds: Kind) -> float:
-            values = [
-                self.mark_times_ms[end] - self.mark_times_ms[start] for a, start, end in self._marks if a.kind in kinds
-            ]
+        def median(stage: int, kind: Kind) -> float:
+            values = durations.get((stage, kind))
             return statistics.median(values) if values else 0.0
 
-        return StageTimes(
-            forward_ms=median(Kind.F), backward_input_ms=median(Kind.I, Kind.B), backward_weight_ms=median(Kind.W)
+        return tuple(
+            StageTimes(median(stage, Kind.F), median(stage, Kind.I), median(stage, Kind.W))
+            for stage in self.topology.own_stages
         )
 
     def link_delays(self) -> tuple[LinkDelay, ...]:
         """Median one-way delay of the transfers that this rank received, per directed link."""
-        stage = self.topology.stage
-        source = {Direction.ACTIVATION: stage - 1, Direction.GRADIENT: stage + 1}
         return tuple(
-            LinkDelay(src=source[direction], dst=stage, delay_ms=statistics.median(values), messages=len(values))
-            for direction, values in self._delays.items()
+            LinkDelay(src=src, dst=dst, delay_ms=statistics.median(values), messages=len(values))
+            for (src, dst), values in self._delays.items()
         )
 
     def compute_ms(self) -> float:
@@ -161,3 +175,17 @@ class Iteration:
 
     def _key(self, direction: Direction, stage: int, microbatch: int) -> Key:
         return Key(epoch=self.epoch, direction=direction, stage=stage, microbatch=microbatch)
+
+    def _incoming(self, action: Action) -> Key | None:
+        """Name of what an action takes from a neighbour, if it does."""
+        if action.kind is Kind.F:
+            return self._key(Direction.ACTIVATION, action.stage, action.microbatch) if action.stage > 0 else None
+        if action.kind is Kind.W or self.topology.is_last(action.stage):
+            return None
+        return self._key(Direction.GRADIENT, action.stage, action.microbatch)
+
+    def _channel(self, direction: Direction, *, receiving: bool) -> Channel:
+        forwards = direction is Direction.ACTIVATION
+        channel = self.links.previous if forwards is receiving else self.links.next
+        assert channel is not None
+        return channel

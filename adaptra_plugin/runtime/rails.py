@@ -40,15 +40,15 @@ class RailWatch:
         else:
             return None
         topology = self._topology
-        if peer.stage < topology.stage:
+        if peer.stage < topology.position:
             return None
         return {
             "time_unix": time.time(),
             "kind": "rail",
             "state": word,
             "replica": topology.replica,
-            "link": f"{topology.stage}-{peer.stage}",
-            "stages": [topology.stage, peer.stage],
+            "link": f"{topology.position}-{peer.stage}",
+            "stages": [topology.position, peer.stage],
             "ranks": [topology.rank, peer.rank],
             "hosts": [self._host, peer.host],
             "since_iteration": since,

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.rails import RailWatch, event_from
 from adaptra_plugin.runtime.rendezvous import Rendezvous
-from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
+from adaptra_plugin.runtime.split import Split, WeightQueue
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.plan import Plan
@@ -50,9 +50,11 @@ class Session:
         config: the effective configuration.
         topology: the pipelines of the job.
         store: the launcher's c10d store.
-        module: this rank's part of the model; its linear layers are split if the configuration says so.
+        split: makes the linear layers of this rank's part of the model able to run a split backward, whose weight gradients
+            go to the given queue; called if the configuration asks for it.
         device: on which it computes.
         microbatches: of an iteration, to check early that the limits can be kept.
+        wandb_rank: world rank that owns the host's W&B run.
 
     Raises:
         PlanError: `max_activations` is too small for the schedule.
@@ -65,15 +67,19 @@ class Session:
         config: AdaptraConfig,
         topology: Topology,
         store: Any,
-        module: torch.nn.Module,
+        split: Callable[[WeightQueue], Split],
         device: torch.device,
         microbatches: int,
+        *,
+        wandb_rank: int = COORDINATOR,
     ) -> None:
         show_log(topology.rank)
         self.config = config
         self.topology = topology
         self.device = device
         self.queue = WeightQueue()
+        self._wandb_rank = wandb_rank
+        self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
         self.failure: Exception | None = None
         self._inside_since: float | None = None
         self._broken: Exception | None = None  # an iteration failed half-way on this rank
@@ -85,13 +91,14 @@ class Session:
         self._stopwatch = stopwatch_for(device)
         self._pacer = Pacer(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
-        _check_links(config, topology.stages)
-        unknown = Profile(microbatches=1, stages=tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits))
+        _check_links(config, topology)
+        stages = tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
+        unknown = Profile(microbatches=1, stages=stages, virtual_stages=topology.chunks)
         self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
         self._book.plan_for(microbatches)
         with ExitStack() as undo:
             try:
-                self._start(store, module, undo)
+                self._start(store, split, undo)
             except BaseException:
                 self._closed = True  # what has not started is not to be ended, and what is heard now is no news
                 self._noticed.set()
@@ -99,17 +106,17 @@ class Session:
                 raise
             undo.pop_all()
 
-    def _start(self, store: Any, module: torch.nn.Module, undo: ExitStack) -> None:
+    def _start(self, store: Any, split: Callable[[WeightQueue], Split], undo: ExitStack) -> None:
         """Makes all that has to be given back; what `undo` holds does so if a step fails."""
         config, topology = self.config, self.topology
         self._reporter = Reporter(
-            config.report, topology.rank, wandb_here=topology.rank == COORDINATOR, at_exit=self.close
+            config.report, topology.rank, wandb_here=topology.rank == self._wandb_rank, at_exit=self.close
         )
         undo.callback(self._reporter.close, 1.0)
         host = socket.gethostname()
         self._rails = RailWatch(topology, host)
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
-        self._me = PeerInfo(rank=topology.rank, stage=topology.stage, host=host)
+        self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=host)
         self._endpoint = Endpoint(self._me, config.transport, rendezvous.secret(topology), simulate=config.simulate)
         undo.callback(self._endpoint.close, linger_s=0.0)
         self._endpoint.on_control = self._control
@@ -125,7 +132,7 @@ class Session:
             previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
             next=None if topology.next is None else self._endpoint.channel(topology.next),
         )
-        self._split = SplitLinears(module, self.queue) if config.split_backward else None
+        self._split = split(self.queue) if config.split_backward else None
         if self._split is not None:
             undo.callback(self._split.remove)
             undo.callback(self.queue.settle)
@@ -145,9 +152,9 @@ class Session:
             self.config,
             self._hosts,
             send=self._send,
-            on_event=self._reporter.event,
+            on_event=self._event,
             on_plan=self._plan_committed,
-            on_overview=self._reporter.pipeline,
+            on_overview=self._overview,
             current=self._book.plan_for,
             begun=lambda: self._book.begun,
             limits=self._limits,
@@ -163,11 +170,11 @@ class Session:
         """
         self._endpoint.set_iteration(self._iteration)
         version, plan = self._book.begin(self._iteration, microbatches)
-        return self._begin(version, plan.schedule.ranks[self.topology.stage], microbatches, training=True)
+        return self._begin(version, plan.schedule.ranks[self.topology.position], microbatches, training=True)
 
     def begin_evaluation(self, microbatches: int) -> Iteration:
         """A forward-only schedule begins."""
-        actions = forward_only(self.topology.stage, microbatches)
+        actions = forward_only(self.topology.own_stages, microbatches, self.topology.length)
         return self._begin(0, actions, microbatches, training=False)
 
     def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
@@ -200,14 +207,14 @@ class Session:
         topology = self.topology
         report = IterationReport(
             replica=topology.replica,
-            stage=topology.stage,
+            stage=topology.position,
             rank=topology.rank,
             host=self._me.host,
             iteration=iteration.index,
             microbatches=iteration.microbatches,
             iteration_ms=iteration.total_ms,
             plan_version=iteration.version,
-            times=iteration.stage_times(),
+            chunks=iteration.stage_times(),
             links=iteration.link_delays(),
             wait_ms=iteration.wait_ms,
             compute_ms=iteration.compute_ms(),
@@ -259,6 +266,8 @@ class Session:
                 self._coordinator.post(sender, message)
         elif kind == "rail":
             self._report_rail(sender, message)
+        elif kind == "show" and sender == COORDINATOR:
+            self._show(message)
         elif kind == "lost":
             self._lose(PeerInfo(int(message["rank"]), int(message["stage"]), str(message["host"])), str(message["why"]))
         elif sender != COORDINATOR:
@@ -267,6 +276,34 @@ class Session:
             self._answer(message)
         elif kind == "decide":
             self._book.decide(int(message["version"]), bool(message["commit"]))
+
+    def _event(self, event: StragglerEvent) -> None:
+        """An event that this rank, the coordinator, tells everybody of."""
+        self._reporter.event(event)
+        if self._wandb_rank != self.topology.rank:
+            self._send(self._wandb_rank, {"type": "show", "event": event.to_json()})
+
+    def _overview(self, metrics: dict[str, Any]) -> None:
+        self._reporter.pipeline(metrics)
+        if self._wandb_rank != self.topology.rank:
+            self._send(self._wandb_rank, {"type": "show", "pipeline": metrics})
+
+    def _show(self, message: dict[str, Any]) -> None:
+        """What the coordinator reports, for the W&B run that this rank owns."""
+        try:
+            if "event" in message:
+                self._reporter.show_event(event_from(message["event"]))
+            else:
+                self._reporter.show_pipeline(message["pipeline"])
+                self._shown = int(message["pipeline"]["iteration"])
+        except (KeyError, TypeError, ValueError) as error:
+            logger.warning("what rank 0 says for W&B is not understood: %s", error)
+
+    def _await_overview(self, patience_s: float = 5.0) -> None:
+        """The coordinator's view of the last iteration is on its way to the W&B run of this rank."""
+        until = time.monotonic() + patience_s
+        while self._shown < self._iteration - 1 and time.monotonic() < until and self.failure is None:
+            time.sleep(0.01)
 
     def _answer(self, message: dict[str, Any]) -> None:
         version = int(message["version"])
@@ -307,7 +344,7 @@ class Session:
 
     def _report_rail(self, sender: int, message: dict[str, Any]) -> None:
         try:
-            self._reporter.event(event_from(message["event"]))
+            self._event(event_from(message["event"]))
         except (KeyError, ValueError) as error:
             logger.warning("what rank %d says of a rail is not understood: %s", sender, error)
 
@@ -372,14 +409,20 @@ class Session:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Brackets a host's call that runs a schedule and its collectives."""
+        """Brackets a host's call that runs a schedule and its collectives. An error of a collective that is due to a lost
+        peer is raised as what it is."""
         self._inside_since = time.monotonic()
         try:
             yield
+        except Exception as error:
+            cause = self._explain(error)
+            if cause is error:
+                raise
+            raise cause from error
         finally:
             self._inside_since = None
 
-    def explain(self, error: Exception, patience_s: float = 3.0) -> Exception:
+    def _explain(self, error: Exception, patience_s: float = 3.0) -> Exception:
         """The cause of an error that came up in an iteration: the loss of a peer, if that is what happened.
 
         A collective of the host may fail, and a neighbour may have ended in good order because of the loss, a moment
@@ -415,9 +458,11 @@ class Session:
         _activation.remove_session(self)
         if self._broken is not None and self.failure is None:
             self._tell_error(self._broken)
+        whole = self.failure is None and self._broken is None and self.config.detector.enabled
         if self._coordinator is not None:
-            whole = self.failure is None and self._broken is None and self.config.detector.enabled
             self._coordinator.close(last=self._iteration - 1 if whole else -1)
+        elif whole and self.topology.rank == self._wandb_rank:
+            self._await_overview()
         if self._split is not None:
             self._split.remove()
         self.queue.settle()
@@ -432,7 +477,7 @@ class Session:
         """Plan version, split layers, transport counters, files: plain values."""
         return {
             "rank": self.topology.rank,
-            "stage": self.topology.stage,
+            "stage": self.topology.position,
             "stages": self.topology.stages,
             "iteration": self._iteration,
             "plan_version": self._book.version,
@@ -457,10 +502,11 @@ def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:
     return list(limits)
 
 
-def _check_links(config: AdaptraConfig, stages: int) -> None:
+def _check_links(config: AdaptraConfig, topology: Topology) -> None:
+    known = topology.links()
     for name, links in (("links", config.simulate.links), ("faults", config.simulate.faults)):
         for link in links:
-            if max(link.src, link.dst) >= stages or abs(link.src - link.dst) != 1:
+            if (min(link.src, link.dst), max(link.src, link.dst)) not in known:
                 raise ConfigError(
-                    f"adaptra.simulate.{name}: {link.src}-{link.dst} is not a link between neighbours of {stages} stages"
+                    f"adaptra.simulate.{name}: {link.src}-{link.dst} is not a link between neighbours of {topology.length} stages"
                 )

@@ -11,10 +11,10 @@ AccumulateGrad node (data parallelism, ZeRO, BF16 optimizer) fires exactly as in
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,40 +26,46 @@ from adaptra_plugin.errors import UnsupportedError
 logger = logging.getLogger("adaptra.runtime")
 
 
+Gradient = Callable[[Tensor, Tensor], Tensor]
+"""Of a weight, from the layer's input x and the gradient of its output y."""
+
+
+def linear_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
+    """`grad_y^T x`, of shape (outputs, inputs), summed over all leading dimensions."""
+    return grad_y.reshape(-1, grad_y.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
+
+
 @dataclass(frozen=True, slots=True)
 class _Deferred:
-    """One use of one weight in one microbatch: `dw = grad_y^T x`."""
+    """One use of one weight in one microbatch."""
 
     weight: nn.Parameter
     x: Tensor
     grad_y: Tensor
+    gradient: Gradient
     task: int
     """The call of autograd in which it came up: one for each `backward()`, nested ones included."""
-
-    def gradient(self) -> Tensor:
-        grad_y = self.grad_y.reshape(-1, self.grad_y.shape[-1])
-        return grad_y.t().mm(self.x.reshape(-1, self.x.shape[-1]))
 
 
 class WeightQueue:
     """Weight gradients of one stage that wait for their W.
 
-    A microbatch is opened by `collect` while its I runs and emptied by `run`. Not thread-safe: backward passes of one
-    stage run one after the other.
+    A microbatch (with several model chunks: one of a chunk) is opened by `collect` while its I runs and emptied by `run`. Not
+    thread-safe: backward passes of one rank run one after the other.
     """
 
     def __init__(self) -> None:
         self.active = False
         """True while a forward should record for a split backward."""
         self._collecting: list[_Deferred] | None = None
-        self._waiting: dict[int, list[_Deferred]] = {}
+        self._waiting: dict[Hashable, list[_Deferred]] = {}
         self._fused: set[int] = set()
         self._fired: set[int] = set()
         self._shared: set[int] = set()
         self._watches: list[Any] = []
 
     @property
-    def microbatches(self) -> tuple[int, ...]:
+    def microbatches(self) -> tuple[Hashable, ...]:
         """Microbatches whose W has not run."""
         return tuple(self._waiting)
 
@@ -73,7 +79,7 @@ class WeightQueue:
             self.active = False
 
     @contextmanager
-    def collect(self, microbatch: int) -> Iterator[None]:
+    def collect(self, microbatch: Hashable) -> Iterator[None]:
         """Backward passes inside leave the weight gradients of `microbatch` for `run`."""
         if microbatch in self._waiting:
             raise RuntimeError(f"microbatch {microbatch} already waits for its weight gradients")
@@ -86,7 +92,7 @@ class WeightQueue:
         finally:
             self._collecting = None
 
-    def run(self, microbatch: int) -> None:
+    def run(self, microbatch: Hashable) -> None:
         """Computes and accumulates the weight gradients of `microbatch` (action W)."""
         totals: dict[tuple[int, int], tuple[nn.Parameter, Tensor]] = {}
         with torch.no_grad():
@@ -95,7 +101,7 @@ class WeightQueue:
             for item in self._waiting.pop(microbatch):
                 key = (id(item.weight), item.task)
                 seen = totals.get(key)
-                gradient = item.gradient()
+                gradient = item.gradient(item.x, item.grad_y)
                 totals[key] = (item.weight, gradient if seen is None else seen[1] + gradient)
         for weight, gradient in totals.values():
             with torch.enable_grad():
@@ -111,13 +117,14 @@ class WeightQueue:
         """True if a forward through `weight` now should leave its gradient to W."""
         return self.active and weight.requires_grad and id(weight) not in self._fused
 
-    def defer(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor) -> None:
+    def defer(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor, gradient: Gradient = linear_gradient) -> None:
+        """Caller: the backward of a layer, inside `collect`. `gradient` is called in W, without autograd."""
         if self._collecting is None:
             raise UnsupportedError(
                 "the model differentiates inside its own forward or loss (torch.autograd.grad, a gradient penalty): "
                 'the backward of its linear layers cannot be split; set "adaptra": {"split_backward": false}'
             )
-        self._collecting.append(_Deferred(weight, x, grad_y, torch._C._current_graph_task_id()))
+        self._collecting.append(_Deferred(weight, x, grad_y, gradient, torch._C._current_graph_task_id()))
 
     def watch(self, weights: list[nn.Parameter]) -> None:
         """Finds, in the first iteration, weights that are also used outside of linear layers (`settle` ends it).
@@ -198,6 +205,19 @@ class SplitReport:
 
     split: int
     fused: dict[str, int]
+
+
+class Split(Protocol):
+    """Layers of a host's model that can run split."""
+
+    report: SplitReport
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Of the layers that can."""
+
+    def remove(self) -> None:
+        """Every layer is as it was before."""
 
 
 class SplitLinears:

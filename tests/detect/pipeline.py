@@ -54,7 +54,7 @@ class Pipeline:
             microbatches=microbatches,
             iteration_ms=3 * pace * microbatches,
             plan_version=1,
-            times=times,
+            chunks=(times,),
             links=tuple(links),
         )
 

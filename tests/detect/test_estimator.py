@@ -73,7 +73,7 @@ def test_split_and_whole_backward_are_not_mixed() -> None:
     for i in range(30):
         reports = pipeline.reports(i)
         if i < 28:
-            reports = [replace(report, times=StageTimes(10.0, 18.0, 0.0)) for report in reports]
+            reports = [replace(report, chunks=(StageTimes(10.0, 18.0, 0.0),)) for report in reports]
         estimator.observe(reports)
     stage = estimator.profile(8, NO_LIMIT).stages[0]
     assert (stage.backward_input_ms, stage.backward_weight_ms) == (10.0, 8.0)

@@ -11,7 +11,7 @@ from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes, overvi
 
 
 def report(replica: int, stage: int, links: tuple[LinkDelay, ...], scale: float = 1.0) -> IterationReport:
-    times = StageTimes(1.0 * scale, 2.0 * scale, 3.0 * scale)
+    times = (StageTimes(1.0 * scale, 2.0 * scale, 3.0 * scale),)
     return IterationReport(replica, stage, 0, "n", 7, 8, 100.0 * scale, 2, times, links, 10.0 * scale, 60.0)
 
 

@@ -29,7 +29,7 @@ def reports(draw: st.DrawFn) -> IterationReport:
         microbatches=draw(st.integers(1, 1 << 20)),
         iteration_ms=draw(TIME),
         plan_version=draw(COUNT),
-        times=StageTimes(draw(TIME), draw(TIME), draw(TIME)),
+        chunks=tuple(StageTimes(draw(TIME), draw(TIME), draw(TIME)) for _ in range(draw(st.integers(1, 4)))),
         links=tuple(links[: draw(st.integers(0, 2))]),
         wait_ms=draw(TIME),
         compute_ms=draw(TIME),
@@ -37,7 +37,7 @@ def reports(draw: st.DrawFn) -> IterationReport:
 
 
 def valid() -> dict[str, Any]:
-    times = StageTimes(1.0, 2.0, 3.0)
+    times = (StageTimes(1.0, 2.0, 3.0),)
     report = IterationReport(0, 1, 1, "n1", 5, 8, 100.0, 1, times, (LinkDelay(0, 1, -0.5, 8),), 30.0, 60.0)
     return report.to_json()
 
@@ -79,11 +79,12 @@ def test_garbage_instead_of_a_report_is_refused(value: Any) -> None:
         (("stage",), True, "report.stage: True"),
         (("microbatches",), 0, "report.microbatches: 0 is not a whole number from 1"),
         (("iteration_ms",), float("nan"), "report.iteration_ms: nan"),
-        (("times", "forward_ms"), -2.0, "report.times.forward_ms: -2.0"),
-        (("times", "extra"), 1.0, "report.times has the unknown extra"),
+        (("chunks", 0, "forward_ms"), -2.0, r"report.chunks\[0\].forward_ms: -2.0"),
+        (("chunks",), [], "report.chunks is empty"),
+        (("chunks", 0, "extra"), 1.0, r"report.chunks\[0\] has the unknown extra"),
         (("links", 0, "delay_ms"), float("inf"), r"report.links\[0\].delay_ms: inf"),
         (("links", 0, "dst"), 3, "0 -> 3 is not a link into stage 1"),
-        (("links",), [valid()["links"][0]] * 65, "not a list of at most 64 links"),
+        (("links",), [valid()["links"][0]] * 65, "not a list of at most 64 entries"),
         (("host",), "x" * 300, "at most 255 characters"),
     ],
 )

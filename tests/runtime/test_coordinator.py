@@ -84,7 +84,7 @@ class World:
                 microbatches=8,
                 iteration_ms=300.0,
                 plan_version=version,
-                times=StageTimes(10.0, 10.0, 6.0),
+                chunks=(StageTimes(10.0, 10.0, 6.0),),
                 links=tuple(links),
             )
             self.queue.append((rank, {"type": "report", "report": report.to_json()}))
@@ -134,7 +134,7 @@ def test_the_end_waits_for_the_reports_of_the_last_iteration_that_are_still_on_t
     times = StageTimes(10.0, 10.0, 6.0)
 
     def last(rank: int) -> None:
-        mine = IterationReport(stage=rank, rank=rank, times=times, links=(), **report)
+        mine = IterationReport(stage=rank, rank=rank, chunks=(times,), links=(), **report)
         world.coordinator.post(rank, {"type": "report", "report": mine.to_json()})
 
     world.coordinator.start()

@@ -8,6 +8,7 @@ from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.actions import Action, Kind
 from adaptra_plugin.transport import Direction, Message
 
 
@@ -19,21 +20,30 @@ class Arrived:
         return self.message
 
 
+class Posting:
+    def __init__(self, messages):
+        self.messages = messages
+
+    def recv(self, key, device):
+        assert (key.direction, key.stage) == (Direction.ACTIVATION, 1)
+        return Arrived(self.messages[key.microbatch])
+
+
 def iteration(messages):
+    forwards = [Action(1, Kind.F, n) for n in range(len(messages))]
     made = Iteration(
         index=0,
         epoch=1,
         version=0,
-        actions=(),
+        actions=tuple(forwards),
         microbatches=len(messages),
         topology=Topology(1, ((0, 1),)),
-        links=Links(None, None),
+        links=Links(Posting(messages), None),
         stopwatch=stopwatch_for(torch.device("cpu")),
         pacer=Pacer(None),
     )
-    made._posted.update({(Direction.ACTIVATION, n): Arrived(message) for n, message in enumerate(messages)})
-    for n in range(len(messages)):
-        made.receive(Direction.ACTIVATION, n)
+    for forward in forwards:
+        made.receive(forward)
     return made
 
 

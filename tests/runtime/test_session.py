@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from adaptra_plugin.runtime import session as module
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.rendezvous import Rendezvous
 from adaptra_plugin.runtime.session import Session
-from adaptra_plugin.runtime.split import WeightQueue
+from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import Endpoint
 from adaptra_plugin.transport.endpoint import _live
@@ -33,7 +34,7 @@ def start(folder, layer):
     config = parse_config(
         {"transport": {"proxy": "thread", "bind": "127.0.0.1"}, "report": {"directory": str(folder), "wandb": "off"}}
     )
-    return Session(config, Topology.of(0, [[0]]), HashStore(), layer, torch.device("cpu"), 2)
+    return Session(config, Topology.of(0, [[0]]), HashStore(), partial(SplitLinears, layer), torch.device("cpu"), 2)
 
 
 def state():
@@ -48,7 +49,7 @@ STEPS = [
     (Session, "_make_coordinator"),
     (Endpoint, "connect"),
     (module, "Links"),
-    (module, "SplitLinears"),
+    (SplitLinears, "__init__"),
     (WeightQueue, "watch"),
     (Coordinator, "start"),
     (Session, "status"),
