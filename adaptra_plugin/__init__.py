@@ -1,7 +1,7 @@
 """Slack-adaptive pipeline schedules and delegated p2p for DeepSpeed and Megatron-core.
 
     import adaptra_plugin
-    adaptra_plugin.activate()      # usually not needed: done when torch and DeepSpeed are imported
+    adaptra_plugin.activate("adaptra.json")    # Megatron; DeepSpeed needs no line: its configuration has the block
     adaptra_plugin.status()        # what is patched, which plan runs
     adaptra_plugin.deactivate()    # every name of every module is the stock one again
 
@@ -19,11 +19,13 @@ __all__ = ["__version__", "activate", "deactivate", "status"]
 
 
 def activate(config: str | Path | Mapping[str, Any] | None = None) -> None:
-    """Opens the gate: engines that DeepSpeed builds from now on follow the `"adaptra"` block of their configuration.
+    """Opens the gates: engines that DeepSpeed builds from now on follow the `"adaptra"` block of their configuration, and
+    Megatron's pipelined schedules are Adaptra's.
 
     Args:
         config: a JSON file, or a mapping, with the block's content (with or without the key `"adaptra"` around it), for
-            hosts whose own configuration has no such block; a block in the host's configuration wins.
+            hosts whose own configuration has no such block; a block in the host's configuration wins. None: the file that the
+            environment variable `ADAPTRA_CONFIG` names; without one, Megatron runs with all defaults.
 
     Raises:
         ConfigError: `config` is wrong; one line per mistake.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,34 +17,43 @@ from adaptra_plugin.errors import ConfigError
 if TYPE_CHECKING:
     from adaptra_plugin.runtime.session import Session
 
+ENVIRONMENT = "ADAPTRA_CONFIG"
+"""Variable with the path of a configuration, for hosts that have none of their own."""
+GATES = {
+    _autoload.DEEPSPEED: "adaptra_plugin.patches.deepspeed_gate",
+    _autoload.MEGATRON: "adaptra_plugin.patches.megatron_gate",
+}
+
 _default_block: dict[str, Any] | None = None
+_asked = False  # `activate` has been called
 _sessions: list[Session] = []
 
 
 def activate(config: str | Path | Mapping[str, Any] | None = None) -> None:
-    global _default_block
+    global _default_block, _asked
     if config is not None:
         block = _read_block(config)
         parse_config(block)
         _default_block = block
-    if "deepspeed" in sys.modules and not _autoload._initializing(sys.modules["deepspeed"]):
-        open_gate()
-    else:
-        _autoload.install()
+    _asked = True
+    for host in _autoload.HOSTS:
+        if not _autoload.hook(host):
+            open_gate(host)
 
 
 def deactivate() -> None:
-    global _default_block
+    global _default_block, _asked
     _autoload.uninstall()
     while _sessions:
         _sessions[-1].close()
-    gate = sys.modules.get("adaptra_plugin.patches.deepspeed_gate")
-    if gate is not None:
-        gate.close()
+    for name in GATES.values():
+        gate = sys.modules.get(name)
+        if gate is not None:
+            gate.close()
     registry = sys.modules.get("adaptra_plugin.patches.registry")
     if registry is not None:
         registry.PATCHES.restore()
-    _default_block = None
+    _default_block, _asked = None, False
 
 
 def status() -> dict[str, Any]:
@@ -55,17 +66,27 @@ def status() -> dict[str, Any]:
     }
 
 
-def open_gate() -> None:
-    """Wraps the host's entry point (see `adaptra_plugin.patches.deepspeed_gate`). A hook that waits for the host is done."""
-    _autoload.uninstall()
-    from adaptra_plugin.patches import deepspeed_gate
+def open_gate(host: str) -> None:
+    """Wraps the entry points of a host that is imported (see the modules in `GATES`).
 
-    deepspeed_gate.install()
+    DeepSpeed has a configuration of its own, in which the block may or may not be. Megatron has none: its gate opens if
+    `activate` was called, or `ADAPTRA_CONFIG` names a file.
+    """
+    if host == _autoload.MEGATRON and not _asked and not os.environ.get(ENVIRONMENT):
+        return
+    importlib.import_module(GATES[host]).install()
 
 
 def default_block() -> dict[str, Any] | None:
-    """The block given to `activate`, if any."""
-    return _default_block
+    """The block given to `activate`, or the one in the file that `ADAPTRA_CONFIG` names, if any.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no object.
+    """
+    if _default_block is not None:
+        return _default_block
+    path = os.environ.get(ENVIRONMENT)
+    return _read_block(path) if path else None
 
 
 def add_session(session: Session) -> None:

@@ -1,7 +1,7 @@
 """Activation without a change to the user's script.
 
 torch calls `register` (entry point group `torch.backends`) at the end of `import torch`. It installs a hook that opens
-the gate once `import deepspeed` has finished, and does nothing else. It never raises: a plug-in must not break `import torch`.
+a host's gate once the import of that host has finished, and does nothing else. It never raises: a plug-in must not break `import torch`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-HOST = "deepspeed"
+DEEPSPEED = "deepspeed"
+MEGATRON = "megatron.core.pipeline_parallel.schedules"
+HOSTS = (DEEPSPEED, MEGATRON)
+"""The modules whose import opens a gate."""
 logger = logging.getLogger("adaptra")
 
 
@@ -32,22 +35,45 @@ def register() -> None:
 
 
 def install() -> None:
-    """Opens the gate when DeepSpeed is, or will be, fully imported."""
-    module = sys.modules.get(HOST)
+    """Opens the gates of the hosts that are, and of each other one when it is, fully imported."""
+    for host in HOSTS:
+        if not hook(host):
+            _ready(host)
+
+
+def hook(host: str) -> bool:
+    """Has a host's gate opened when the host is fully imported; False if it is already."""
+    module = sys.modules.get(host)
     if module is None:
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
+        _wait_for(host)
     elif _initializing(module):
         # `import deepspeed` itself imports torch: its own import is under way, and cannot be hooked any more
         module.__class__ = _Unfinished
     else:
-        _ready()
+        return False
+    return True
 
 
 def uninstall() -> None:
-    """Removes the hook, if there is one."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-    module = sys.modules.get(HOST)
+    """Removes the hooks, if there are any."""
+    for host in HOSTS:
+        _done_with(host)
+
+
+def _wait_for(host: str) -> None:
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+    if finder is None:
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+    finder.hosts.add(host)
+
+
+def _done_with(host: str) -> None:
+    for finder in [finder for finder in sys.meta_path if isinstance(finder, _Finder)]:
+        finder.hosts.discard(host)
+        if not finder.hosts:
+            sys.meta_path.remove(finder)
+    module = sys.modules.get(host)
     if isinstance(module, _Unfinished):
         module.__class__ = ModuleType  # type: ignore[assignment]
 
@@ -56,11 +82,12 @@ def _initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-def _ready() -> None:
+def _ready(host: str) -> None:
     from adaptra_plugin import _activation
 
+    _done_with(host)
     try:
-        _activation.open_gate()
+        _activation.open_gate(host)
     except Exception:
         logger.exception("adaptra: not activated")
 
@@ -73,23 +100,24 @@ class _Unfinished(ModuleType):
             spec = ModuleType.__getattribute__(self, "__spec__")
             if not getattr(spec, "_initializing", False):
                 self.__class__ = ModuleType  # type: ignore[assignment]
-                _ready()
+                _ready(spec.name)
         return ModuleType.__getattribute__(self, name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the host with the other finders, and runs `_ready` after its module has been executed.
+    """Finds hosts with the other finders, and runs `_ready` after a host's module has been executed.
 
     It stays until then: libraries look whether the host is installed (`importlib.util.find_spec`) without importing it.
     """
 
     def __init__(self) -> None:
+        self.hosts: set[str] = set()
         self._asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != HOST or getattr(self._asking, "others", False):
+        if fullname not in self.hosts or getattr(self._asking, "others", False):
             return None
         self._asking.others = True  # the look-up below asks every finder, this one too
         try:
@@ -97,15 +125,16 @@ class _Finder(importlib.abc.MetaPathFinder):
         finally:
             self._asking.others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, fullname)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
     """The host's loader, plus `_ready` at the end."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, host: str) -> None:
         self._inner = inner
+        self._host = host
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)  # who has only looked the host up may ask for its path or its source
@@ -117,5 +146,4 @@ class _Loader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
-        uninstall()
-        _ready()
+        _ready(self._host)

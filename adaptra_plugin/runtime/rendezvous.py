@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +56,16 @@ class Rendezvous:
             with contextlib.suppress(RuntimeError):  # a store that cannot delete keeps it
                 self._store.delete_key(self._key("secret"))
         return peers
+
+    def pipelines(self, rank: int, world_size: int, mine: Sequence[int]) -> list[list[int]]:
+        """The world ranks of every pipeline, for hosts in which a rank knows only its own (`mine`).
+
+        Raises:
+            TransportError: a rank did not publish its pipeline within the deadline.
+        """
+        self._store.set(self._key(f"pipeline/{rank}"), json.dumps(list(mine)))
+        texts = {self._get(f"pipeline/{r}", f"rank {r} has not started its session") for r in range(world_size)}
+        return sorted([int(r) for r in json.loads(text)] for text in texts)
 
     def _key(self, name: str) -> str:
         return f"adaptra/{self._prefix}/{name}"

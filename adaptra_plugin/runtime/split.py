@@ -26,8 +26,9 @@ from adaptra_plugin.errors import UnsupportedError
 logger = logging.getLogger("adaptra.runtime")
 
 
-Gradient = Callable[[Tensor, Tensor], Tensor]
-"""Of a weight, from the layer's input x and the gradient of its output y."""
+Gradient = Callable[[Tensor, Tensor], Tensor | None]
+"""Of a weight, from the layer's input x and the gradient of its output y. None: it has been accumulated already, and no hook
+waits for it."""
 
 
 def linear_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
@@ -99,9 +100,11 @@ class WeightQueue:
             # A weight used several times in one call of autograd: it sums the uses, in the order in which their backward
             # passes ran, before it accumulates; several calls accumulate one by one. The same here, for the same bits.
             for item in self._waiting.pop(microbatch):
+                gradient = item.gradient(item.x, item.grad_y)
+                if gradient is None:
+                    continue
                 key = (id(item.weight), item.task)
                 seen = totals.get(key)
-                gradient = item.gradient(item.x, item.grad_y)
                 totals[key] = (item.weight, gradient if seen is None else seen[1] + gradient)
         for weight, gradient in totals.values():
             with torch.enable_grad():

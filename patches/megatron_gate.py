@@ -1,0 +1,118 @@
+"""The names of Megatron-core that are replaced while the plug-in is active.
+
+`get_forward_backward_func` looks the schedules up as globals of its module when it is called, so replacing them works
+however late, and also for callers that have imported the getter by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from adaptra_plugin import _activation
+from adaptra_plugin.config import AdaptraConfig, parse_config
+from adaptra_plugin.patches.registry import PATCHES, Patch
+
+logger = logging.getLogger("adaptra")
+
+VERSIONS = ">=0.14,<0.20"
+"""megatron-core versions whose schedules and layers have the seams used here."""
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+LINEAR_ID = "megatron.linear"
+
+_config: AdaptraConfig | None = None  # while the gate is open
+
+
+def install() -> None:
+    """Replaces the schedules (once), if the configuration is there and enabled.
+
+    Raises:
+        ConfigError: the configuration is wrong; one line per mistake.
+        UnsupportedError: megatron-core is of a version that is not supported, or lacks a name that is to be replaced.
+    """
+    global _config
+    block = _activation.default_block()
+    config = parse_config({} if block is None else block)
+    if not config.enabled:
+        return
+    for patch in _patches():
+        try:
+            PATCHES.apply(patch)
+        except BaseException:
+            close()
+            raise
+    _config = config
+
+
+def close() -> None:
+    """Puts the stock functions back. References to a replacement that somebody has kept do what the stock function does."""
+    global _config
+    _config = None
+    for patch in _patches():
+        PATCHES.restore(patch.id)
+
+
+def _patches() -> list[Patch]:
+    def schedule(name: str) -> Patch:
+        return Patch(
+            id=f"megatron.{name}",
+            target=f"{SCHEDULES}:forward_backward_pipelining_{name}_interleaving",
+            host="megatron-core",
+            versions=VERSIONS,
+            reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
+            replace=_wrap,
+            sweep=True,
+        )
+
+    linear = Patch(
+        id=LINEAR_ID,
+        target="megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",
+        host="megatron-core",
+        versions=VERSIONS,
+        reason="lets the weight gradients of linear layers run apart from the rest of their backward",
+        replace=_switch,
+    )
+    return [schedule("without"), schedule("with"), linear]
+
+
+def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def forward_backward(**arguments: Any) -> Any:
+        if _config is None:
+            return stock(**arguments)
+        from adaptra_plugin.patches import megatron as adapter
+
+        return adapter.run(stock, _config, arguments)
+
+    return forward_backward
+
+
+def _switch(stock: Any) -> Any:
+    from adaptra_plugin.patches.megatron_split import Switch
+
+    return Switch(stock)
+
+
+class _Activate(argparse.Action):
+    def __call__(
+        self, parser: Any, namespace: Any, values: str | Sequence[Any] | None, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        if values:
+            _activation.activate(str(values))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """For `extra_args_provider` of Megatron-LM's `pretrain`: adds `--adaptra-config FILE`, which activates the plug-in."""
+    group = parser.add_argument_group("adaptra")
+    group.add_argument(
+        "--adaptra-config",
+        action=_Activate,
+        default=None,
+        metavar="FILE",
+        help='JSON file with the "adaptra" block; without it the stock schedules run',
+    )
+    return parser
