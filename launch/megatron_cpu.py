@@ -1,0 +1,54 @@
+"""Stand-ins for the few CUDA calls that Megatron-core makes outside of kernels, so that its layers run on CPU ranks with gloo.
+
+For the demo trainer and for tests, in processes of their own; nothing of the plug-in needs it. Megatron asks for the current
+device, makes tensors on "cuda", draws dropout from CUDA generators (here: the CPU's), and synchronises streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_installed: list[Any] = []
+
+
+class _OnCpu(TorchFunctionMode):
+    """Whatever is to be made on a CUDA device is made in host memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def install() -> None:
+    """Once a process, before a model is built; does nothing where there are CUDA devices."""
+    if _installed or torch.cuda.is_available():
+        return
+    import megatron.core.tensor_parallel.random as random
+
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.manual_seed = torch.manual_seed
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    name_of = torch.Tensor.type
+
+    def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = name_of(tensor, *args, **kwargs)  # the clipping of gradients insists on "torch.cuda.FloatTensor"
+        return f"torch.cuda.{found.rpartition('.')[2]}" if isinstance(found, str) else found
+
+    torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
+    for name in ("FloatTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor"):
+        setattr(cuda, name, getattr(torch, name))
+    mode = _OnCpu()
+    mode.__enter__()
+    _installed.append(mode)

@@ -1,0 +1,97 @@
+"""Training runs of real Megatron-core layers on forked CPU ranks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import adaptra_plugin
+from adaptra_plugin.launch.megatron_cpu import install
+from adaptra_plugin.launch.megatron_gpt import VOCABULARY, GptJob, GptTrainer
+from tests.forked import run_ranks
+
+QUIET = {"report": {"directory": None, "wandb": "off"}, "transport": {"bind": "127.0.0.1"}}
+STEPS = (8, 8, 6, 8)
+"""Microbatches of each iteration."""
+SLOW = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 20, "from_iteration": 3}]}}
+"""A link that turns slow in the middle."""
+
+
+def microbatches(job: GptJob, count: int, seed: int, lengths: tuple[int, ...]) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    for _, length in zip(range(count), itertools.cycle(lengths or (job.sequence,)), strict=False):
+        text = torch.randint(0, VOCABULARY, (job.micro_batch, length + 1), generator=generator)
+        yield text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def run(
+    rank: int,
+    job: GptJob,
+    block: dict[str, Any] | None,
+    steps: tuple[int, ...],
+    *,
+    evaluate_after: tuple[int, ...] = (),
+    evaluation: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
+    lengths: tuple[int, ...] = (),
+    during: Callable[[GptTrainer, int], None] | None = None,
+) -> dict[str, Any]:
+    """One rank. `block`: Adaptra's configuration; None: stock."""
+    install()
+    dist.init_process_group("gloo", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+    trainer = GptTrainer(job)
+    if block is not None:
+        adaptra_plugin.activate({**QUIET, **block})
+    from megatron.core import parallel_state
+
+    replica = parallel_state.get_data_parallel_rank()
+    losses, norms, skipped, evaluations = [], [], [], []
+    for step, count in enumerate(steps):
+        torch.manual_seed(1000 + step)
+        seed = 100 * step + replica
+
+        def data(count: int = count, seed: int = seed) -> Iterator[Any]:
+            return microbatches(job, count, seed, lengths)
+
+        found = trainer.step(data, count, **(arguments or {}))
+        losses.append(found["losses"])
+        norms.append(found["norm"])
+        skipped.append(found["skipped"])
+        if step in evaluate_after:
+            evaluations.append(trainer.evaluate(data, count, **(evaluation or {})))
+        if during is not None:
+            during(trainer, step)
+    result = {
+        "losses": losses,
+        "norms": norms,
+        "skipped": skipped,
+        "evaluations": evaluations,
+        "parameters": trainer.hash_parameters(),
+        "status": adaptra_plugin.status(),
+    }
+    adaptra_plugin.deactivate()
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
+
+
+def both(job: GptJob, world: int, block: dict[str, Any] | None = None, steps: tuple[int, ...] = STEPS, **more: Any) -> Any:
+    """(stock, ours): what each rank returns."""
+    stock = run_ranks(run, world, job, None, steps, **more)
+    ours = run_ranks(run, world, job, block or {}, steps, **more)
+    return stock, ours
+
+
+def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
+    """To the bit on every rank: losses, gradient norms, evaluations and parameters."""
+    for rank, (a, b) in enumerate(zip(stock, ours, strict=True)):
+        assert b["status"]["active"] and not a["status"]["active"], rank
+        for name in ("losses", "norms", "skipped", "evaluations", "parameters"):
+            assert a[name] == b[name], f"rank {rank}: {name}"
+    last = [losses for result in stock for losses in result["losses"] if losses]
+    assert last, "some rank has losses"
