@@ -52,6 +52,8 @@ class GptJob:
     batched_p2p: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """More fields of Megatron's `TransformerConfig`."""
+    spec: Callable[[TransformerConfig], Any] = lambda config: get_gpt_layer_local_spec()
+    """The layers."""
 
 
 class GptTrainer:
@@ -123,7 +125,7 @@ class GptTrainer:
         whole = {"ignore_virtual": job.chunks == 1, "vp_stage": stage}
         model: Any = GPTModel(
             config=self.config,
-            transformer_layer_spec=get_gpt_layer_local_spec(),
+            transformer_layer_spec=job.spec(self.config),
             vocab_size=VOCABULARY,
             max_sequence_length=job.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(**whole),
@@ -184,9 +186,7 @@ class GptTrainer:
         done, norm, _ = self.optimizer.step()
         return {"losses": results, "norm": None if norm is None else float(norm), "skipped": not done}
 
-    def evaluate(
-        self, iterators: Callable[[], Iterator[Microbatch]], microbatches: int, **arguments: Any
-    ) -> list[Any]:
+    def evaluate(self, iterators: Callable[[], Iterator[Microbatch]], microbatches: int, **arguments: Any) -> list[Any]:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -213,8 +213,10 @@ class GptTrainer:
 
     def _forward_step(self, iterator: Iterator[Microbatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         tokens, labels = next(iterator)
-        length = tokens.shape[1]
-        positions = torch.arange(length).unsqueeze(0).expand_as(tokens)
+        length = tokens.shape[1] // self.job.context
+        first = length * parallel_state.get_context_parallel_rank()
+        tokens, labels = (part[:, first : first + length].contiguous() for part in (tokens, labels))
+        positions = torch.arange(first, first + length).unsqueeze(0).expand_as(tokens)
         mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
         output = model(tokens, positions, mask, labels=labels)
         return output, partial(self._loss, labels)

@@ -80,7 +80,9 @@ def run(
     return result
 
 
-def both(job: GptJob, world: int, block: dict[str, Any] | None = None, steps: tuple[int, ...] = STEPS, **more: Any) -> Any:
+def both(
+    job: GptJob, world: int, block: dict[str, Any] | None = None, steps: tuple[int, ...] = STEPS, **more: Any
+) -> Any:
     """(stock, ours): what each rank returns."""
     stock = run_ranks(run, world, job, None, steps, **more)
     ours = run_ranks(run, world, job, block or {}, steps, **more)
