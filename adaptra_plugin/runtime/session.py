@@ -117,7 +117,13 @@ class Session:
         self._rails = RailWatch(topology, host)
         rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
         self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=host)
-        self._endpoint = Endpoint(self._me, config.transport, rendezvous.secret(topology), simulate=config.simulate)
+        self._endpoint = Endpoint(
+            self._me,
+            config.transport,
+            rendezvous.secret(topology),
+            simulate=config.simulate,
+            ring=topology.chunks > 1,
+        )
         undo.callback(self._endpoint.close, linger_s=0.0)
         self._endpoint.on_control = self._control
         self._endpoint.on_peer_lost = self._peer_lost

@@ -11,7 +11,7 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import MalformedMessage
-from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane, Shared
+from adaptra_plugin.transport.lanes import Lane, RecvLane, Relief, SendLane, Shared
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.segment import Segment
@@ -57,9 +57,15 @@ class Link:
                 f"no shared memory of {capacity} bytes for a staging ring towards {info} ({error}): raise the limit of "
                 "open files (ulimit -n), or lower adaptra.transport.connections_per_direction or ring_mib"
             ) from None
-        for sender in self.sending[Direction.ACTIVATION]:
-            sender.can_relieve = self._can_absorb
-            sender.relieve = self._absorb_gradient
+        if shared.relief is None:
+            relief = Relief()
+            relief.add(self.receiving[Direction.GRADIENT])
+            for sender in self.sending[Direction.ACTIVATION]:
+                sender.relief = relief
+        else:
+            shared.relief.add(self.recv_lanes())
+            for lane in self.lanes():
+                lane.relief = shared.relief
 
     def lanes(self) -> Iterator[Lane]:
         for direction in Direction:
@@ -134,14 +140,6 @@ class Link:
         log.error("lost: %s: %s", self.info, loss.reason)
         self._malformed(self.info, loss)
 
-    # --- absorption, see `Channel.send`
-
-    def _can_absorb(self) -> bool:
-        return any(lane.can_absorb() for lane in self.receiving[Direction.GRADIENT])
-
-    def _absorb_gradient(self) -> bool:
-        return any(lane.absorb() for lane in self.receiving[Direction.GRADIENT])
-
     # --- the end
 
     def abort(self, loss: Loss) -> None:
@@ -205,6 +203,13 @@ class Channel:
         posts all of its receives when it begins: so the earlier one absorbs until the later one finds room. (By
         induction from stage 0, which sends no gradients: each stage's gradients find room, so each stage comes to its
         receives.)
+
+        In a ring of ranks with several model chunks (`Endpoint`, `ring`) none of this holds: chunks consume in another order than
+        they are sent to, and who waits for whom may go round. There every thread that waits, in a send of either direction or
+        for a message, absorbs from every lane whose producer waits for room. A deadlock would contain a blocked producer (if all
+        waited to receive, the plan itself would be stuck); the peer that it waits for waits as well, hears of it, has posted all
+        receives of the iteration, and so absorbs what lies in that ring. Memory is bounded by the plan here too: what has arrived
+        and is not consumed is what the sender holds between its forward and its backward, or its own gradients.
 
         Raises:
             TransportError: the message is longer than the ring, cannot travel, or the endpoint has failed.

@@ -18,7 +18,7 @@ from adaptra_plugin.transport.bind import choose_bind, is_loopback, is_wildcard
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, RECORD, Op
 from adaptra_plugin.transport.channel import Channel, Link
 from adaptra_plugin.transport.control import ControlStream, encode_control
-from adaptra_plugin.transport.lanes import Shared
+from adaptra_plugin.transport.lanes import Relief, Shared
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
@@ -64,11 +64,13 @@ class Endpoint:
         clock_offset_s: float = 0.0,
         spawn: Spawn | None = None,
         device: Device | None = None,
+        ring: bool = False,
     ) -> None:
         """`secret`: the same random bytes on all ranks of the job (at least 16). `bind_host`: where to listen while
         `config.bind` is "auto"; without it the address that routes to `MASTER_ADDR`. `clock_offset_s`: this rank's clock
         in front of the host's (s), for tests. `spawn`: starts the proxy, instead of what `config.proxy` says.
-        `device`: the accelerator whose tensors are copied beside its computation, instead of CUDA.
+        `device`: the accelerator whose tensors are copied beside its computation, instead of CUDA. `ring`: ranks run several
+        model chunks each, so the last one sends to the first one too, see `Channel.send`.
 
         Raises:
             TransportError: the secret is too short, the address cannot be bound, or the proxy does not start.
@@ -108,7 +110,13 @@ class Endpoint:
         slabs = Slabs(config.ring_mib << 20)  # a ring full of messages may be on its way to be used
         self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
         self._shared = Shared(
-            config, self._fate, self._mailbox, slabs, self._copier, lambda: time.monotonic() + clock_offset_s
+            config,
+            self._fate,
+            self._mailbox,
+            slabs,
+            self._copier,
+            lambda: time.monotonic() + clock_offset_s,
+            Relief() if ring else None,
         )
         self._control = ControlStream(self._proxy.control, self._event, self._over, f"adaptra-control-{me.rank}")
         self._thread = self._control.thread

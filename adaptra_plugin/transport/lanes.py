@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all lanes of an endpoint share. `clock`: the endpoint's (s)."""
+    """What all lanes of an endpoint share. `clock`: the endpoint's (s). `relief`: of all lanes together, in a ring of ranks."""
 
     config: TransportConfig
     fate: Fate
@@ -70,6 +70,25 @@ class Shared:
     slabs: Slabs
     copier: Copier
     clock: Callable[[], float] = time.monotonic
+    relief: Relief | None = None
+
+
+class Relief:
+    """What a thread that waits does meanwhile, without any lock, so that peers can go on: it moves messages out of lanes whose
+    producer waits for room, into the tickets posted for them. See `Channel.send`."""
+
+    def __init__(self) -> None:
+        self._lanes: list[RecvLane] = []
+
+    def add(self, lanes: Iterable[RecvLane]) -> None:
+        self._lanes.extend(lanes)
+
+    def possible(self) -> bool:
+        return any(lane.can_absorb() for lane in self._lanes)
+
+    def give(self) -> bool:
+        """Caller: moves one message; False if there is nothing to do."""
+        return any(lane.absorb() for lane in self._lanes)
 
 
 class Lane(ABC):
@@ -89,6 +108,7 @@ class Lane(ABC):
         self.limit = min(self.capacity, self.config.max_message_mib * MIB)
         self.counters = Counters()
         self.loss: Loss | None = None
+        self.relief = Relief()
         self._lock = threading.Lock()
 
     def _post(self, op: Op, position: int = 0, total: int = 0, value: float = 0.0, after: int = 0) -> None:
@@ -127,9 +147,6 @@ class SendLane(Lane):
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
-        self.can_relieve: Callable[[], bool] = lambda: False
-        self.relieve: Callable[[], bool] = lambda: False
-        """What a blocked producer does, without any lock, to let the peer go on; True: it helped, look again."""
 
     def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int) -> Ticket:
         """Stages a message; see `Channel.send`."""
@@ -204,7 +221,7 @@ class SendLane(Lane):
         def may_go_on() -> bool:
             if self.fate.error is not None or self.loss is not None:
                 return True
-            return self._line[0] is turn and (self._fits(total) or self.can_relieve())
+            return self._line[0] is turn and (self._fits(total) or self.relief.possible())
 
         try:
             while True:
@@ -225,7 +242,7 @@ class SendLane(Lane):
                 if not self._warned and waited >= warn_after:
                     self._warned = True
                     log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
-                if not (first and self.relieve()):
+                if not (first and self.relief.give()):
                     limit = self.deadline_s if self._warned else min(self.deadline_s, warn_after)
                     self.mailbox.wait(may_go_on, started + limit)
         finally:
@@ -404,8 +421,10 @@ class RecvLane(Lane):
     def _oldest(self) -> RecvTicket | None:
         """The ticket of the message that is to be absorbed next, if the peer waits for room. No other than the oldest one:
         the peer's room becomes free from there on, and what has not been asked for stays where it is."""
+        if not self.peer_stuck:
+            return None
         with self._lock:
-            if not (self.peer_stuck and self._held):
+            if not self._held:
                 return None
             ticket = self._held[min(self._held)].ticket
         return ticket if ticket is not None and ticket.idle else None

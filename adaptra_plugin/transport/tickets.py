@@ -64,6 +64,9 @@ class _Pending:
     def _over(self) -> bool:
         return self._settled or self._lane.fate.error is not None
 
+    def _over_or_needed(self) -> bool:
+        return self._over() or self._lane.relief.possible()
+
     def ready(self) -> bool:
         """True when `wait` would not block."""
         if not self._over():
@@ -75,14 +78,16 @@ class _Pending:
         lane.fate.check()
         limit = lane.deadline_s if deadline_s is None else deadline_s
         started = time.monotonic()
-        if not self._settled:
-            if not lane.mailbox.wait(self._over, started + max(0.0, limit)):
+        while not self._over():
+            if not lane.mailbox.wait(self._over_or_needed, started + max(0.0, limit)):
                 raise TransferTimeout(
                     f"{self.key} {timeout_text} {lane.peer} within {limit:g} s. {lane.situation()} That rank is stuck "
                     "or its host is unreachable: look at the end of its log; if transfers may take this long, raise "
                     "adaptra.transport.deadline_s"
                 )
-            lane.fate.check()
+            if not self._over():
+                lane.relief.give()
+        lane.fate.check()
         if self._loss is not None:
             raise self._loss.about(self.key, verb, lane.peer, time.monotonic() - started)
 

@@ -97,3 +97,13 @@ def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None
             assert a[name] == b[name], f"rank {rank}: {name}"
     last = [losses for result in stock for losses in result["losses"] if losses]
     assert last, "some rank has losses"
+
+
+def loaded() -> None:
+    """In the parent, before ranks are forked: everything that a rank imports, and the planner's compiled parts."""
+    import adaptra_plugin.patches.megatron  # noqa: F401
+    from adaptra_plugin.schedule.planner import plan
+    from adaptra_plugin.schedule.profile import Profile, StageProfile
+
+    for chunks in (1, 2):
+        plan(Profile(4, (StageProfile(1.0, 1.0, 1.0),) * 2 * chunks, virtual_stages=chunks))

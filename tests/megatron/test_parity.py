@@ -9,8 +9,9 @@ import pytest
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.layers import gathered_spec, spread_spec
-from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, both, run
+from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, both, loaded, run
 
+loaded()
 pytestmark = pytest.mark.multiprocess
 
 SHAPES = {
