@@ -14,9 +14,9 @@ pytestmark = pytest.mark.multiprocess
 
 @pytest.mark.parametrize("pipeline", [2, 4])
 def test_rings_that_hold_one_message(pipeline):
-    job = GptJob(pipeline=pipeline, chunks=2, layers=2 * pipeline, width=64, sequence=128, micro_batch=16)
+    job = GptJob(pipeline=pipeline, chunks=2, layers=2 * pipeline, width=64, sequence=16, micro_batch=128)
     block = {
-        "simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 25}]},
+        "simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 10}]},
         "detector": {"warmup_iterations": 1, "min_history": 2},
         "transport": {"ring_mib": 1, "connections_per_direction": 1, "deadline_s": 8.0, "bind": "127.0.0.1"},
     }
