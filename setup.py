@@ -37,6 +37,7 @@ setup(
         "dev": [
             "torch==2.13.0",
             "deepspeed==0.19.8",
+            "megatron-core==0.16.1",
             "wandb==0.31.0",
             "matplotlib==3.11.2",
             "ortools==9.15.6755",

@@ -72,9 +72,14 @@ def open_gate(host: str) -> None:
     DeepSpeed has a configuration of its own, in which the block may or may not be. Megatron has none: its gate opens if
     `activate` was called, or `ADAPTRA_CONFIG` names a file.
     """
-    if host == _autoload.MEGATRON and not _asked and not os.environ.get(ENVIRONMENT):
+    if host == _autoload.MEGATRON and not asked():
         return
     importlib.import_module(GATES[host]).install()
+
+
+def asked() -> bool:
+    """Whether somebody wants the plug-in in so many words, and not only has it installed."""
+    return _asked or bool(os.environ.get(ENVIRONMENT))
 
 
 def default_block() -> dict[str, Any] | None:

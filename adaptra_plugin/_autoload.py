@@ -89,6 +89,8 @@ def _ready(host: str) -> None:
     try:
         _activation.open_gate(host)
     except Exception:
+        if _activation.asked():
+            raise  # by `activate`, or with a configuration in the environment: to train without it would be no answer
         logger.exception("adaptra: not activated")
 
 
