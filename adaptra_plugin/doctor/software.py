@@ -10,7 +10,7 @@ from adaptra_plugin.doctor.needs import Needs
 from adaptra_plugin.doctor.rows import Row, Status
 
 OLDEST_PYTHON = (3, 10)
-ADAPTERS = ("deepspeed",)
+ADAPTERS = ("deepspeed", "megatron-core")
 """Hosts that this version of the plug-in runs in."""
 SHOWN = ("deepspeed", "megatron-core", "torch", "xxhash", "wandb")
 REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?$")
@@ -53,8 +53,6 @@ def _package(name: str, version: str | None, supported: str, needed: bool, needs
     if not _inside(version, supported):
         status = Status.FAIL if needed else Status.WARN
         return Row(name, status, f"{words}: outside of the range", install)
-    if name == "megatron-core" and name not in ADAPTERS:
-        return Row(name, Status.OKAY, f"{words}; this version of the plug-in does not run in it yet")
     return Row(name, Status.OKAY, words)
 
 

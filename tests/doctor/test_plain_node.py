@@ -173,7 +173,7 @@ def test_huge_pages_that_hold_most_of_the_memory(node):
         ({"torch": None}, "torch", Status.FAIL, "the plug-in needs it"),
         ({"xxhash": None}, "xxhash", Status.FAIL, "the plug-in needs it"),
         ({"wandb": "0.16.0"}, "wandb", Status.WARN, "outside"),
-        ({"megatron-core": "0.14.0"}, "megatron-core", Status.OKAY, "does not run in it yet"),
+        ({"megatron-core": "0.14.0"}, "megatron-core", Status.OKAY, "0.14.0, supported: >=0.14,<0.20"),
         ({"megatron-core": "0.13.0"}, "megatron-core", Status.WARN, "outside"),
     ],
 )

@@ -1,0 +1,43 @@
+"""A short training with one version of a host, stock and with Adaptra, to the bit the same: `smoke HOST VERSION`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Any
+
+
+def deepspeed() -> None:
+    from tests.forked import import_deepspeed, run_ranks
+
+    import_deepspeed()
+    run_ranks(_deepspeed_rank, 2)
+
+
+def _deepspeed_rank(rank: int) -> None:
+    from tests.patches.models import assert_same, train
+
+    slow: dict[str, Any] = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 10, "from_iteration": 1}]}}
+    for config in ({}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}):
+        stock = train(config, None, [4, 4, 4], stages=2, evaluate_after=(1,))
+        assert_same(stock, train(config, slow, [4, 4, 4], stages=2, evaluate_after=(1,)))
+
+
+def megatron_core() -> None:
+    from adaptra_plugin.launch.megatron_gpt import GptJob
+    from tests.megatron.runs import SLOW, assert_same, both, loaded
+
+    loaded()
+    for job in (GptJob(), GptJob(chunks=2), GptJob(dtype="bf16", overlap_grad_reduce=True, distributed_optimizer=True)):
+        assert_same(*both(job, 2, SLOW, steps=(4, 4, 4), evaluate_after=(1,)))
+
+
+def main() -> None:
+    host, version = sys.argv[1:]
+    assert metadata.version(host) == version, f"{host} {metadata.version(host)} is in front of {version}"
+    {"deepspeed": deepspeed, "megatron-core": megatron_core}[host]()
+    print(f"{host} {version}: the same to the bit")
+
+
+if __name__ == "__main__":
+    main()
