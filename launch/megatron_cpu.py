@@ -6,6 +6,7 @@ device, makes tensors on "cuda", draws dropout from CUDA generators (here: the C
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ class _OnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _NoStream:
+    """All work on a CPU is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 def install() -> None:
     """Once a process, before a model is built; does nothing where there are CUDA devices."""
     if _installed or torch.cuda.is_available():
@@ -35,6 +52,9 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda *args, **kwargs: None
+    cuda.Stream = _NoStream
+    cuda.current_stream = cuda.default_stream = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.manual_seed = torch.manual_seed
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -65,8 +65,6 @@ def run(host: str, version: str) -> str:
         AssertionError: it failed; with the end of its output.
     """
     paths = [folder_of(host, version), ROOT]
-    if host == "megatron-core":
-        paths.append(Path(__file__).parent / "stand_ins")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.compat.smoke", host, version],
         env={
