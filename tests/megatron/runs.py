@@ -18,7 +18,7 @@ from tests.forked import run_ranks
 QUIET = {"report": {"directory": None, "wandb": "off"}, "transport": {"bind": "127.0.0.1"}}
 STEPS = (8, 8, 6, 8)
 """Microbatches of each iteration."""
-SLOW = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 20, "from_iteration": 3}]}}
+SLOW = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 10, "from_iteration": 3}]}}
 """A link that turns slow in the middle."""
 
 

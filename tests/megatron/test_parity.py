@@ -40,17 +40,17 @@ def test_healthy(name):
     assert session["stages"] == job.pipeline * job.chunks
 
 
-@pytest.mark.parametrize("name", ["pp2", "pp4", "pp4-vpp2", "dp2-vpp2"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("pp2-vpp2", "tp2-vpp2")])
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = SHAPES[name]
     block = {
         "detector": {"warmup_iterations": 1, "min_history": 2},
         "simulate": {
-            "links": [{"src": 0, "dst": 1, "latency_ms": 40, "from_iteration": 6}],
-            "compute": {"forward_ms": 3, "backward_input_ms": 3, "backward_weight_ms": 2},
+            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
+            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
         },
     }
-    stock, ours = both(job, world, block, steps=(8,) * 16)
+    stock, ours = both(job, world, block, steps=(8,) * 13)
     assert_same(stock, ours)
     versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
     assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"
