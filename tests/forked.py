@@ -26,11 +26,18 @@ class Outcome:
 
 
 def import_deepspeed() -> None:
-    """In the parent, before ranks are forked. Leaves out the compiled shared-memory all-reduce, which takes half a minute to build."""
+    """In the parent, before ranks are forked: what every rank imports, and the planner's compiled parts.
+
+    Leaves out DeepSpeed's compiled shared-memory all-reduce, which takes half a minute to build.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import deepspeed  # noqa: F401
 
+    import adaptra_plugin.patches.deepspeed  # noqa: F401
+    from adaptra_plugin.schedule.prepare import prepare
+
+    prepare()
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 

@@ -88,6 +88,23 @@ class IterationReport:
         """Time (ms) in which the stage did not compute; the waiting time alone if compute was not measured."""
         return max(0.0, self.iteration_ms - self.compute_ms) if self.compute_ms else self.wait_ms
 
+    def metrics(self) -> dict[str, Any]:
+        """What people look at: numbers (ms), and a delay per directed link."""
+        return {
+            "iteration": self.iteration,
+            "stage": self.stage,
+            "replica": self.replica,
+            "microbatches": self.microbatches,
+            "plan_version": self.plan_version,
+            "iteration_ms": round(self.iteration_ms, 3),
+            "forward_ms": round(self.times.forward_ms, 3),
+            "backward_input_ms": round(self.times.backward_input_ms, 3),
+            "backward_weight_ms": round(self.times.backward_weight_ms, 3),
+            "wait_ms": round(self.wait_ms, 3),
+            "bubble_ms": round(self.bubble_ms, 3),
+            "link_delay_ms": {f"{link.src}-{link.dst}": round(link.delay_ms, 3) for link in self.links},
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
         return {

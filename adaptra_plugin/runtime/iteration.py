@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adaptra_plugin.detect import LinkDelay, StageTimes
+from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.dispatch import buffers_needed, in_order
 from adaptra_plugin.runtime.pacing import Pacer
@@ -146,6 +146,24 @@ class Iteration:
             for action, start, end in self._marks
         ]
 
+    def report(self, host: str) -> IterationReport:
+        """What was measured; after `finish`. `host`: name of this rank's host."""
+        topology = self.topology
+        return IterationReport(
+            replica=topology.replica,
+            stage=topology.position,
+            rank=topology.rank,
+            host=host,
+            iteration=self.index,
+            microbatches=self.microbatches,
+            iteration_ms=self.total_ms,
+            plan_version=self.version,
+            chunks=self.stage_times(),
+            links=self.link_delays(),
+            wait_ms=self.wait_ms,
+            compute_ms=sum(self.mark_times_ms[end] - self.mark_times_ms[start] for _, start, end in self._marks),
+        )
+
     def stage_times(self) -> tuple[StageTimes, ...]:
         """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input."""
         durations: dict[tuple[int, Kind], list[float]] = {}
@@ -169,9 +187,6 @@ class Iteration:
             LinkDelay(src=src, dst=dst, delay_ms=statistics.median(values), messages=len(values))
             for (src, dst), values in self._delays.items()
         )
-
-    def compute_ms(self) -> float:
-        return sum(self.mark_times_ms[end] - self.mark_times_ms[start] for _, start, end in self._marks)
 
     def _key(self, direction: Direction, stage: int, microbatch: int) -> Key:
         return Key(epoch=self.epoch, direction=direction, stage=stage, microbatch=microbatch)

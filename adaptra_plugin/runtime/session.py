@@ -19,7 +19,6 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.detect import IterationReport
 from adaptra_plugin.errors import ConfigError, PeerLostError, PlanError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
@@ -33,7 +32,9 @@ from adaptra_plugin.runtime.rendezvous import Rendezvous
 from adaptra_plugin.runtime.split import Split, WeightQueue
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.names import ADAPTIVE
 from adaptra_plugin.schedule.plan import Plan
+from adaptra_plugin.schedule.prepare import prepare
 from adaptra_plugin.schedule.profile import Profile, StageProfile
 from adaptra_plugin.transport import Endpoint, PeerInfo
 
@@ -92,6 +93,8 @@ class Session:
         self._pacer = Pacer(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
         _check_links(config, topology)
+        if config.schedule in ADAPTIVE:
+            prepare()
         stages = tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
         unknown = Profile(microbatches=1, stages=stages, virtual_stages=topology.chunks)
         self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
@@ -210,45 +213,15 @@ class Session:
         if self._iteration == 0:
             self.queue.settle()
         self._iteration += 1
-        topology = self.topology
-        report = IterationReport(
-            replica=topology.replica,
-            stage=topology.position,
-            rank=topology.rank,
-            host=self._me.host,
-            iteration=iteration.index,
-            microbatches=iteration.microbatches,
-            iteration_ms=iteration.total_ms,
-            plan_version=iteration.version,
-            chunks=iteration.stage_times(),
-            links=iteration.link_delays(),
-            wait_ms=iteration.wait_ms,
-            compute_ms=iteration.compute_ms(),
-        )
+        report = iteration.report(self._me.host)
         if self.config.detector.enabled:
             self._send(COORDINATOR, {"type": "report", "report": report.to_json()})
         # W&B gets the coordinator's overview of all stages, if there is one
-        self._reporter.iteration(self._metrics(report, iteration), to_wandb=not self.config.detector.enabled)
-
-    def _metrics(self, report: IterationReport, iteration: Iteration) -> dict[str, Any]:
-        metrics: dict[str, Any] = {
-            "iteration": report.iteration,
-            "stage": report.stage,
-            "replica": report.replica,
-            "microbatches": report.microbatches,
-            "plan_version": report.plan_version,
-            "iteration_ms": round(report.iteration_ms, 3),
-            "forward_ms": round(report.times.forward_ms, 3),
-            "backward_input_ms": round(report.times.backward_input_ms, 3),
-            "backward_weight_ms": round(report.times.backward_weight_ms, 3),
-            "wait_ms": round(report.wait_ms, 3),
-            "bubble_ms": round(report.bubble_ms, 3),
-            "link_delay_ms": {f"{link.src}-{link.dst}": round(link.delay_ms, 3) for link in report.links},
-        }
+        metrics = report.metrics()
         if self.config.report.spans:
             metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)
             metrics["spans"] = iteration.spans()
-        return metrics
+        self._reporter.iteration(metrics, to_wandb=not self.config.detector.enabled)
 
     # --- agreement
 

@@ -32,6 +32,8 @@ def no_collection() -> Iterator[None]:
 
 
 HAVE_NUMBA = numba is not None
+KERNELS: list[Any] = []
+"""Every kernel of the package that numba compiles."""
 
 
 def compiled(kernel: Kernel) -> Kernel:
@@ -39,6 +41,8 @@ def compiled(kernel: Kernel) -> Kernel:
     if numba is None:
         return kernel
     try:
-        return numba.njit(cache=True)(kernel)
+        made = numba.njit(cache=True)(kernel)
     except RuntimeError:  # neither the package's directory nor the user's cache can be written
-        return numba.njit(kernel)
+        made = numba.njit(kernel)
+    KERNELS.append(made)
+    return made

@@ -102,8 +102,6 @@ def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None
 def loaded() -> None:
     """In the parent, before ranks are forked: everything that a rank imports, and the planner's compiled parts."""
     import adaptra_plugin.patches.megatron  # noqa: F401
-    from adaptra_plugin.schedule.planner import plan
-    from adaptra_plugin.schedule.profile import Profile, StageProfile
+    from adaptra_plugin.schedule.prepare import prepare
 
-    for chunks in (1, 2):
-        plan(Profile(4, (StageProfile(1.0, 1.0, 1.0),) * 2 * chunks, virtual_stages=chunks))
+    prepare()

@@ -130,7 +130,7 @@ def test_adjusted_shapes():
 
 def test_a_reduction_that_is_asked_to_be_whole():
     job = GptJob(distributed_optimizer=True, overlap_grad_reduce=True)
-    assert_same(*both(job, 4, arguments={"force_all_reduce": False}))
+    assert_same(*both(job, 4, arguments={"force_all_reduce": True}))
 
 
 def test_two_ranks_of_two_chunks_with_batched_p2p_are_right_where_stock_is_not():

@@ -165,9 +165,10 @@ def test_nothing_grows_over_many_iterations(proxy, rail):
         def most(samples: list[Consumption], what: str) -> int:
             return max(getattr(sample, what) for sample in samples)
 
-        # rails come and go: what is compared is how much there is at most
+        # rails come and go, each with buffers of its own: what is compared is how much there is at most. The second half moves
+        # 75 MB at least, of which nothing may stay
         assert most(end, "threads") <= most(begin, "threads") + 1
         assert most(end, "descriptors") <= most(begin, "descriptors") + 12
-        assert most(end, "memory") <= most(begin, "memory") + (8 << 20)
+        assert most(end, "memory") <= most(begin, "memory") + (24 << 20)
         for one in ends:
             one.set_iteration(0)
