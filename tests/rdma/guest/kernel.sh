@@ -1,6 +1,6 @@
 #!/bin/bash
 # Prints the path of a guest kernel (User-Mode Linux with software RDMA, netem and network namespaces), the first of:
-#   1. $ADAPTRA_GUEST_KERNEL, a binary or an .xz of one;
+#   1. $ADAPTRA_GUEST_KERNEL, a binary or an .xz of one, if it can run on this processor;
 #   2. the cached build of exactly this script and kernel.config;
 #   3. a new build from Debian's kernel source, cached.
 # The cache is ${XDG_CACHE_HOME:-~/.cache}/adaptra/. Everything but the path goes to standard error.
@@ -25,11 +25,24 @@ unpack() { # .xz -> cached binary
     echo "$out"
 }
 
+# Linux 6.12 keeps 2696 bytes of a process's floating point state; where the processor has more (AMX: 11 kB) the host refuses to
+# restore it, and no process of the guest ever runs.
+STATE_BYTES=12288
+runs_here() { # KERNEL: whether its first process starts; that it ends at once is a panic as well, but another one
+    local folder=$(mktemp -d) told
+    told=$(TMPDIR=$folder timeout -k 1 20 "$1" mem=64M root=/dev/root rootfstype=hostfs rootflags=/ ro quiet con=null con0=null,fd:2 "uml_dir=$folder/" \
+        init=/bin/true </dev/null 2>&1)
+    rm -rf "$folder"
+    ! grep -q "fp regs failed" <<<"$told"
+}
+
 compile() { # FOLDER OUT; every step with its own "or return", because `set -e` does not reach into an `if`
     tar -C "$1" --strip-components=1 -xf "/usr/src/$SOURCE.tar.xz" || return
+    sed -i "s/DEFINE_LONGS(HOST_FP_SIZE, 2696)/DEFINE_LONGS(HOST_FP_SIZE, $STATE_BYTES)/" "$1/arch/x86/um/user-offsets.c" || return
+    grep -q "$STATE_BYTES" "$1/arch/x86/um/user-offsets.c" || { echo "the kernel source keeps floating point state otherwise"; return 1; }
     KCONFIG_ALLCONFIG=$here/kernel.config timeout 300 make -s -C "$1" ARCH=um allnoconfig || return
     # what this source does not know is dropped without a word, so look for what the tests rest on
-    if grep '=y$' "$here/kernel.config" | grep -vxF -f "$1/.config"; then
+    if grep '^CONFIG.*=' "$here/kernel.config" | grep -vxF -f "$1/.config"; then
         echo "the kernel source refused these lines of kernel.config"
         return 1
     fi
@@ -58,10 +71,14 @@ if [ -n "${ADAPTRA_GUEST_KERNEL:-}" ]; then
         exit 1
     }
     case $ADAPTRA_GUEST_KERNEL in
-    *.xz) unpack "$ADAPTRA_GUEST_KERNEL" ;;
-    *) realpath "$ADAPTRA_GUEST_KERNEL" ;;
+    *.xz) given=$(unpack "$ADAPTRA_GUEST_KERNEL") ;;
+    *) given=$(realpath "$ADAPTRA_GUEST_KERNEL") ;;
     esac
-    exit
+    if runs_here "$given"; then
+        echo "$given"
+        exit
+    fi
+    echo "$ADAPTRA_GUEST_KERNEL cannot run on this processor, whose floating point state (AMX) it has no room for: another one is needed" >&2
 fi
 kernel=$cache/guest-kernel-$(hash_of "$here/kernel.sh" "$here/kernel.config")
 if [ ! -x "$kernel" ]; then
