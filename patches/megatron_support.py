@@ -124,8 +124,9 @@ def check_call(arguments: Mapping[str, Any], known: Sequence[str], chunks: int) 
         if "MultiModule" in type(arguments.get(name)).__name__:
             found.append(("several modules share one pipeline", "use one model a pipeline"))
     iterators = arguments["data_iterator"]
-    if chunks > 1 and isinstance(iterators, list | tuple):
-        own = [id(iterator) for iterator in iterators if iterator is not None]
+    if chunks > 1:
+        each = iterators if isinstance(iterators, list | tuple) else [iterators] * chunks
+        own = [id(iterator) for iterator in each if iterator is not None]
         if len(set(own)) < len(own):
             found.append(
                 (

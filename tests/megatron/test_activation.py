@@ -204,8 +204,9 @@ def shared(rank):
     from adaptra_plugin.patches.megatron import Call
 
     arguments = {"model": [torch.nn.Linear(1, 1)] * 2, "data_iterator": [iterator, iterator], "num_microbatches": 1}
-    with pytest.raises(UnsupportedError, match="two model chunks share a data iterator"):
-        Call.of(arguments)
+    for iterators in ([iterator, iterator], iterator):
+        with pytest.raises(UnsupportedError, match="two model chunks share a data iterator"):
+            Call.of({**arguments, "data_iterator": iterators})
     with pytest.raises(UnsupportedError, match="the arguments new_argument are not known"):
         Call.of({**arguments, "data_iterator": None, "new_argument": 1})
 
