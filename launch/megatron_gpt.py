@@ -49,6 +49,10 @@ class GptJob:
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    aligned: bool = False
+    """The schedule starts reducing gradients and gathering parameters (Megatron-LM's `--align-grad-reduce`, `--align-param-gather`)."""
+    loss_scale: float = 2.0**10
+    """To begin with, in fp16."""
     batched_p2p: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """More fields of Megatron's `TransformerConfig`."""
@@ -80,6 +84,11 @@ class GptTrainer:
             if job.overlap_grad_reduce:
                 functions = [chunk.no_sync for chunk in self.chunks]
                 self.config.no_sync_func = functions if job.chunks > 1 else functions[0]
+            if job.aligned:
+                starts = [chunk.start_grad_sync for chunk in self.chunks]
+                gathers = [chunk.start_param_sync for chunk in self.chunks]
+                self.config.grad_sync_func = starts if job.chunks > 1 else starts[0]
+                self.config.param_sync_func = gathers if job.chunks > 1 else gathers[0]
             for chunk in self.chunks:
                 chunk.broadcast_params()
         self.optimizer = self._optimizer()
@@ -142,6 +151,7 @@ class GptTrainer:
             overlap_grad_reduce=job.overlap_grad_reduce,
             use_distributed_optimizer=job.distributed_optimizer,
             overlap_param_gather=job.overlap_param_gather,
+            delay_wgrad_compute=self.config.delay_wgrad_compute,
             grad_reduce_in_fp32=job.dtype != "fp32",
             bucket_size=4000 if job.overlap_grad_reduce else None,  # several, as a real model has
         )
@@ -160,7 +170,7 @@ class GptTrainer:
             params_dtype=DTYPES[job.dtype],
             use_distributed_optimizer=job.distributed_optimizer,
             overlap_param_gather=job.overlap_param_gather,
-            initial_loss_scale=2.0**10,
+            initial_loss_scale=job.loss_scale,
         )
         return get_megatron_optimizer(settings, self.chunks)
 

@@ -29,11 +29,10 @@ from torch import Tensor, nn
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_support as support
-from adaptra_plugin.patches.megatron_split import MegatronSplit, recording
+from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit, recording
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous
 from adaptra_plugin.runtime.session import Session
-from adaptra_plugin.runtime.split import WeightQueue
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
@@ -89,6 +88,11 @@ class Call:
         raise AttributeError(name)
 
     @property
+    def config(self) -> Any:
+        """Megatron's, of the model. Not to be kept: it leads to the model."""
+        return get_model_config(self.chunks[0])
+
+    @property
     def training(self) -> bool:
         return not self.arguments.get("forward_only")
 
@@ -117,50 +121,43 @@ class Pipeline:
     """
 
     def __init__(self, config: AdaptraConfig, call: Call) -> None:
-        self.config = get_model_config(call.chunks[0])
-        support.check_config(self.config, len(call.chunks))
-        support.check_model(call.chunks, self.config)
+        support.check_config(call.config, len(call.chunks))
+        support.check_model(call.chunks, call.config)
         store = torch.distributed.distributed_c10d._get_default_store()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
         meeting = Rendezvous(store, f"megatron-{next(_numbers)}", config.transport.connect_deadline_s)
         self.topology = Topology.of(rank, meeting.pipelines(rank, world_size, mine), len(call.chunks))
-        self._split: MegatronSplit | None = None
+        self.delayed = Delayed(call.chunks)
         self.session = Session(
             config,
             self.topology,
             store,
-            partial(self._make_split, call.chunks),
+            lambda queue: MegatronSplit(call.chunks, self.delayed),
             _device_of(call.chunks),
             call.num_microbatches,
             wandb_rank=world_size - 1,  # Megatron's run lives on the last rank
         )
         weakref.finalize(call.chunks[0], self.session.close)
 
-    def _make_split(self, chunks: list[nn.Module], queue: WeightQueue) -> MegatronSplit:
-        self._split = MegatronSplit(chunks, queue)
-        return self._split
-
     def run(self, call: Call) -> list[Any]:
         """What the stock schedule does and returns."""
-        session, timers = self.session, self.config.timers
+        session, timers = self.session, call.config.timers
         with session.inside():
             if timers is not None:
-                timers("forward-backward", log_level=1).start(barrier=self.config.barrier_with_L1_time)
+                timers("forward-backward", log_level=1).start(barrier=call.config.barrier_with_L1_time)
             begin = session.begin if call.training else session.begin_evaluation
             iteration = begin(call.num_microbatches)
             try:
                 results = _Execution(self, iteration, call).run()
-            finally:
+            except BaseException:
                 session.queue.clear()
+                self.delayed.discard()
+                raise
             if timers is not None:
                 timers("forward-backward").stop()
             session.end(iteration)
         return results
-
-    def run_delayed(self, chunk: int) -> None:
-        if self._split is not None:
-            self._split.run_delayed(chunk)
 
 
 class _Execution:
@@ -170,32 +167,15 @@ class _Execution:
         self.pipeline = pipeline
         self.session = pipeline.session
         self.topology = pipeline.topology
-        self.config = pipeline.config
+        self.config = call.config
         self.iteration = iteration
         self.call = call
         self.groups = call.groups()
         self.results: list[Any] = []
         self.tokens = torch.zeros([], dtype=torch.int, device=self.session.device)
-        self.types = get_model_type(call.chunks[0])
         self._inputs: dict[tuple[int, int], Tensor | None] = {}
         self._outputs: dict[tuple[int, int], Any] = {}
         self._synchronised = 0  # chunks whose parameters have been asked for
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
-        call = self.call
-        if call.adjust_tensor_shapes_fn is None:
-            return
-        shapes = partial(
-            schedules.get_tensor_shapes,
-            seq_length=call.seq_length,
-            micro_batch_size=call.micro_batch_size,
-            decoder_seq_length=call.decoder_seq_length,
-            config=self.config,
-            tp_group=self.groups.tp,
-            cp_group=self.groups.cp,
-        )
-        support.check_shapes(*call.adjust_tensor_shapes_fn(shapes(), shapes()))
 
     def run(self) -> list[Any]:
         steps = {Kind.F: self._forward, Kind.I: self._backward, Kind.B: self._backward, Kind.W: self._weight}
@@ -243,7 +223,8 @@ class _Execution:
         if call.training:
             self._inputs[chunk, microbatch] = tensor
             self._outputs[chunk, microbatch] = output
-            schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+            if iteration.sends(action) or self.topology.chunks == 1:  # as in stock: with several chunks the loss stays
+                schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
 
     def _backward(self, action: Action) -> None:
         chunk, iteration = self._place(action), self.iteration
@@ -256,9 +237,9 @@ class _Execution:
         # recording again: activation checkpointing runs forwards inside the backward
         with iteration.compute(action), self._recording() if split else nullcontext():
             with self.session.queue.collect((chunk, action.microbatch)) if split else nullcontext():
-                towards = _backward_step(tensor, output, gradient, self.types, self.config)
+                towards = _backward_step(tensor, output, gradient, self.call)
             if not split:
-                self.pipeline.run_delayed(chunk)
+                self.pipeline.delayed.run(chunk)
         if iteration.sends(action):
             if towards is None:
                 raise RuntimeError(
@@ -270,7 +251,7 @@ class _Execution:
         chunk = self._place(action)
         with self.iteration.compute(action):
             self.session.queue.run((chunk, action.microbatch))
-            self.pipeline.run_delayed(chunk)
+            self.pipeline.delayed.run(chunk)
 
     def _place(self, action: Action) -> int:
         return self.topology.chunk(action.stage)
@@ -309,6 +290,8 @@ class _Execution:
         call, config = self.call, self.config
         functions = config.grad_sync_func
         for number, chunk in enumerate(call.chunks):
+            if support.finalizing_starts(chunk):
+                continue
             if call.force_all_reduce and support.overlaps(chunk):
                 for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
                     group.start_grad_sync(force_all_reduce=True)
@@ -319,18 +302,19 @@ class _Execution:
         if config.finalize_model_grads_func is None:
             return
         more = {call.groups_name: self.groups}
-        if call.groups_name == GROUPS[0]:
+        if _FORCES:
             more["force_all_reduce"] = call.force_all_reduce or False
         tokens = self.tokens if config.calculate_per_token_loss else None
         config.finalize_model_grads_func(call.chunks, tokens, **more)
 
 
+_FORCES = "force_all_reduce" in inspect.signature(schedules.forward_backward_pipelining_without_interleaving).parameters
 _OLD_BACKWARD = "model_type" in inspect.signature(schedules.backward_step).parameters
 
 
-def _backward_step(tensor: Any, output: Any, gradient: Any, model_type: Any, config: Any) -> Any:
+def _backward_step(tensor: Any, output: Any, gradient: Any, call: Call) -> Any:
     """Megatron's `backward_step`; before 0.19 it takes the type of the model."""
-    more = (model_type, config) if _OLD_BACKWARD else (config,)
+    more = (get_model_type(call.chunks[0]), call.config) if _OLD_BACKWARD else (call.config,)
     return schedules.backward_step(tensor, output, gradient, *more)
 
 
@@ -349,6 +333,22 @@ def _default_groups() -> Any:
     return groups
 
 
+def _check_shapes(call: Call) -> None:
+    if call.adjust_tensor_shapes_fn is None:
+        return
+    groups = call.groups()
+    shapes = partial(
+        schedules.get_tensor_shapes,
+        seq_length=call.seq_length,
+        micro_batch_size=call.micro_batch_size,
+        decoder_seq_length=call.decoder_seq_length,
+        config=call.config,
+        tp_group=groups.tp,
+        cp_group=groups.cp,
+    )
+    support.check_shapes(*call.adjust_tensor_shapes_fn(shapes(), shapes()))
+
+
 def _device_of(chunks: list[nn.Module]) -> torch.device:
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -363,8 +363,15 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
     """One call of a schedule, for a job with the plug-in active; `stock` runs what needs no pipeline."""
     call = Call.of(arguments)
     if call.pipeline_group().size() == 1:
+        support.check_alone(call.config)
         return stock(**arguments)
+    _check_shapes(call)
     pipeline = _pipelines.get(call.chunks[0])
     if pipeline is None or pipeline.session.closed:
         pipeline = _pipelines[call.chunks[0]] = Pipeline(config, call)
     return pipeline.run(call)
+
+
+def forget() -> None:
+    """The plug-in is inactive: sessions are closed, and models that live on get new ones when it is active again."""
+    _pipelines.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def install() -> None:
     block = _activation.default_block()
     config = parse_config({} if block is None else block)
     if not config.enabled:
+        close()
         return
     for patch in _patches():
         try:
@@ -51,6 +53,8 @@ def close() -> None:
     """Puts the stock functions back. References to a replacement that somebody has kept do what the stock function does."""
     global _config
     _config = None
+    if (adapter := sys.modules.get("adaptra_plugin.patches.megatron")) is not None:
+        adapter.forget()
     for patch in _patches():
         PATCHES.restore(patch.id)
 
@@ -61,6 +65,7 @@ def _patches() -> list[Patch]:
             id=f"megatron.{name}",
             target=f"{SCHEDULES}:forward_backward_pipelining_{name}_interleaving",
             host="megatron-core",
+            module="megatron.core",
             versions=VERSIONS,
             reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
             replace=_wrap,
@@ -71,6 +76,7 @@ def _patches() -> list[Patch]:
         id=LINEAR_ID,
         target="megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",
         host="megatron-core",
+        module="megatron.core",
         versions=VERSIONS,
         reason="lets the weight gradients of linear layers run apart from the rest of their backward",
         replace=_switch,

@@ -13,8 +13,11 @@ gradient needs until `backward_dw` is called, first in, first out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from queue import Queue
 from typing import Any
 
 import torch
@@ -171,50 +174,59 @@ def _fused_gradient(weight: nn.Parameter, gather: Any) -> Gradient:
     return gradient
 
 
+class Delayed:
+    """The layers of Transformer Engine, in each model chunk, that keep what their weight gradients need. The model is not kept alive."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self._layers = [[weakref.ref(layer) for layer in chunk.modules() if delays(layer)] for chunk in chunks]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._layers))
+
+    def run(self, chunk: int) -> None:
+        """The weight gradients that have been kept longest."""
+        for found in reversed(self._layers[chunk]):
+            layer: Any = found()
+            layer.backward_dw()
+
+    def discard(self) -> None:
+        """Forgets what is kept (after a failed iteration)."""
+        for found in itertools.chain(*self._layers):
+            context = getattr(getattr(found(), "wgrad_store", None), "context", None)
+            if isinstance(context, Queue):
+                context.queue.clear()
+
+
 class MegatronSplit:
     """The layers of a rank's model chunks that run split: the local ones by `Switch`, Transformer Engine's by themselves.
 
-    Nothing is installed in the model, so there is nothing to remove from it.
+    Nothing is installed in the model, so there is nothing to remove from it; nor is it kept alive.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], queue: WeightQueue) -> None:
-        self._layers: list[nn.Module] = []
-        self._delayed: list[list[nn.Module]] = []
+    def __init__(self, chunks: Sequence[nn.Module], delayed: Delayed) -> None:
+        self._layers: list[weakref.ref[nn.Module]] = []
         fused: dict[str, int] = {}
-        for chunk in chunks:
-            delayed: list[nn.Module] = []
-            for layer in chunk.modules():
-                if not any(parameter is not None for parameter in layer._parameters.values()):
-                    continue
-                if _is_local(layer):
-                    self._layers.append(layer)
-                elif _delays(layer):
-                    delayed.append(layer)
-                else:
-                    fused[type(layer).__name__] = fused.get(type(layer).__name__, 0) + 1
-            self._delayed.append(delayed)
-        self.report = SplitReport(split=len(self._layers) + sum(map(len, self._delayed)), fused=fused)
+        for layer in itertools.chain(*(chunk.modules() for chunk in chunks)):
+            if isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
+                self._layers.append(
+                    weakref.ref(layer)
+                )  # one without a weight of its own is handed that of the embedding
+            elif any(parameter is not None for parameter in layer._parameters.values()) and not delays(layer):
+                fused[type(layer).__name__] = fused.get(type(layer).__name__, 0) + 1
+        self.report = SplitReport(split=len(self._layers) + len(delayed), fused=fused)
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        return [layer.weight for layer in self._layers if isinstance(layer.weight, nn.Parameter)]
-
-    def run_delayed(self, chunk: int) -> None:
-        """The weight gradients that the layers of Transformer Engine have kept longest."""
-        for layer in reversed(self._delayed[chunk]):
-            backward_dw: Callable[[], None] = layer.backward_dw  # type: ignore[assignment]
-            backward_dw()
+        found = [getattr(layer(), "weight", None) for layer in self._layers]
+        return [weight for weight in found if isinstance(weight, nn.Parameter)]
 
     def remove(self) -> None:
-        self._layers, self._delayed = [], [[] for _ in self._delayed]
+        self._layers = []
 
 
-def _is_local(layer: nn.Module) -> bool:
-    parallel = (layers.ColumnParallelLinear, layers.RowParallelLinear)
-    return isinstance(layer, parallel) and isinstance(layer._parameters.get("weight"), nn.Parameter)
-
-
-def _delays(layer: nn.Module) -> bool:
-    """A layer of Transformer Engine that was built with `delay_wgrad_compute`."""
-    needs = getattr(layer, "need_backward_dw", None)
+def delays(layer: nn.Module) -> bool:
+    """Whether it is a layer of Transformer Engine that was built with `delay_wgrad_compute`."""
+    needs = getattr(layer, "need_backward_dw", None) or getattr(
+        getattr(layer, "wgrad_store", None), "delay_wgrad_compute", None
+    )
     return callable(needs) and callable(getattr(layer, "backward_dw", None)) and bool(needs())

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch.nn.modules.dropout import _DropoutNd
+
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.patches.megatron_split import delays
 
 Check = tuple[Callable[[Any], bool], str, str]
 
@@ -58,6 +61,15 @@ REFUSED: tuple[Check, ...] = (
         "set it to False",
     ),
     (
+        lambda config: any(
+            (getattr(config, name, 1) or 1) > 1 for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+        ),
+        "weights that are spread and gathered anew in each pass (gtp_weight_remat_size) count on the stock order",
+        "set it to 1",
+    ),
+    (_on("use_kitchen"), "the quantisation of Kitchen has not been verified with plans", "set use_kitchen to False"),
+    (_on("quant_recipe"), "a quant_recipe has not been verified with plans", "set it to None"),
+    (
         lambda config: bool(getattr(config, "overlap_p2p_comm", False) and getattr(config, "batch_p2p_comm", False)),
         "overlap_p2p_comm and batch_p2p_comm exclude each other (Megatron refuses them too)",
         "set one of them to False",
@@ -103,7 +115,51 @@ def check_model(chunks: Sequence[Any], config: Any) -> None:
         found.append(
             ("overlap_grad_reduce is on and the configuration has no no_sync_func", "set no_sync_func to model.no_sync")
         )
-    _refuse(found)
+    for chunk in chunks:
+        settings = getattr(chunk, "ddp_config", None)
+        if settings is None and config.no_sync_func is not None and config.grad_sync_func is None:
+            found.append(
+                (
+                    f"{type(chunk).__name__} reduces gradients in its last backward pass, which is not known while plans may change",
+                    "use Megatron's DistributedDataParallel, or set grad_sync_func",
+                )
+            )
+        delayed = any(delays(layer) for layer in chunk.modules()) and not config.gradient_accumulation_fusion
+        if delayed and not getattr(settings, "delay_wgrad_compute", False):
+            found.append(
+                (
+                    "layers of Transformer Engine delay weight gradients, and nothing adds up those of several microbatches",
+                    "set delay_wgrad_compute in the DistributedDataParallelConfig too, or gradient_accumulation_fusion",
+                )
+            )
+        random = {type(layer).__name__ for layer in chunk.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
+        if len(chunks) > 1 and random:
+            found.append(
+                (
+                    f"with {len(chunks)} model chunks a rank, the masks of {', '.join(sorted(random))} layers would depend on the plan",
+                    "set their p to 0",
+                )
+            )
+    _refuse(list(dict.fromkeys(found)))
+
+
+def check_alone(config: Any) -> None:
+    """Refuses what Megatron's schedule without a pipeline, which runs as it is, would compute wrongly.
+
+    Raises:
+        UnsupportedError: weight gradients are delayed, and that schedule never asks for them.
+    """
+    if getattr(config, "delay_wgrad_compute", False) and not getattr(config, "overlap_moe_expert_parallel_comm", False):
+        _refuse([("delay_wgrad_compute is on, and nothing runs what is delayed without a pipeline", "set it to False")])
+
+
+def finalizing_starts(chunk: Any) -> bool:
+    """Whether `finalize_model_grads` starts the reduction of a model chunk by itself, as it does until gradients have been
+    reduced beside a backward pass. It waits there for a reduction that was started before, but with several instances of the
+    distributed optimizer it would start another one."""
+    instances = getattr(getattr(chunk, "ddp_config", None), "num_distributed_optimizer_instances", 1)
+    groups = [*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())]
+    return overlaps(chunk) and instances > 1 and any(getattr(group, "is_first_batch", False) for group in groups)
 
 
 def overlaps(chunk: Any) -> bool:

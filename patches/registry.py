@@ -24,6 +24,7 @@ class Patch:
         id: for people, `deepspeed.engine`.
         target: `module:attribute`.
         host: distribution whose version counts.
+        module: of the host, whose `__version__` counts where it has one: a checkout on the path is no distribution.
         versions: accepted versions, a PEP 440 specifier.
         reason: why it is patched.
         replace: builds the replacement from the original.
@@ -37,6 +38,7 @@ class Patch:
     reason: str
     replace: Callable[[Any], Any]
     sweep: bool = False
+    module: str | None = None
 
 
 @dataclass
@@ -134,8 +136,9 @@ class PatchSet:
 
     @staticmethod
     def _check_version(patch: Patch) -> None:
+        module = sys.modules.get(patch.module) if patch.module else None
         try:
-            version = metadata.version(patch.host)
+            version = getattr(module, "__version__", None) or metadata.version(patch.host)
         except metadata.PackageNotFoundError:
             raise UnsupportedError(
                 f"{patch.id}: {patch.host} is not installed; install {patch.host}{patch.versions}"

@@ -19,7 +19,7 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.errors import ConfigError, PeerLostError, PlanError, TransportError
+from adaptra_plugin.errors import ConfigError, PeerLostError, PlanError, TransportError, UnsupportedError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.runtime.coordinator import Coordinator
@@ -409,7 +409,8 @@ class Session:
         """
         if not isinstance(error, StopIteration):  # the end of the data
             self._broken = error
-        if not isinstance(error, RuntimeError):  # that of collectives, and base of our own transport errors
+        if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedError):
+            # RuntimeError is that of collectives, and base of our own transport errors
             return error
         until = time.monotonic() + patience_s
         while self.failure is None and time.monotonic() < until and not self._closed:

@@ -33,8 +33,10 @@ def megatron_core() -> None:
     from tests.megatron.runs import SLOW, assert_same, both, loaded
 
     loaded()
-    for job in (GptJob(), GptJob(chunks=2), GptJob(dtype="bf16", overlap_grad_reduce=True, distributed_optimizer=True)):
-        assert_same(*both(job, 2, SLOW, steps=(4, 4, 4), evaluate_after=(1,)))
+    sharded = GptJob(dtype="bf16", overlap_grad_reduce=True, distributed_optimizer=True, overlap_param_gather=True)
+    per_token = {"calculate_per_token_loss": True}
+    for job, world in ((GptJob(), 2), (GptJob(chunks=2, tensor=2, extra=per_token), 4), (sharded, 4)):
+        assert_same(*both(job, world, SLOW, steps=(4, 4, 4), evaluate_after=(1,)))
 
 
 def main() -> None:

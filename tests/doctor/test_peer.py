@@ -39,7 +39,8 @@ class Doctor:
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         # measurements of a moment: what is tested is not how fast this machine is
         code = (
-            "import sys; from adaptra_plugin.doctor import peer; peer.MEASURE_S = 0.05; "
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # shells' background jobs ignore it
+            "from adaptra_plugin.doctor import peer; peer.MEASURE_S = 0.05; "
             "from adaptra_plugin.cli import main; sys.exit(main())"
         )
         self.process = subprocess.Popen(

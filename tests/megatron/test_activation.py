@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
+from importlib import metadata
 
 import pytest
 import torch
 
 import adaptra_plugin
 from adaptra_plugin.errors import ConfigError, UnsupportedError
-from adaptra_plugin.launch.megatron_gpt import GptJob
+from adaptra_plugin.launch.megatron_cpu import install
+from adaptra_plugin.launch.megatron_gpt import GptJob, GptTrainer
 from tests.forked import run_ranks
-from tests.megatron.runs import QUIET, STEPS, loaded, run
+from tests.megatron.runs import QUIET, STEPS, loaded, microbatches, run
 
 loaded()
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
@@ -23,6 +27,8 @@ from megatron.core.pipeline_parallel.schedules import (  # noqa: E402
     forward_backward_pipelining_with_interleaving,
     get_forward_backward_func,
 )
+
+from tests.megatron.test_split import linear  # noqa: E402
 
 NAMES = {
     "forward_backward_pipelining_without_interleaving",
@@ -132,6 +138,45 @@ def test_a_missing_name_says_which_version_was_expected(monkeypatch):
     assert changed(before) == set(), "what was replaced before is put back"
 
 
+def test_a_disabled_block_ends_what_was_active():
+    before = names()
+    adaptra_plugin.activate(QUIET)
+    assert changed(before)
+    adaptra_plugin.activate({**QUIET, "enabled": False})
+    assert changed(before) == set()
+
+
+def test_the_version_is_that_of_the_module_on_the_path(monkeypatch):
+    """A checkout of Megatron-LM is no installed distribution, or another one than that."""
+    import megatron.core
+
+    monkeypatch.setattr(megatron.core, "__version__", "0.13.1+checkout")
+    with pytest.raises(UnsupportedError, match=r"megatron-core 0\.13\.1\+checkout is installed, >=0\.14,<0\.20"):
+        adaptra_plugin.activate(QUIET)
+    monkeypatch.setattr(metadata, "version", lambda name: pytest.fail("the distribution does not count"))
+    monkeypatch.setattr(megatron.core, "__version__", "0.17.0+checkout")
+    adaptra_plugin.activate(QUIET)
+    adaptra_plugin.deactivate()
+
+
+def let_go(rank):
+    """Whether model and session end with the trainer. (Megatron's data-parallel wrapper is never freed, in stock either.)"""
+    install()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    job = GptJob(data_parallel_wrapper=False)
+    trainer = GptTrainer(job)
+    adaptra_plugin.activate(QUIET)
+    trainer.step(lambda: microbatches(job, 4, 0, ()), 4)
+    chunks, sessions = [weakref.ref(chunk) for chunk in trainer.chunks], len(adaptra_plugin.status()["sessions"])
+    del trainer
+    gc.collect()
+    return [chunk() for chunk in chunks], sessions, len(adaptra_plugin.status()["sessions"])
+
+
+def test_a_model_that_is_not_used_any_more_is_freed_and_its_session_ends():
+    assert run_ranks(let_go, 2) == [([None], 1, 0)] * 2
+
+
 def kept(rank):
     """A caller fetches the function once and keeps it; the plug-in comes and goes meanwhile."""
     from adaptra_plugin.launch import megatron_gpt
@@ -170,6 +215,8 @@ REFUSALS = {
     "mixture of experts has not been verified": {"num_moe_experts": 2},
     "multi-token prediction": {"mtp_num_layers": 1},
     "cpu_offloading fetches": {"cpu_offloading": True},
+    "gtp_weight_remat_size": {"gtp_weight_remat_size": 2},
+    "quant_recipe": {"quant_recipe": object()},
     "overlap_p2p_comm and batch_p2p_comm exclude": {"overlap_p2p_comm": True, "batch_p2p_comm": True},
 }
 
@@ -191,6 +238,68 @@ def test_refuses_dropout_with_several_chunks_only():
     check_config(config, 1)
     with pytest.raises(UnsupportedError, match="2 model chunks a rank, the masks of hidden_dropout would depend"):
         check_config(config, 2)
+
+
+class Wrapped(torch.nn.Module):
+    """A chunk in a data-parallel wrapper with the given settings."""
+
+    def __init__(self, layer, **settings):
+        super().__init__()
+        self.layer = layer
+        if settings:
+            self.ddp_config = type("Settings", (), settings)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "config", "message"),
+    [
+        ([Wrapped(linear(True), overlap_grad_reduce=False)], {}, "nothing adds up those of several microbatches"),
+        ([Wrapped(torch.nn.Linear(1, 1))], {"no_sync_func": print}, "Wrapped reduces gradients in its last backward"),
+        ([torch.nn.Dropout(0.1)] * 2, {}, "the masks of Dropout layers would depend on the plan"),
+    ],
+    ids=["delayed", "unknown wrapper", "dropout"],
+)
+def test_refuses_models_that_it_would_train_otherwise(chunks, config, message):
+    from adaptra_plugin.patches.megatron_support import check_model
+
+    defaults = {"no_sync_func": None, "grad_sync_func": None, "gradient_accumulation_fusion": False}
+    with pytest.raises(UnsupportedError, match=message):
+        check_model(chunks, type("Config", (), {**defaults, **config}))
+
+
+def test_takes_models_that_are_like_them_but_right():
+    from adaptra_plugin.patches.megatron_support import check_model
+
+    config = type("Config", (), {"no_sync_func": print, "grad_sync_func": None, "gradient_accumulation_fusion": False})
+    check_model([Wrapped(linear(True), delay_wgrad_compute=True)], config)
+    check_model([Wrapped(torch.nn.Dropout(0.0), delay_wgrad_compute=False)] * 2, config)
+    check_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)], config)
+    config.gradient_accumulation_fusion, config.no_sync_func = True, None
+    check_model([Wrapped(linear(True))], config)
+
+
+def test_delayed_gradients_that_nothing_would_run_are_refused_without_a_pipeline():
+    from adaptra_plugin.patches.megatron_support import check_alone
+
+    check_alone(type("Config", (), {}))
+    check_alone(type("Config", (), {"delay_wgrad_compute": True, "overlap_moe_expert_parallel_comm": True}))
+    with pytest.raises(UnsupportedError, match="without a pipeline"):
+        check_alone(type("Config", (), {"delay_wgrad_compute": True}))
+
+
+def test_with_several_optimizer_instances_a_reduction_is_started_once():
+    """Megatron needs CUDA streams for these, so this is about the decision alone."""
+    from adaptra_plugin.patches.megatron_support import finalizing_starts
+
+    def chunk(instances, first, overlap=True):
+        made = Wrapped(
+            torch.nn.Linear(1, 1), num_distributed_optimizer_instances=instances, overlap_grad_reduce=overlap
+        )
+        made.bucket_groups, made.expert_parallel_bucket_groups = [type("Group", (), {"is_first_batch": first})], []
+        return made
+
+    assert finalizing_starts(chunk(2, True))
+    assert not any(map(finalizing_starts, (chunk(1, True), chunk(2, False), chunk(2, True, overlap=False))))
 
 
 def refused(rank, job, more):

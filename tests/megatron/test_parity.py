@@ -8,7 +8,7 @@ import pytest
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
-from tests.megatron.layers import gathered_spec, spread_spec
+from tests.megatron.layers import delayed_te_spec, gathered_spec, spread_spec, te_spec
 from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, both, loaded, run
 
 loaded()
@@ -88,6 +88,9 @@ WIDE = {
     "overlapped-everything": GptJob(
         dtype="bf16", distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
     ),
+    "aligned": GptJob(
+        dtype="bf16", distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, aligned=True
+    ),
     "context-parallel": GptJob(context=2, spec=gathered_spec),
 }
 
@@ -113,11 +116,30 @@ def test_sequences_of_different_lengths(chunks):
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_evaluation_that_collects_other_data(chunks):
-    more = {"evaluate_after": (0, 2), "evaluation": {"collect_non_loss_data": True, "first_val_step": True}}
+@pytest.mark.parametrize("first", [False, True])
+def test_evaluation_that_collects_other_data(chunks, first):
+    more = {"evaluate_after": (0, 2), "evaluation": {"collect_non_loss_data": True, "first_val_step": first}}
     stock, ours = both(GptJob(chunks=chunks), 2, **more)
     assert_same(stock, ours)
     assert len(ours[-1]["evaluations"][0]) == STEPS[0] and isinstance(ours[-1]["evaluations"][0][0], float)
+
+
+def test_a_step_that_is_skipped_because_gradients_overflow():
+    stock, ours = both(GptJob(dtype="fp16", loss_scale=2.0**32), 2)
+    assert_same(stock, ours)
+    assert True in stock[0]["skipped"]
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "fused"])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_layers_of_transformer_engine_that_delay_weight_gradients(chunks, split):
+    """A stand-in for them, see `layers.DelayedLinear`; stock without the delay is the measure."""
+    stock = run_ranks(run, 2, GptJob(chunks=chunks, spec=te_spec), None, STEPS)
+    block = {**SLOW, "split_backward": split}
+    ours = run_ranks(run, 2, GptJob(chunks=chunks, spec=delayed_te_spec), block, STEPS)
+    assert_same(stock, ours)
+    # of the four layers in each of two blocks two are local
+    assert ours[0]["status"]["sessions"][0]["split_layers"] == (8 if split else 0)
 
 
 def same_shapes(received, sent):
@@ -131,6 +153,13 @@ def test_adjusted_shapes():
 def test_a_reduction_that_is_asked_to_be_whole():
     job = GptJob(distributed_optimizer=True, overlap_grad_reduce=True)
     assert_same(*both(job, 4, arguments={"force_all_reduce": True}))
+
+
+@pytest.mark.parametrize(
+    "job", [GptJob(pipeline=4, batched_p2p=True), GptJob(pipeline=4, chunks=2, layers=8, batched_p2p=True)]
+)
+def test_batched_p2p(job):
+    assert_same(*both(job, 4, steps=(8, 4, 8)))
 
 
 def test_two_ranks_of_two_chunks_with_batched_p2p_are_right_where_stock_is_not():

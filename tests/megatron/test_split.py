@@ -155,33 +155,32 @@ def test_whatever_is_not_known_runs_as_in_stock():
     run_ranks(falls_back, 1)
 
 
-class Delayed(torch.nn.Linear):
-    """A layer with the interface of Transformer Engine's delayed weight gradients: first in, first out."""
+def linear(delays):
+    from tests.megatron.layers import DelayedLinear
 
-    def __init__(self, delays: bool) -> None:
-        super().__init__(4, 4)
-        self.delays = delays
-        self.run = 0
-
-    def need_backward_dw(self) -> bool:
-        return self.delays
-
-    def backward_dw(self) -> None:
-        self.run += 1
+    config = type("Config", (), {"params_dtype": torch.float32, "delay_wgrad_compute": delays})
+    return DelayedLinear(4, 4, config=config, init_method=torch.nn.init.zeros_)
 
 
 def counts(rank):
-    from adaptra_plugin.patches.megatron_split import MegatronSplit
-    from adaptra_plugin.runtime.split import WeightQueue
+    from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 
+    old = linear(True)  # before Transformer Engine 2.4 the store alone says so
+    old.need_backward_dw = None
     chunks = [
-        torch.nn.ModuleList([Delayed(True), Delayed(False), torch.nn.LayerNorm(4)]),
-        torch.nn.ModuleList([Delayed(True)]),
+        torch.nn.ModuleList([linear(True), linear(False), torch.nn.LayerNorm(4)]),
+        torch.nn.ModuleList([old]),
     ]
-    split = MegatronSplit(chunks, WeightQueue())
-    assert split.report.split == 2 and split.report.fused == {"Delayed": 1, "LayerNorm": 1}
-    split.run_delayed(0)
-    assert [layer.run for layer in chunks[0][:2]] == [1, 0] and chunks[1][0].run == 0
+    delayed = Delayed(chunks)
+    report = MegatronSplit(chunks, delayed).report
+    assert len(delayed) == 2 and report.split == 2 and report.fused == {"DelayedLinear": 1, "LayerNorm": 1}
+    stores = [layer.wgrad_store.context for layer in (chunks[0][0], old)]
+    for store in stores:
+        store.put((torch.ones(2, 1, 4), torch.ones(2, 1, 4)))
+    delayed.run(0)
+    assert [store.qsize() for store in stores] == [0, 1] and chunks[0][0].weight.grad.eq(2).all()
+    delayed.discard()
+    assert stores[1].empty(), "nothing of a failed iteration stays"
 
 
 def test_layers_that_delay_by_themselves_are_asked_for_their_gradients_and_others_are_counted():
