@@ -20,7 +20,7 @@ def test_rings_that_hold_one_message(pipeline):
         "detector": {"warmup_iterations": 1, "min_history": 2},
         "transport": {"ring_mib": 1, "connections_per_direction": 1, "deadline_s": 8.0, "bind": "127.0.0.1"},
     }
-    stock, ours = both(job, pipeline, block, steps=(8,) * 4)
+    stock, ours = both(job, pipeline, block, steps=(8,) * 3)
     assert_same(stock, ours)
     peers = [peer for rank in ours for peer in rank["status"]["sessions"][0]["transport"]["peers"].values()]
     assert sum(peer["directions"][d]["sent"]["full"] for peer in peers for d in ("activation", "gradient")) > 0
