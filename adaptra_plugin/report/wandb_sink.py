@@ -126,6 +126,9 @@ class WandbSink:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - W&B raises its own, network and protobuf errors; none may reach training
+            if not self._own and "is finished" in str(error):  # W&B's words: the host has just done so
+                self._left, self._run = self._run, None
+                return
             self._failures += 1
             if self._failures == 1:
                 self._logger.warning(
@@ -147,8 +150,7 @@ class WandbSink:
 
     def _attached(self) -> bool:
         """Whether there is a run to write to; looks for one if not."""
-        # Without an import of our own: a host that does not use W&B must not pay for it.
-        hosts = getattr(sys.modules.get("wandb"), "run", None)
+        hosts = _hosts_run()
         if self._run is not None and (self._own or self._run is hosts):
             return True
         self._run = None  # none so far, or the host has finished it
@@ -235,8 +237,8 @@ class WandbSink:
             self._try(self._run.finish)
 
     def _last_words(self) -> None:
-        if self._run is None:
-            return
+        if self._run is None or not (self._own or self._run is _hosts_run()):
+            return  # the host has finished its run
         if self._waiting:
             # The host has not moved on since our last row and may never: the newest values take their place.
             self._keep_newest()
@@ -245,6 +247,11 @@ class WandbSink:
             self._run.log({EVENTS: self._table()}, commit=self._own)
             self._table_is_news = False
         self._send_alerts(force=True)
+
+
+def _hosts_run() -> Any:
+    """Without an import of our own: a host that does not use W&B must not pay for it."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,6 +180,22 @@ def test_a_run_that_the_host_has_finished_is_let_go(wandb: Module, caplog: pytes
     assert list(run.rows) == [0] and wandb.opened == [] and not caplog.records
 
 
+def test_a_run_that_the_host_finishes_meanwhile_is_no_failure(wandb: Module, caplog: pytest.LogCaptureFixture) -> None:
+    """W&B takes the name away only after it has refused further calls."""
+    wandb.run = run = Run()
+    target = sink("on")
+    target.iteration({"iteration": 0})
+    settle(target)
+    run.step += 1
+    run.broken = RuntimeError("Run (x) is finished. The call to `log` will be ignored.")
+    for number in (1, 2, 3):
+        target.iteration({"iteration": number})
+        settle(target)
+    wandb.run = None
+    target.close(DEADLINE_S)
+    assert list(run.rows) == [0] and wandb.opened == [] and not caplog.records
+
+
 def test_a_missing_wandb_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
     target = sink("on")
