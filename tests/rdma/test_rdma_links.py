@@ -18,7 +18,7 @@ from tests.rdma.ranks import BIG, DEADLINE_S, Rank
 
 RESUMED_S = 1.0
 """Within which transfers go on elsewhere after a rail has died."""
-SLACK_S = 1.0
+SLACK_S = 3.0
 """The guest has one slow CPU for both ranks, both proxies and the wires."""
 ROUND = (MIB,) * BIG
 CHUNK = 256 << 10
@@ -121,7 +121,9 @@ def test_tcp_carries_on_when_both_rails_are_cut():
         assert took < RESUMED_S + 2 * SLACK_S
         rank.round()
         got = rank.delivered()
-        assert sum(got[name] for name in got if name.startswith("tcp")) > 3 * MIB, got
+        # of a connection that a starved guest has made anew only what came after that is known
+        assert sum(got[name] for name in got if name.startswith("tcp")) > MIB // 4, got
+        assert not any(got[name] for name in got if name.startswith("rdma")), got
         rank.swap()
         if rank.side == "b":
             for wire in range(wires.COUNT):
@@ -189,7 +191,7 @@ def test_rdma_is_demanded_and_cannot_be_had(devices, reason):
         began = time.monotonic()
         with pytest.raises(HandshakeError, match=f"rail is rdma, which is impossible: .*({reason})"):
             rank.meet(mine)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < DEADLINE_S / 3, "at once, and not when the patience for connecting ends"
         rank.swap()
 
     both(scenario, maker=Rank)
