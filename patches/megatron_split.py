@@ -208,9 +208,8 @@ class MegatronSplit:
         fused: dict[str, int] = {}
         for layer in itertools.chain(*(chunk.modules() for chunk in chunks)):
             if isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
-                self._layers.append(
-                    weakref.ref(layer)
-                )  # one without a weight of its own is handed that of the embedding
+                # one without a weight of its own is handed that of the embedding
+                self._layers.append(weakref.ref(layer))
             elif any(parameter is not None for parameter in layer._parameters.values()) and not delays(layer):
                 fused[type(layer).__name__] = fused.get(type(layer).__name__, 0) + 1
         self.report = SplitReport(split=len(self._layers) + len(delayed), fused=fused)

@@ -6,6 +6,7 @@ unpacked rather than installed.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -82,3 +83,10 @@ def run(host: str, version: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
+
+
+def pretend_triton() -> None:
+    """Megatron-core imports Triton, which there is none of for CPUs."""
+    for name in ("torch._dynamo", "torch._inductor.runtime.hints", "torch._inductor.runtime.triton_compat"):
+        importlib.import_module(name)  # before there is a Triton to be found: they would want the real one
+    sys.path.append(str(Path(__file__).parent / "stand_ins"))

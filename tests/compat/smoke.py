@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from tests.compat.hosts import pretend_triton
 
 
 def deepspeed() -> None:
@@ -26,9 +26,7 @@ def _deepspeed_rank(rank: int) -> None:
 
 
 def megatron_core() -> None:
-    for name in ("torch._dynamo", "torch._inductor.runtime.hints", "torch._inductor.runtime.triton_compat"):
-        importlib.import_module(name)  # before there is a Triton to be found: they would want the real one
-    sys.path.append(str(Path(__file__).parent / "stand_ins"))
+    pretend_triton()
     from adaptra_plugin.launch.megatron_gpt import GptJob
     from tests.megatron.runs import SLOW, assert_same, both, loaded
 

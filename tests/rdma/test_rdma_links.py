@@ -18,7 +18,7 @@ from tests.rdma.ranks import BIG, DEADLINE_S, Rank
 
 RESUMED_S = 1.0
 """Within which transfers go on elsewhere after a rail has died."""
-SLACK_S = 3.0
+SLACK_S = 1.0
 """The guest has one slow CPU for both ranks, both proxies and the wires."""
 ROUND = (MIB,) * BIG
 CHUNK = 256 << 10
@@ -118,10 +118,10 @@ def test_tcp_carries_on_when_both_rails_are_cut():
 
         took = rank.round(during=cut)
         print(f"{rank.side}: both cut: transfers went on over TCP after {took:.2f} s")
-        assert took < RESUMED_S + 2 * SLACK_S
+        assert took < RESUMED_S + 4 * SLACK_S
         rank.round()
         got = rank.delivered()
-        # of a connection that a starved guest has made anew only what came after that is known
+        # counted since a rail was last connected: 1.0 and 2.2 MiB of 4 have been seen here, it is not known why
         assert sum(got[name] for name in got if name.startswith("tcp")) > MIB // 4, got
         assert not any(got[name] for name in got if name.startswith("rdma")), got
         rank.swap()
