@@ -81,11 +81,13 @@ class Rank(Half):
 
     def round(self, sizes: Sequence[int] = (MIB,) * BIG, during: Callable[[], Any] = lambda: None) -> float:
         """Both ranks send messages of these sizes (bytes) to each other, `during` happens, and every byte is checked.
-        Returns how long the slowest message took from then on (s)."""
+        Returns how long the slowest message took from then on (s), once all that was sent has arrived too."""
         self.epoch += 1
         tickets = [self.channel.recv(self.key(index, sent=False)) for index in range(len(sizes))]
-        for index, nbytes in enumerate(sizes):
+        sent = [
             self.channel.send(self.key(index, sent=True), [content(self.rank, self.epoch, index, nbytes)], tag=index)
+            for index, nbytes in enumerate(sizes)
+        ]
         during()
         began = time.monotonic()
         for index, (ticket, nbytes) in enumerate(zip(tickets, sizes, strict=True)):
@@ -93,7 +95,10 @@ class Rank(Half):
             assert message.tag == index
             wrong = torch.nonzero(message.tensors[0] != content(1 - self.rank, self.epoch, index, nbytes)).flatten()
             assert not len(wrong), f"{len(wrong)} bytes of {nbytes} are wrong, from {wrong[0]} to {wrong[-1]}"
-        return time.monotonic() - began
+        took = time.monotonic() - began
+        for ticket in sent:
+            ticket.wait()
+        return took
 
     def peer_stats(self) -> dict[str, Any]:
         return self.endpoint.stats()["peers"][1 - self.rank]

@@ -118,18 +118,18 @@ def test_tcp_carries_on_when_both_rails_are_cut():
 
         took = rank.round(during=cut)
         print(f"{rank.side}: both cut: transfers went on over TCP after {took:.2f} s")
-        assert took < RESUMED_S + 4 * SLACK_S
+        assert took < RESUMED_S + SLACK_S
         rank.round()
         got = rank.delivered()
-        # counted since a rail was last connected: 1.0 and 2.2 MiB of 4 have been seen here, it is not known why
-        assert sum(got[name] for name in got if name.startswith("tcp")) > MIB // 4, got
+        assert sum(got[name] for name in got if name.startswith("tcp")) > 3 * MIB, got
         assert not any(got[name] for name in got if name.startswith("rdma")), got
         rank.swap()
         if rank.side == "b":
             for wire in range(wires.COUNT):
                 wires.mend(wire)
         rank.swap()
-        rank.await_rails(rdma0="healthy", rdma1="healthy")
+        back = rank.await_rails(rdma0="healthy", rdma1="healthy")
+        print(f"{rank.side}: both cut: the rails were back after {back:.2f} s")
         rank.swap()
         rank.round()
         rank.swap()
@@ -191,7 +191,7 @@ def test_rdma_is_demanded_and_cannot_be_had(devices, reason):
         began = time.monotonic()
         with pytest.raises(HandshakeError, match=f"rail is rdma, which is impossible: .*({reason})"):
             rank.meet(mine)
-        assert time.monotonic() - began < DEADLINE_S / 3, "at once, and not when the patience for connecting ends"
+        assert time.monotonic() - began < 3
         rank.swap()
 
     both(scenario, maker=Rank)
@@ -204,7 +204,8 @@ def test_rdma_is_demanded_and_no_wire_works():
                 wires.fault(wire, "loss", "100%")
         mine = rank.create(handshake_timeout_s=1.0)
         with pytest.raises(
-            TransportError, match=r"rail is rdma, which is impossible: .*(was not heard|no acknowledgement)"
+            TransportError,
+            match=r"rail is rdma, which is impossible: .*(nobody has answered|was not heard|no acknowledgement)",
         ):
             rank.meet(mine)
         rank.swap()
@@ -226,10 +227,10 @@ def test_auto_does_without_a_rail_that_does_not_come_up_until_it_does(tmp_path):
         rank.swap()
         began = time.monotonic()
         rank.connect(rail="auto", handshake_timeout_s=1.5)
-        assert time.monotonic() - began < 1.5 + 3 * SLACK_S
+        assert time.monotonic() - began < 1.5 + 2 * SLACK_S
         found = rank.peer_stats()
         assert {"rdma0", "tcp0"} <= set(found["rails"])
-        assert re.search("was not heard|no acknowledgement", found["skipped"]["rdma1"])
+        assert re.search("nobody has answered|was not heard|no acknowledgement", found["skipped"]["rdma1"])
         rank.round()
         got = rank.delivered()
         assert got["rdma0"] > 2 * MIB, got

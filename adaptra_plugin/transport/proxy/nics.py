@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.transport.proxy import verbs
 from adaptra_plugin.transport.proxy.loop import READ, Loop
-from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, Region, VerbsError
+from adaptra_plugin.transport.proxy.neighbours import Way
+from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, QueuePair, Region, VerbsError
 from adaptra_plugin.transport.segment import Segment
+
+RETIRED_S = 5.0
+MAX_RETIRED = 2
 
 
 class _Descriptor:
@@ -38,6 +44,7 @@ class Nic:
             raise
         self._rings: dict[Segment, Region] = {}
         self._listeners: list[Callable[[str], None]] = []
+        self._retired: deque[Sequence[Any]] = deque()
         self._events: _Descriptor | None = None
         if self.device.events_fd is not None:
             self._events = _Descriptor(self.device.events_fd)
@@ -58,6 +65,13 @@ class Nic:
             "address": self.gid.address if self.gid else "",
         }
 
+    def way_to(self, card: Mapping[str, Any]) -> Way:
+        """To a peer's port, of that card; the caller closes it."""
+        gid = self.gid
+        # on InfiniBand the subnet manager knows
+        interface = gid.interface if gid is not None and self.port.link_layer == "ethernet" else None
+        return Way(self.loop, interface, gid.address if gid is not None else "", str(card.get("address", "")))
+
     def ring(self, segment: Segment) -> Region:
         """The registered form of a ring that is sent from. Raises VerbsError."""
         region = self._rings.get(segment)
@@ -72,6 +86,23 @@ class Nic:
     def forget(self, listener: Callable[[str], None]) -> None:
         with contextlib.suppress(ValueError):
             self._listeners.remove(listener)
+
+    def retire(self, pair: QueuePair, parts: Sequence[Any]) -> None:
+        """Takes a pair out of service now. It is given back after a while, with `parts`, all that was made for it, newest
+        first: destroying a pair may take seconds in which its last packets find no way out, and this process does nothing
+        else meanwhile. (Software devices wait for the packets; no more than `MAX_RETIRED` pairs wait, with their memory.)"""
+        with contextlib.suppress(VerbsError):
+            pair.fail()
+        self._retired.append(parts)
+        if len(self._retired) > MAX_RETIRED:
+            self._give_back(self._retired[0])
+        self.loop.call_later(RETIRED_S, functools.partial(self._give_back, parts))
+
+    def _give_back(self, parts: Sequence[Any]) -> None:
+        if parts in self._retired:
+            self._retired.remove(parts)
+            for part in parts:
+                self.device.forget(part)
 
     def up(self) -> bool:
         """Whether the port is up now, the chosen address included: it may have gone, or moved, with the link."""
@@ -102,6 +133,7 @@ class Nic:
             self.loop.watch(self._events, 0, self._ready)
             self._events = None
         self._rings.clear()
+        self._retired.clear()
         self.device.close()
 
 

@@ -7,7 +7,8 @@ A rail needs numbers of both ends, which travel as notes over whatever rail ther
     its first slot  ============= RDMA =========>   the rail stands: used from now on
     the rail stands <============ RDMA ==========   its first slot
 
-A rail that has heard from the other end works both ways, so no data is ever entrusted to one that is only hoped for.
+A rail that has heard from the other end works both ways, so no data is ever entrusted to one that is only hoped for. Each
+end accepts only once it knows the way to the other one (`neighbours`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy import nics
 from adaptra_plugin.transport.proxy.link import Link
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
+from adaptra_plugin.transport.proxy.neighbours import Way
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.rdma import LANDING_BYTES, RdmaRail
@@ -74,11 +76,13 @@ class Ports:
 class _Attempt:
     """A rail that does not stand yet, and its sink until it does."""
 
+    rail: RdmaRail
+    way: Way
+    timer: Timer
+
     def __init__(self, number: int, link: Link, on_failed: Callable[[str], None]) -> None:
         self.number = number
         self.limit, self.lanes = link.limit, link.lanes
-        self.rail: RdmaRail | None = None
-        self.timer: Timer | None = None
         self._on_failed = on_failed
 
     def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
@@ -92,11 +96,14 @@ class _Attempt:
 
     def drained(self, rail: Rail) -> None: ...
 
+    def end(self) -> None:
+        """It is no attempt any more."""
+        self.way.close()
+        self.timer.cancel()
+
     def close(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-        if self.rail is not None:
-            self.rail.close()
+        self.end()
+        self.rail.close()
 
 
 class RdmaSetup:
@@ -133,6 +140,7 @@ class RdmaSetup:
         self._timeout_s = timeout_s
         self._dials = dials
         self._on_up, self._on_failed = on_up, on_failed
+        self._theirs = list(theirs)
         self._pairs = nics.pairs([nic.card() for nic in mine], theirs)
         self.names = [f"rdma{index}" for index in range(len(self._pairs))]
         """The same at both ends, though they may number their ports differently."""
@@ -159,7 +167,7 @@ class RdmaSetup:
         number = self._numbers[name] = self._numbers.get(name, 0) + 1
         mine, theirs = self._pairs[int(name.removeprefix("rdma"))]
         try:
-            offer = self._attempt(name, number, self._nics[mine]).offer()
+            offer = self._attempt(name, number, self._nics[mine], theirs).rail.offer()
         except VerbsError as error:
             # not from here: the caller may be in the middle of bringing up others
             self._loop.post(functools.partial(self._give_up, name, number, str(error)))
@@ -168,12 +176,16 @@ class RdmaSetup:
 
     def _answered(self, name: str, number: int, message: Mapping[str, Any]) -> None:
         attempt = self._attempts.get(name)
-        if attempt is None or attempt.number != number or attempt.rail is None:
+        if attempt is None or attempt.number != number:
             return  # too late
-        try:
-            attempt.rail.accept(_offer_of(message, "answer"))
-        except VerbsError as error:
-            self._give_up(name, number, str(error))
+
+        def accept() -> None:
+            try:
+                attempt.rail.accept(_offer_of(message, "answer"))
+            except VerbsError as error:
+                self._give_up(name, number, str(error))
+
+        attempt.way.when_known(accept)
 
     def _give_up(self, name: str, number: int, why: str) -> None:
         """An attempt has failed. The end that is dialled only forgets it: the other one tries again, or says why not."""
@@ -195,14 +207,26 @@ class RdmaSetup:
                 raise VerbsError(f"the offer of rail {name} is for port {str(port)[:20]}; there are {len(self._nics)}")
             # it offers anew because its end has failed, which this end may not have noticed yet
             self._link.drop_rail(name, "the other end has connected anew")
-            rail = self._attempt(name, number, self._nics[port])
-            rail.accept(_offer_of(message, "offer"))
-            answer = rail.offer()
+            theirs = next((theirs for mine, theirs in self._pairs if mine == port), None)
+            attempt = self._attempt(name, number, self._nics[port], theirs)
         except VerbsError as error:
-            self._forget(name)
-            self._tell(name, number, refused=str(error))
+            self._refuse(name, number, error)
             return
-        self._tell(name, number, answer=answer)
+
+        def accept() -> None:
+            try:
+                attempt.rail.accept(_offer_of(message, "offer"))
+                answer = attempt.rail.offer()
+            except VerbsError as error:
+                self._refuse(name, number, error)
+            else:
+                self._tell(name, number, answer=answer)
+
+        attempt.way.when_known(accept)
+
+    def _refuse(self, name: str, number: int, error: VerbsError) -> None:
+        self._forget(name)
+        self._tell(name, number, refused=str(error))
 
     # --- both
 
@@ -218,27 +242,30 @@ class RdmaSetup:
         else:
             self._answered(name, number, message)
 
-    def _attempt(self, name: str, number: int, nic: Nic) -> RdmaRail:
-        """Raises VerbsError."""
+    def _attempt(self, name: str, number: int, nic: Nic, theirs: int | None) -> _Attempt:
+        """`theirs`: which of the other end's ports. Raises VerbsError."""
         self._forget(name)
         attempt = _Attempt(number, self._link, functools.partial(self._give_up, name, number))
-        rail = RdmaRail(name, attempt, nic, self._rings, landing_bytes=self._landing_bytes)
-        rail.on_heard = functools.partial(self._stands, name, rail)
-        attempt.rail = rail
-        late = f"the other end was not heard over {nic.name} within {self._timeout_s:g} s"
-        attempt.timer = self._loop.call_later(self._timeout_s, functools.partial(self._give_up, name, number, late))
+        attempt.rail = RdmaRail(name, attempt, nic, self._rings, landing_bytes=self._landing_bytes)
+        attempt.rail.on_heard = functools.partial(self._stands, name, attempt)
+        attempt.way = nic.way_to(self._theirs[theirs] if theirs is not None else {})
+        attempt.timer = self._loop.call_later(self._timeout_s, functools.partial(self._late, name, attempt))
         self._attempts[name] = attempt
-        return rail
+        return attempt
 
-    def _stands(self, name: str, rail: RdmaRail) -> None:
-        attempt = self._attempts.get(name)
-        if attempt is None or attempt.rail is not rail:
-            return
-        del self._attempts[name]
-        if attempt.timer is not None:
-            attempt.timer.cancel()
-        rail.sink = self._link
-        self._on_up(rail)
+    def _late(self, name: str, attempt: _Attempt) -> None:
+        if attempt.way.known:
+            why = f"the other end was not heard over {attempt.rail.describe()} within {self._timeout_s:g} s"
+        else:
+            why = f"{attempt.way} within {self._timeout_s:g} s"
+        self._give_up(name, attempt.number, why)
+
+    def _stands(self, name: str, attempt: _Attempt) -> None:
+        if self._attempts.get(name) is attempt:
+            del self._attempts[name]
+            attempt.end()
+            attempt.rail.sink = self._link
+            self._on_up(attempt.rail)
 
     def _forget(self, name: str) -> None:
         if (attempt := self._attempts.pop(name, None)) is not None:

@@ -492,8 +492,11 @@ class RdmaRail(Rail):
             self._watchdog = None
         if hasattr(self, "_completions"):
             self._loop.watch(self._completions, 0, self._ready)
-        for part in reversed(self._parts):
-            self._nic.device.forget(part)
+        if hasattr(self, "_pair"):
+            self._nic.retire(self._pair, self._parts[::-1])
+        else:
+            for part in reversed(self._parts):
+                self._nic.device.forget(part)
         self._parts.clear()
         self._waiting.clear()
         self._posted.clear()
