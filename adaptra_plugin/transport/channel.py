@@ -11,10 +11,11 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import MalformedMessage
-from adaptra_plugin.transport.lanes import Lane, RecvLane, Relief, SendLane, Shared
+from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.shared import Relief, Shared
 from adaptra_plugin.transport.tickets import Loss, RecvTicket, Ticket
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 

@@ -7,28 +7,26 @@ bytes are copied, while anybody waits, nor around a call into the mailbox.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header
+from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.mailbox import Mailbox
-from adaptra_plugin.transport.message import Message
 from adaptra_plugin.transport.ring import Book, Memory, Outgoing
-from adaptra_plugin.transport.slabs import Slabs
-from adaptra_plugin.transport.staging import Copier, stage
-from adaptra_plugin.transport.tensors import BadLayout, Spec, copy_out, describe, understand
-from adaptra_plugin.transport.tickets import Fate, Loss, RecvTicket, Ticket
+from adaptra_plugin.transport.shared import Counters, Relief, Shared
+from adaptra_plugin.transport.staging import PART_CHUNKS, Block, Piece, blocks, stage
+from adaptra_plugin.transport.tensors import Assembly, BadLayout, Spec, describe, understand
+from adaptra_plugin.transport.tickets import Loss, RecvTicket, Ticket
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 
 MIB = 1 << 20
@@ -39,56 +37,32 @@ is filled from its start again, where it is in the caches."""
 
 @dataclass(slots=True)
 class Arrived:
-    """A whole message in the mirror, or in the peer's ring."""
+    """A message, or a part of one, in the mirror, or in the peer's ring."""
 
     position: int
     total: int
     memory: Memory
     payload_at: int
-    specs: tuple[Spec, ...]
-    tag: int
+    specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
+    header: Header
     delay_ms: float
     ticket: RecvTicket | None = None  # the receive that it belongs to, once that is posted
 
+    @property
+    def at(self) -> int:
+        return self.header.at
 
-@dataclass(slots=True)
-class Counters:
-    messages: int = 0
-    bytes: int = 0
-    blocked_ms: float = 0.0
-    full: int = 0  # how often the ring was full
-    absorbed: int = 0  # messages that a blocked send took out of this receive ring
+    @property
+    def nbytes(self) -> int:
+        return self.header.payload_bytes
 
+    @property
+    def is_last(self) -> bool:
+        return not self.header.rest
 
-@dataclass(frozen=True)
-class Shared:
-    """What all lanes of an endpoint share. `clock`: the endpoint's (s). `relief`: of all lanes together, in a ring of ranks."""
-
-    config: TransportConfig
-    fate: Fate
-    mailbox: Mailbox
-    slabs: Slabs
-    copier: Copier
-    clock: Callable[[], float] = time.monotonic
-    relief: Relief | None = None
-
-
-class Relief:
-    """What a thread that waits does meanwhile, without any lock, so that peers can go on: it moves messages out of lanes whose
-    producer waits for room, into the tickets posted for them. See `Channel.send`."""
-
-    def __init__(self) -> None:
-        self._lanes: list[RecvLane] = []
-
-    def add(self, lanes: Iterable[RecvLane]) -> None:
-        self._lanes.extend(lanes)
-
-    def possible(self) -> bool:
-        return any(lane.can_absorb() for lane in self._lanes)
-
-    def give(self) -> bool:
-        """Caller: moves one message; False if there is nothing to do."""
-        return any(lane.absorb() for lane in self._lanes)
+    @property
+    def tag(self) -> int:
+        return self.header.tag
 
 
 class Lane(ABC):
@@ -150,16 +124,19 @@ class SendLane(Lane):
 
     def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int) -> Ticket:
         """Stages a message; see `Channel.send`."""
-        meta, payload = describe(tensors)
-        header = Header(key, tag, len(tensors), len(meta), payload)
-        total = header.total
+        meta, length = describe(tensors)
+        payload = blocks(tensors, self.copier.device)
+        # what is in host memory already is copied faster than it can be told of
+        step = PART_CHUNKS * self.config.chunk_kib << 10 if any(block.later for block in payload) else max(length, 1)
+        parts = split(key, tag, len(tensors), len(meta), length, step)
+        total = sum(part.total for part in parts)
         if total > self.limit:
             raise TransportError(
                 f"{key} has {total} bytes ({total / MIB:.1f} MiB), more than the {self.limit} bytes that one transfer "
                 f"to {self.peer} may have: set adaptra.transport.ring_mib to {-(-total // MIB)} or more on every rank "
                 f"(now {self.config.ring_mib}; max_message_mib is {self.config.max_message_mib})"
             )
-        start = header.pack() + meta
+        starts = [part.pack() + (b"" if part.at else meta) for part in parts]
         turn = object()
         self._line.append(turn)
         try:
@@ -170,36 +147,51 @@ class SendLane(Lane):
                 self._warned = False
             else:
                 self._make_room(turn, total, key)
-            return self._stage(key, start, tensors, total)
+            return self._stage(key, parts, starts, payload, total)
         finally:
             self._line.remove(turn)
             if self._line:
                 self.mailbox.wake()
 
-    def _stage(self, key: Key, start: bytes, tensors: Sequence[torch.Tensor], total: int) -> Ticket:
+    def _stage(
+        self, key: Key, parts: Sequence[Header], starts: Sequence[bytes], payload: Sequence[Block], total: int
+    ) -> Ticket:
         with self._lock:
             position = self.book.place()
         # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was; what is on a device
         # follows, and an error then ends the endpoint
-        later = stage(self.memory, position + len(start), tensors, self.copier.device)
-        self.memory.segment.write(position, start)
         ticket = Ticket(key, self)
-        outgoing = Outgoing(position, total, ticket)
+        placed: list[tuple[Outgoing, list[Piece]]] = []
+        for part, start in zip(parts, starts, strict=True):
+            later = stage(self.memory, position + len(start), payload, part.at, part.payload_bytes)
+            self.memory.segment.write(position, start)
+            placed.append((Outgoing(position, part.total, ticket), later))
+            ticket.missing.add(position)
+            position += part.total
         with self._lock:
             self._check(key, 0.0)
             before = self._newest.get(key)
-            self._newest[key] = outgoing
-            self.book.add(outgoing)
-            behind = bool(later) or self._copying > 0  # the proxy hears of messages in the order of their positions
-            self._copying += behind
+            for outgoing, _ in placed:
+                self.book.add(outgoing)
+            self._newest[key] = placed[-1][0]
+            # the proxy hears of messages in the order of their positions
+            behind = self._copying > 0 or any(later for _, later in placed)
+            self._copying += behind * len(placed)
         self.counters.messages += 1
         self.counters.bytes += total
-        after = before.position + 1 if before is not None else 0
-        if behind:
-            self.copier.submit(self.memory, later, str(key), lambda: self._copied(position, total, after))
-        else:
-            # stamped last: neither the wait for room nor that for the device is the link's doing
-            self._post(Op.SEND, position, total, self.clock(), after)
+        for outgoing, later in placed:
+            after = before.position + 1 if before is not None else 0
+            before = outgoing
+            if behind:
+                self.copier.submit(
+                    self.memory,
+                    later,
+                    str(key),
+                    functools.partial(self._copied, outgoing.position, outgoing.total, after),
+                )
+            else:
+                # stamped last: neither the wait for room nor that for the device is the link's doing
+                self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), after)
         return ticket
 
     def _copied(self, position: int, total: int, after: int) -> None:
@@ -278,7 +270,7 @@ class SendLane(Lane):
                 self.book.consume(position)  # last: after it, the position is not known here any more
 
     def _settle(self, outgoing: Outgoing) -> None:
-        outgoing.ticket.settle()
+        outgoing.ticket.arrived(outgoing.position)
         if self._newest.get(outgoing.ticket.key) is outgoing:
             del self._newest[outgoing.ticket.key]
 
@@ -306,7 +298,8 @@ class RecvLane(Lane):
         self._posted: dict[Key, deque[RecvTicket]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
-        self._entering: tuple[Key, Arrived] | None = None  # the message that `deliver` is at
+        self._parts: dict[Key, Header] = {}  # the newest part of messages that are not complete
+        self._entering: Arrived | None = None  # what `deliver` is at
         self._entered = -1  # position of the newest one that it is done with
         self._ahead: RecvTicket | None = None  # is on its way to the device, or there, and nobody has waited for it
 
@@ -316,14 +309,16 @@ class RecvLane(Lane):
             device = None  # it is there already
         ticket = RecvTicket(key, self, device)
         with self._lock:
+            whole = False
             waiting = self._arrived.get(key)
-            if waiting:
-                ticket.arrive(waiting.popleft())
-                if not waiting:
-                    del self._arrived[key]
-            elif self.loss is not None:
+            while waiting and not whole:
+                arrived = waiting.popleft()
+                whole = ticket.arrive(arrived) and arrived.is_last
+            if waiting is not None and not waiting:
+                del self._arrived[key]
+            if not whole and self.loss is not None:
                 ticket.settle(self.loss)
-            else:
+            elif not whole:
                 self._posted.setdefault(key, deque()).append(ticket)
         if self.peer_stuck:
             self.mailbox.wake()  # a blocked send may absorb now
@@ -336,35 +331,47 @@ class RecvLane(Lane):
         once more for the same message before any other one, and completes what is left to do. Raises MalformedMessage."""
         if position == self._entered:
             return
-        if self._entering is None or self._entering[1].position != position:
-            self._entering = self._understand(position, total, by_reference, delay_ms)
-            self.counters.messages += 1
+        if self._entering is None or self._entering.position != position:
+            self._entering = arrived = self._understand(position, total, by_reference, delay_ms)
+            self.counters.messages += arrived.is_last
             self.counters.bytes += total
-        key, arrived = self._entering
+        arrived = self._entering
         with self._lock:
-            self._enter(key, arrived)
+            self._enter(arrived)
+            if arrived.is_last:
+                self._parts.pop(arrived.header.key, None)
+            else:
+                self._parts[arrived.header.key] = arrived.header
         self._entered = position
         self._entering = None
 
-    def _understand(self, position: int, total: int, by_reference: bool, delay_ms: float) -> tuple[Key, Arrived]:
+    def _understand(self, position: int, total: int, by_reference: bool, delay_ms: float) -> Arrived:
         memory = self.remote if by_reference else self.memory
         if memory is None:
             raise MalformedMessage("a message came by reference, and the peer's ring is not mapped")
         if not HEADER_BYTES <= total <= self.limit:
             raise MalformedMessage(f"a message has {total} bytes; at most {self.limit} are accepted here")
         segment = memory.segment
-        header = parse_header(segment.read(position, HEADER_BYTES), direction=self.direction, total=total)
+        raw = segment.read(position, HEADER_BYTES)
+        header = parse_header(raw, direction=self.direction, total=total, limit=self.limit)
+        before = self._parts.get(header.key)
+        expected = (before.at + before.payload_bytes, before.whole) if before is not None else (0, header.whole)
+        if (header.at, header.whole) != expected:
+            raise MalformedMessage(
+                f"{header.key}: a part begins at {header.at} of {header.whole} bytes instead of {expected[0]} of {expected[1]}"
+            )
         meta = segment.read(position + HEADER_BYTES, header.meta_bytes)
         try:
-            specs = understand(meta, header.tensors, header.payload_bytes)
+            specs = () if header.at else understand(meta, header.tensors, header.whole)
         except BadLayout as error:
             raise MalformedMessage(f"{header.key}: {error}") from None
         payload_at = position + HEADER_BYTES + header.meta_bytes
-        return header.key, Arrived(position, total, memory, payload_at, specs, header.tag, delay_ms)
+        return Arrived(position, total, memory, payload_at, specs, header, delay_ms)
 
-    def _enter(self, key: Key, arrived: Arrived) -> None:
+    def _enter(self, arrived: Arrived) -> None:
         """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the
         message, once it has a ticket."""
+        key = arrived.header.key
         posted = self._posted.get(key)
         if arrived.ticket is not None:
             arrived.ticket.arrive(arrived)  # does nothing if it did all before
@@ -379,17 +386,20 @@ class RecvLane(Lane):
                 self._arrived[key] = deque((arrived,))
             elif waiting[-1] is not arrived:
                 waiting.append(arrived)
-        elif posted and posted[0] is ticket:
+        elif arrived.is_last and posted and posted[0] is ticket:
             posted.popleft()
         if posted is not None and not posted:
             self._posted.pop(key, None)
         if ticket is not None and ticket.for_device:
-            self._fetch(locked=True)
+            self._fetch(ticket)
 
-    def _fetch(self, *, locked: bool = False) -> None:
-        """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn."""
-        with contextlib.nullcontext() if locked else self._lock:
+    def _fetch(self, newer: RecvTicket | None = None) -> None:
+        """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn. `newer`: of what
+        has just come; the caller has the lock."""
+        with contextlib.nullcontext() if newer is not None else self._lock:
             if self._ahead is not None:
+                if newer is self._ahead:  # its next part
+                    self.copier.fetches.put(newer.fetch)
                 return
             for position in sorted(self._held):
                 ticket = self._held[position].ticket
@@ -405,18 +415,18 @@ class RecvLane(Lane):
                 self._ahead = None
         self._fetch()
 
-    def take(self, arrived: Arrived, device: torch.device | None = None) -> Message:
-        """Caller: copies a message out, into memory that is fit for a copy to `device` if one is given, and gives its room
-        back."""
+    def assembly(self, first: Arrived, device: torch.device | None) -> Assembly:
+        """Memory for a message of which the first part is given, fit for a copy to `device` if that is given."""
         served = device is not None and self.copier.device.serves(device)
-        empty = self.copier.device.pinned if served else None
-        tensors = copy_out(arrived.memory, arrived.payload_at, arrived.specs, self.slabs, empty)
+        return Assembly(first.specs, self.slabs, self.copier.device.pinned if served else None)
+
+    def release(self, arrived: Arrived) -> None:
+        """Caller: it has been copied out."""
         with self._lock:
             self._held.pop(arrived.position, None)
         self._post(Op.RELEASE, arrived.position, arrived.total)
         if self.peer_stuck:
             self.mailbox.wake()  # a blocked send may have waited for this copy to end
-        return Message(tensors, arrived.tag, arrived.delay_ms)
 
     def _oldest(self) -> RecvTicket | None:
         """The ticket of the message that is to be absorbed next, if the peer waits for room. No other than the oldest one:

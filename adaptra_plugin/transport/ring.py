@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.segment import Segment
-from adaptra_plugin.transport.tickets import Ticket
+
+if TYPE_CHECKING:
+    from adaptra_plugin.transport.tickets import Ticket
 
 
 class Memory:
@@ -54,7 +57,7 @@ class Memory:
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """A message in the sender's ring. Its room is free once the peer has copied it out."""
+    """A message, or a part of one, in the sender's ring. Its room is free once the peer has copied it out."""
 
     position: int
     total: int

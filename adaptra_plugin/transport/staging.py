@@ -3,14 +3,14 @@
 Sending: the caller reserves room in the ring, marks its current stream with an event and goes on. The endpoint's *copier*, one
 small thread, lets a stream of its own wait for that event, copies into the ring, sleeps until the copy is complete, and
 only then tells the proxy of the message, in the order of the positions. So the copies of messages overlap the computation
-and the wire of the messages before them; within one message they do not overlap the wire, the proxy hears of it when it is
-whole. A tensor must not be changed in place until it has been copied: one that was fails the endpoint instead of sending
-bytes that nobody meant.
+and the wire of the messages before them; and long messages go in parts (`PART_CHUNKS`), so that the wire carries one while
+the next is copied. A tensor must not be changed in place until it has been copied: one that was fails the endpoint instead
+of sending bytes that nobody meant.
 
 Receiving: a message is copied out of the mirror into pinned memory (which a blocked send may have done before) and from
 there, on a stream of its own, to the device; the consumer's current stream waits for that, the host does not. The oldest
-message of a lane that is asked for is fetched when it has come, by another small thread; no more than one a lane
-lies on the device ahead of its turn.
+message of a lane that is asked for is fetched when it has come, and part by part while it comes, by another small thread; no
+more than one a lane lies on the device ahead of its turn.
 
 Rings are registered as pinned memory (`cudaHostRegister`); where that does not work, copies go through two pinned buffers.
 Tensors in host memory do not come here at all.
@@ -34,6 +34,8 @@ from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.tensors import aligned, as_bytes
 
+PART_CHUNKS = 4
+"""What comes from a device goes in parts of so many chunks (`transport.chunk_kib`)."""
 _END_S = 5.0
 
 
@@ -70,8 +72,11 @@ class Device(Protocol):
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that is fit for them."""
 
-    def upload(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[tuple[torch.Tensor, ...], Event]:
-        """To the device, on a stream of its own kind; the event is behind the copies."""
+    def like(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Room on the device for copies of tensors in host memory, to be filled by `upload`."""
+
+    def upload(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Event:
+        """To the device, on a stream of its own kind, each (target, source); the event is behind the copies."""
 
     def join(self, event: Event, tensors: Sequence[torch.Tensor]) -> None:
         """Caller: its current stream waits for `event`, and will use the tensors."""
@@ -132,12 +137,17 @@ class Cuda:
         # torch keeps such memory for the next time, and back from it only what no copy uses any more
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
-    def upload(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def like(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
+        # allocated on the stream that fills it: on the consumer's, memory could be had that its kernels still read
+        with torch.cuda.stream(self._stream(device, "up")):
+            return tuple(torch.empty_like(tensor, device=device) for tensor in tensors)
+
+    def upload(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Any:
         stream = self._stream(device, "up")
-        # allocated on this stream too: on the consumer's, memory could be had that its kernels still read
         with torch.cuda.stream(stream):
-            uploaded = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
-            return uploaded, stream.record_event()
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return stream.record_event()
 
     def join(self, event: Any, tensors: Sequence[torch.Tensor]) -> None:
         if tensors:
@@ -340,25 +350,43 @@ class Copier:
         memory.copy_in(position, buffer)
 
 
-def stage(memory: Memory, position: int, tensors: Sequence[torch.Tensor], device: Device) -> list[Piece]:
-    """Copies the payload of a message into a ring, except for what is on the device: that is returned.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A tensor's bytes, and where they begin in the payload."""
 
-    Raises:
-        TransportError: the tensors are on several devices.
-    """
-    later: list[Piece] = []
+    start: int
+    data: torch.Tensor
+    later: bool
+    """They are on the device, and copied from there by the copier."""
+
+
+def blocks(tensors: Sequence[torch.Tensor], device: Device) -> list[Block]:
+    """The payload of a message. Raises TransportError: the tensors are on several devices."""
+    found: list[Block] = []
+    start = 0
     for tensor in tensors:
         if tensor.numel():
-            data = as_bytes(tensor)
-            if device.owns(tensor):
-                if later and later[0].data.device != data.device:
-                    raise TransportError(
-                        f"a message has tensors on {later[0].data.device} and {data.device}: send them one by one"
-                    )
-                later.append(Piece(position, data))
+            block = Block(start, as_bytes(tensor), device.owns(tensor))
+            there = {str(one.data.device) for one in (*found, block) if one.later}
+            if len(there) > 1:
+                raise TransportError(f"a message has tensors on {' and '.join(sorted(there))}: send them one by one")
+            found.append(block)
+            start += aligned(block.data.numel())
+    return found
+
+
+def stage(memory: Memory, position: int, payload: Sequence[Block], at: int, nbytes: int) -> list[Piece]:
+    """Copies bytes `at` to `at + nbytes` of a payload to `position` of a ring, except for what is on the device: that is
+    returned."""
+    later: list[Piece] = []
+    for block in payload:
+        first, last = max(at, block.start), min(at + nbytes, block.start + block.data.numel())
+        if first < last:
+            data = block.data[first - block.start : last - block.start]
+            if block.later:
+                later.append(Piece(position + first - at, data))
             else:
-                memory.copy_in(position, data)
-            position += aligned(data.numel())
+                memory.copy_in(position + first - at, data)
     return later
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.slabs import SLAB_FROM, Slabs
+
+if TYPE_CHECKING:
+    from adaptra_plugin.transport.ring import Memory
 
 ALIGNMENT = 64
 """Every block of a message starts at a multiple of this: whole cache lines, and any dtype may be viewed in place."""
@@ -130,24 +133,48 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def copy_out(
-    memory: Memory,
-    position: int,
-    specs: Sequence[Spec],
-    slabs: Slabs,
-    pinned: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Tensors of their own in host memory (from `pinned`, if given) with the payload that lies at `position` of a ring."""
-    tensors = []
-    for spec in specs:
-        if pinned is not None:
-            tensor = pinned(spec.shape, spec.dtype)
-        elif spec.nbytes >= SLAB_FROM:
-            tensor = slabs.empty(spec.shape, spec.dtype)
-        else:
-            # the device is said because the caller may have changed torch's default device
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-        if spec.nbytes:
-            memory.copy_out(position + spec.start, tensor.view(-1).view(torch.uint8))
-        tensors.append(tensor)
-    return tuple(tensors)
+def overlaps(specs: Sequence[Spec], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Which tensors have bytes between two places of the payload: (index, from, to) in the tensor (bytes)."""
+    for index, spec in enumerate(specs):
+        first, last = max(start, spec.start), min(stop, spec.start + spec.nbytes)
+        if first < last:
+            yield index, first - spec.start, last - spec.start
+
+
+class Assembly:
+    """Tensors of their own in host memory, filled from a ring part by part.
+
+    Args:
+        empty: makes each; None: plain memory.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        slabs: Slabs,
+        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+    ) -> None:
+        self.specs = specs
+        self.tensors = tuple(self._empty(spec, slabs, empty) for spec in specs)
+
+    @staticmethod
+    def _empty(
+        spec: Spec, slabs: Slabs, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None
+    ) -> torch.Tensor:
+        if empty is not None:
+            return empty(spec.shape, spec.dtype)
+        if spec.nbytes >= SLAB_FROM:
+            return slabs.empty(spec.shape, spec.dtype)
+        # the device is said because the caller may have changed torch's default device
+        return torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+
+    def fill(self, memory: Memory, position: int, at: int, nbytes: int) -> None:
+        """Copies bytes `at` to `at + nbytes` of the payload, which lie at `position` of a ring."""
+        for index, first, last in overlaps(self.specs, at, at + nbytes):
+            start = position + self.specs[index].start + first - at
+            memory.copy_out(start, flat(self.tensors[index])[first:last])
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8)

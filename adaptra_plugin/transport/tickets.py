@@ -12,6 +12,7 @@ import torch
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.message import Message
+from adaptra_plugin.transport.tensors import Assembly, flat, overlaps
 from adaptra_plugin.transport.types import Key
 
 if TYPE_CHECKING:
@@ -95,11 +96,19 @@ class _Pending:
 class Ticket(_Pending):
     """A send under way."""
 
-    __slots__ = ()
+    __slots__ = ("missing",)
 
     def __init__(self, key: Key, lane: SendLane) -> None:
         super().__init__(key)
         self._lane = lane
+        self.missing: set[int] = set()
+        """Positions of the parts that have not arrived."""
+
+    def arrived(self, position: int) -> None:
+        """One of its parts has; the lane calls it under its lock."""
+        self.missing.discard(position)
+        if not self.missing:
+            self.settle()
 
     def wait(self, deadline_s: float | None = None) -> None:
         """Returns when the message has arrived at the peer (seconds; None: `transport.deadline_s`).
@@ -115,25 +124,40 @@ class Ticket(_Pending):
 class RecvTicket(_Pending):
     """A posted receive."""
 
-    __slots__ = ("_arrived", "_copying", "_device", "_message", "_uploaded")
+    __slots__ = (
+        "_arrived",
+        "_assembly",
+        "_copied",
+        "_copying",
+        "_device",
+        "_message",
+        "_on_device",
+        "_sent_up",
+        "_uploaded",
+    )
     _lane: RecvLane
 
     def __init__(self, key: Key, lane: RecvLane, device: torch.device | None = None) -> None:
         super().__init__(key)
         self._lane = lane
         self._device = device  # where its tensors have still to go
+        self._arrived: dict[int, Arrived] = {}  # parts by where they begin in the payload
+        self._assembly: Assembly | None = None
+        self._copied = 0  # bytes of the payload that are out of the ring
+        self._on_device: tuple[torch.Tensor, ...] | None = None
+        self._sent_up = 0  # bytes of the payload that are there or on their way
         self._uploaded: Event | None = None
-        self._arrived: Arrived | None = None
         self._message: Message | None = None
         self._copying = threading.Lock()  # one thread copies
 
     def arrive(self, arrived: Arrived) -> bool:
-        """The whole message is there; the lane calls it under its lock. False if the wait has already failed."""
+        """A part, or the whole message, is there; the lane calls it under its lock. False if the wait has already failed."""
         if self._settled:
             return False
-        self._arrived = arrived
         arrived.ticket = self
-        return self.settle()
+        if arrived.at >= self._copied:
+            self._arrived[arrived.at] = arrived
+        return self.settle() if arrived.is_last else True
 
     @property
     def idle(self) -> bool:
@@ -141,31 +165,37 @@ class RecvTicket(_Pending):
         return not self._copying.locked()
 
     def absorb(self) -> bool:
-        """Copies the message, which has arrived, out of the staging ring before anybody waits for it. False if another
-        thread does so, or has."""
+        """Copies what has arrived out of the staging ring before anybody waits for it. False if another thread does so, or
+        has."""
         if not self._copying.acquire(blocking=False):
             return False
         try:
-            if self._arrived is None:
-                return False
-            self._take()
-            return True
+            return self._take()
         finally:
             self._copying.release()
 
-    def _take(self) -> None:
-        assert self._arrived is not None
-        self._message = self._lane.take(self._arrived, self._device)
-        self._arrived = None
+    def _take(self) -> bool:
+        """Copies the next part out; False if it is not there."""
+        arrived = self._arrived.get(self._copied)
+        if arrived is None or self._message is not None:
+            return False
+        if self._assembly is None:
+            self._assembly = self._lane.assembly(arrived, self._device)
+        self._assembly.fill(arrived.memory, arrived.payload_at, arrived.at, arrived.nbytes)
+        message = Message(self._assembly.tensors, arrived.tag, arrived.delay_ms) if arrived.is_last else None
+        # before its room is given back: should a signal handler raise, nothing is copied again that may be overwritten
+        self._copied, self._message = arrived.at + arrived.nbytes, message
+        self._lane.release(arrived)
+        self._arrived.pop(arrived.at, None)
+        return True
 
     def fetch(self) -> None:
-        """Takes the message, which has arrived, to the device before anybody waits for it; what fails is left to `wait`."""
+        """Takes what has arrived to the device before anybody waits for it; what fails is left to `wait`."""
         if self._copying.acquire(blocking=False):
             try:
-                if self._arrived is not None:
-                    self._take()
-                if self._message is not None and self._device is not None:
-                    self._upload(self._device)
+                while self._take():
+                    pass
+                self._upload()
             except Exception as error:  # noqa: BLE001  the caller of `wait` tries again, and hears it
                 log.debug("%s could not be fetched before it was waited for: %s", self.key, error)
             finally:
@@ -176,16 +206,27 @@ class RecvTicket(_Pending):
         """Its tensors have still to go to a device that can be copied to beside the computation."""
         return self._device is not None and self._lane.copier.device.serves(self._device)
 
-    def _upload(self, device: torch.device) -> None:
-        """Caller: from host memory to the device. What raises, out of memory for one, may be tried again."""
-        assert self._message is not None
+    def _upload(self) -> None:
+        """Caller: what is new in host memory goes to the device. What raises, out of memory for one, may be tried again."""
+        if self._device is None or self._assembly is None:
+            return
         accelerator = self._lane.copier.device
-        if accelerator.serves(device):
-            tensors, self._uploaded = accelerator.upload(self._message.tensors, device)
-            self._message = replace(self._message, tensors=tensors)
-        else:
-            self._message = self._message.to(device)
-        self._device = None
+        if accelerator.serves(self._device):
+            host = self._assembly.tensors
+            if self._on_device is None:
+                self._on_device = accelerator.like(host, self._device)
+            pairs = [
+                (flat(self._on_device[index])[first:last], flat(host[index])[first:last])
+                for index, first, last in overlaps(self._assembly.specs, self._sent_up, self._copied)
+            ]
+            self._uploaded = accelerator.upload(pairs, self._device)
+            self._sent_up = self._copied
+            if self._message is not None:
+                self._message = replace(self._message, tensors=self._on_device)
+                self._device = self._assembly = None
+        elif self._message is not None:
+            self._message = self._message.to(self._device)
+            self._device = self._assembly = None
 
     def wait(self, deadline_s: float | None = None) -> Message:
         """The message, copied out of the staging ring on this thread at the first call unless a blocked send has done
@@ -199,10 +240,9 @@ class RecvTicket(_Pending):
         """
         self._await(deadline_s, "arrive from", "did not arrive from")
         with self._copying:
-            if self._message is None:
-                self._take()
-            if self._device is not None:
-                self._upload(self._device)
+            while self._take():
+                pass
+            self._upload()
             assert self._message is not None
             if self._uploaded is not None:
                 self._lane.copier.device.join(self._uploaded, self._message.tensors)

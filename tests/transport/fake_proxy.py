@@ -10,7 +10,7 @@ from typing import Any
 from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.transport import Address, Card, Direction, Endpoint, PeerInfo
 from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, Reader, Writer, pairs
-from adaptra_plugin.transport.frames import Header
+from adaptra_plugin.transport.frames import split
 from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.spawn import Running
 from adaptra_plugin.transport.tensors import describe
@@ -99,13 +99,26 @@ class FakeProxy(Running):
         assert record[0] == op, f"{Op(record[0]).name} came instead of {op.name}"
         return record
 
-    def deliver(self, key: Any, tensor: Any, position: int, *, segment: Segment | None = None, flags: int = 0) -> int:
-        """A message from the peer arrives at `position`; where the next one may go."""
+    def deliver(
+        self,
+        key: Any,
+        tensor: Any,
+        position: int,
+        *,
+        segment: Segment | None = None,
+        flags: int = 0,
+        step: int = 1 << 30,
+    ) -> int:
+        """A message from the peer arrives at `position`, in parts of `step` bytes; where the next one may go."""
         meta, payload = describe([tensor])
-        raw = Header(key, 0, 1, len(meta), payload).pack() + meta + tensor.numpy().tobytes().ljust(payload, b"\0")
-        (segment or self.mirror(key.direction)).write(position, raw)
-        self.record(Op.ARRIVED, key.direction, position, len(raw), flags=flags)
-        return position + len(raw)
+        data = tensor.numpy().tobytes().ljust(payload, b"\0")
+        for part in split(key, 0, 1, len(meta), payload, step):
+            body = data[part.at : part.at + part.payload_bytes]
+            raw = part.pack() + (b"" if part.at else meta) + body
+            (segment or self.mirror(key.direction)).write(position, raw)
+            self.record(Op.ARRIVED, key.direction, position, len(raw), flags=flags)
+            position += len(raw)
+        return position
 
     # --- the end
 

@@ -177,10 +177,13 @@ def test_no_place_of_an_interruption_loses_a_message(fake_pair):
         line += 1
         epoch = line
         early = channel.recv(gradient(0, epoch))
+        long = channel.recv(gradient(2, epoch))
         sent = channel.send(activation(0, epoch), [torch.ones(4)])
         position = fake.expect(Op.SEND)[5]
-        at = fake.deliver(gradient(0, epoch), torch.full((4,), float(epoch)), 1024 * epoch)
-        fake.deliver(gradient(1, epoch), torch.full((4,), -float(epoch)), at)
+        at = fake.deliver(gradient(0, epoch), torch.full((4,), float(epoch)), 4096 * epoch)
+        parts = fake.deliver(gradient(1, epoch), torch.full((4,), -float(epoch)), at)
+        other = fake.deliver(gradient(2, epoch), torch.full((40,), float(epoch)), parts, step=128)
+        fake.deliver(gradient(3, epoch), torch.full((40,), -float(epoch)), other, step=128)
         fake.record(Op.ACKED, position=position)
         fake.record(Op.CONSUMED, position=position)
         trace, local = interrupting(ours, line)
@@ -196,13 +199,18 @@ def test_no_place_of_an_interruption_loses_a_message(fake_pair):
         assert not first._mailbox._reading, f"line {line}: the role is not let go"
         assert early.wait(2).tensors[0].tolist() == [epoch] * 4, f"line {line}"
         assert channel.recv(gradient(1, epoch)).wait(2).tensors[0].tolist() == [-epoch] * 4, f"line {line}"
+        assert long.wait(2).tensors[0].tolist() == [epoch] * 40, f"line {line}"
+        assert channel.recv(gradient(3, epoch)).wait(2).tensors[0].tolist() == [-epoch] * 40, f"line {line}"
         sent.wait(2)
-        assert [fake.expect(Op.RELEASE)[5] for _ in range(2)] == [1024 * epoch, at]
+        released = [fake.expect(Op.RELEASE)[5] for _ in range(6)]
+        assert released[:3] == [4096 * epoch, at, parts] and released[4] == other
         lane = first._links[1].receiving[Direction.GRADIENT][0]
         first._mailbox.drain()
-        assert not (lane._held or lane._posted or lane._arrived) and not first._links[1].sending[0][0].book
+        assert (
+            not (lane._held or lane._posted or lane._arrived or lane._parts) and not first._links[1].sending[0][0].book
+        )
         # the counts are entered in a line of their own, where no signal handler can run
-        assert 2 * epoch - 2 <= lane.counters.messages <= 2 * epoch
+        assert 4 * epoch - 4 <= lane.counters.messages <= 4 * epoch
     assert line > 60
 
 
@@ -283,7 +291,7 @@ def test_room_is_free_again_from_the_oldest_message_on(fake_pair):
     record = fake.expect(Op.SEND)
     thread.join(10)
     assert record[5] == 900_480  # around the end
-    assert fake.ring(Direction.ACTIVATION).read(900_480, 4) == b"ADm2"
+    assert fake.ring(Direction.ACTIVATION).read(900_480, 4) == b"ADm3"
     tickets[0].wait()
     for position in (600_320, 900_480):
         fake.record(Op.ACKED, position=position)

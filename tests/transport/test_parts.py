@@ -1,0 +1,255 @@
+"""Long messages from a device travel in parts: one is on the wire, or on its way to the other device, while the next is copied."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from adaptra_plugin.errors import PeerLostError, TransportError
+from adaptra_plugin.transport import Direction
+from adaptra_plugin.transport.bridge import Op
+from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.tensors import describe
+from tests.transport.fake_device import THERE, FakeDevice, channels, pair
+from tests.transport.fake_proxy import connected
+from tests.transport.support import activation, gradient, heard, until
+
+PART = 4 * 64 << 10
+KEY = gradient(0)
+
+
+@pytest.fixture(params=[True, False], ids=["pinned", "detour"])
+def device(request) -> Iterator[FakeDevice]:
+    made = FakeDevice(pins=request.param)
+    made.upload_s = 0.0
+    yield made
+    made.end()
+
+
+def long_tensor(parts: int = 3, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, (parts * PART - 12_345,), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
+
+
+class Gate:
+    """Holds copies from the device, from the one that begins part `part` on, until it is opened."""
+
+    def __init__(self, device: FakeDevice, part: int) -> None:
+        self._first = part + 1 if device.pins else 4 * part + 1
+        self._open = threading.Event()
+        device.before_copy = lambda number: number < self._first or self._open.wait(20)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.mark.parametrize("rail", ["tcp", "shm"])
+def test_a_part_is_at_the_other_end_while_the_next_is_copied(device, rail):
+    with pair(device, rail=rail) as ends:
+        out, into = channels(ends)
+        gate = Gate(device, 1)
+        tensor = long_tensor()
+        received = into.recv(activation(0), device=THERE)
+        sent = out.send(activation(0), [device.put(tensor)], tag=5)
+        until(heard(ends[1], lambda: device.uploads == 1), "the first part on the other device")
+        assert not received.ready() and not sent.ready()
+        gate.open()
+        message = received.wait()
+        device.compute.mark().synchronize()
+        assert torch.equal(message.tensors[0], tensor) and message.tag == 5
+        sent.wait()
+        until(
+            heard(ends[0], lambda: all(not len(lane.book) for lane in ends[0]._links[1].send_lanes())),
+            "room given back",
+        )
+        assert ends[1].stats()["peers"][0]["directions"]["activation"]["received"]["messages"] == 1
+
+
+def test_parts_of_messages_of_one_key_stay_together_and_in_order(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        for early in (False, True):
+            tensors = [long_tensor(1, seed) if seed % 2 else long_tensor(2, seed) for seed in (1, 2, 3)]
+            tickets = [] if early else [into.recv(activation(0)) for _ in tensors]
+            for tensor in tensors[:2]:
+                out.send(activation(0), [device.put(tensor), torch.ones(3)])
+            last = out.send(activation(0), [tensors[2]])
+            if early:
+                [lane] = [lane for lane in ends[1]._links[0].recv_lanes() if lane.direction == 0 and lane.index == 0]
+                until(heard(ends[1], lambda lane=lane: len(lane._held) == 4), "1 + 2 + 1 parts")
+                tickets = [into.recv(activation(0)) for _ in tensors]
+            for ticket, tensor in zip(tickets, tensors, strict=True):
+                assert torch.equal(ticket.wait().tensors[0], tensor)
+            last.wait()
+
+
+def test_a_sender_that_ends_between_two_parts_is_lost(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        gate = Gate(device, 1)
+        received = into.recv(activation(0), device=THERE)
+        out.send(activation(0), [device.put(long_tensor())])
+        until(heard(ends[1], lambda: device.uploads == 1))
+        closing = threading.Thread(target=ends[0].close, kwargs={"linger_s": 0.1})
+        closing.start()
+        with pytest.raises(PeerLostError, match="rank 0"):
+            received.wait()
+        gate.open()
+        closing.join(20)
+        with pytest.raises(PeerLostError, match="rank 0"):
+            into.recv(activation(0)).wait()
+
+
+def test_a_copy_that_fails_half_way_delivers_nothing(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        gate = Gate(device, 1)
+        tensor = device.put(long_tensor())
+        received = into.recv(activation(0))
+        sent = out.send(activation(0), [tensor])
+        tensor.add_(1)
+        gate.open()
+        with pytest.raises(TransportError, match="changed in place before it was copied"):
+            sent.wait()
+        ends[0].close(linger_s=0.1)
+        with pytest.raises(TransportError):
+            received.wait(5)
+
+
+def test_an_upload_that_fails_between_two_parts_may_be_tried_again(device):
+    with pair(device) as ends:
+        out, into = channels(ends)
+        gate = Gate(device, 1)
+        tensor = long_tensor()
+        received = into.recv(activation(0), device=THERE)
+        out.send(activation(0), [device.put(tensor)])
+        until(heard(ends[1], lambda: device.uploads == 1))
+        device.uploads_fail = 3  # at most: the fetcher's two, and one of the caller
+        gate.open()
+        until(received.ready)
+        until(lambda: not received._copying.locked())
+        for _ in range(3):
+            try:
+                message = received.wait()
+                break
+            except RuntimeError as error:
+                assert "out of memory" in str(error)
+        else:
+            message = received.wait()
+        device.compute.mark().synchronize()
+        assert torch.equal(message.tensors[0], tensor)
+
+
+def test_parts_are_absorbed_while_the_receiver_is_blocked_itself(device):
+    """Both ends send more than the rings hold before either takes anything."""
+    with pair(device, connections_per_direction=1) as ends:
+        out, into = channels(ends)
+        count, tensors = 6, [long_tensor(2, seed) for seed in range(6)]
+        back = [out.recv(gradient(number), device=THERE) for number in range(count)]
+        there = [into.recv(activation(number)) for number in range(count)]
+
+        def send_back() -> None:
+            for number in range(count):
+                into.send(gradient(number), [device.put(tensors[number].clone())])
+
+        thread = threading.Thread(target=send_back)
+        thread.start()
+        time.sleep(0.1)
+        other = threading.Thread(
+            target=lambda: [
+                out.send(activation(number), [device.put(tensors[number].clone())]) for number in range(count)
+            ]
+        )
+        other.start()
+        for number in range(count):
+            assert torch.equal(there[number].wait().tensors[0], tensors[number])
+        thread.join(20)
+        other.join(20)
+        for number in range(count):
+            message = back[number].wait()
+            device.compute.mark().synchronize()
+            assert torch.equal(message.tensors[0], tensors[number])
+
+
+def test_what_lies_in_host_memory_goes_whole():
+    with pair(FakeDevice()) as ends:
+        out, into = channels(ends)
+        out.send(activation(0), [torch.zeros(3 * PART, dtype=torch.uint8)])
+        [lane] = [lane for lane in ends[1]._links[0].recv_lanes() if lane.direction == 0 and lane.index == 0]
+        until(heard(ends[1], lambda: lane._held))
+        assert [held.nbytes for held in lane._held.values()] == [3 * PART]
+        into.recv(activation(0)).wait()
+
+
+# --- the format
+
+
+@pytest.mark.parametrize("payload", [0, 64, 128, 192, 1000 * 64])
+def test_parts_cover_the_payload(payload):
+    parts = split(KEY, 3, 2, 64, payload, 128)
+    assert [part.at for part in parts] == list(range(0, max(payload, 1), 128))
+    assert sum(part.payload_bytes for part in parts) == payload
+    assert {part.whole for part in parts} == {payload}
+    assert [(part.tensors, part.meta_bytes) for part in parts] == [(2, 64)] + [(0, 0)] * (len(parts) - 1)
+    for part in parts:
+        assert parse_header(part.pack(), direction=KEY.direction, total=part.total, limit=payload) == part
+
+
+@pytest.mark.parametrize(
+    ("header", "total"),
+    [
+        (Header(KEY, 0, 1, 64, 64, 0, 1 << 50), 192),  # more than a ring holds
+        (Header(KEY, 0, 0, 0, 64, 1 << 50, 0), 128),
+        (Header(KEY, 0, 0, 0, 64, 63, 0), 128),
+        (Header(KEY, 0, 1, 64, 65, 0, 64), 193),  # what follows would not be aligned
+        (Header(KEY, 0, 1, 64, 0, 0, 64), 128),  # a part of nothing
+        (Header(KEY, 0, 1, 0, 64, 64, 0), 128),  # described behind the first part
+        (Header(KEY, 0, 0, 64, 64, 64, 0), 192),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(header, total):
+    with pytest.raises(
+        MalformedMessage, match=r"a part of \d+ bytes behind \d+ and before \d+ is announced; at most 1048576"
+    ):
+        parse_header(header.pack(), direction=KEY.direction, total=total, limit=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (Header(KEY, 0, 0, 0, 64, 128, 0), "a part begins at 128 of 192 bytes instead of 64 of 192"),
+        (Header(KEY, 0, 0, 0, 64, 64, 0), "a part begins at 64 of 128 bytes instead of 64 of 192"),
+        (Header(KEY, 0, 1, 64, 192, 0, 0), "a part begins at 0 of 192 bytes instead of 64 of 192"),
+    ],
+)
+def test_parts_that_do_not_follow_each_other_end_the_link(second, expected):
+    first, fake = connected()
+    ticket = first.channel(1).recv(KEY)
+    meta, payload = describe([torch.zeros(192, dtype=torch.uint8)])
+    start = split(KEY, 0, 1, len(meta), payload, 64)[0]
+    mirror = fake.mirror(Direction.GRADIENT)
+    mirror.write(0, start.pack() + meta + bytes(64))
+    fake.record(Op.ARRIVED, Direction.GRADIENT, 0, start.total)
+    mirror.write(1024, second.pack() + bytes(second.total - HEADER_BYTES))
+    fake.record(Op.ARRIVED, Direction.GRADIENT, 1024, second.total)
+    with pytest.raises(TransportError, match=f"malformed message on connection gradient 0: .*{expected}"):
+        ticket.wait(10)
+    first.close()
+    fake.close()
+
+
+def test_a_part_without_a_beginning_ends_the_link():
+    first, fake = connected()
+    ticket = first.channel(1).recv(KEY)
+    part = Header(KEY, 0, 0, 0, 64, 64, 0)
+    fake.mirror(Direction.GRADIENT).write(0, part.pack() + bytes(64))
+    fake.record(Op.ARRIVED, Direction.GRADIENT, 0, part.total)
+    with pytest.raises(TransportError, match="a part begins at 64 of 128 bytes instead of 0 of 128"):
+        ticket.wait(10)
+    first.close()
+    fake.close()
