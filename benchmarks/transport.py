@@ -2,6 +2,9 @@
 
     python -m benchmarks.transport [--rails shm tcp] [--sizes-kib 64 1024 16384 65536] [--repeats 7] [--json FILE]
 
+Beside them stands what the machine allows: transfers that do nothing but the copies (`bare.py`). A transport that hands its
+bytes to somebody else is hardly faster than the bare form of its rail (`staged`, `relayed`), none over TCP faster than `socket`.
+
 Each rail is measured in a run of its own, with the proxies in processes of their own (`--proxy thread`: in the ranks). Every
 row moves `--volume-mib` per repeat and way of moving; ways take turns, so that a change of the machine's load meets all of
 them. Printed are medians over the repeats and, in brackets, the spread (median absolute deviation, %).
@@ -26,16 +29,21 @@ import torch.distributed as dist
 
 from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
+from benchmarks.bare import Bare, Meeting, copy
 
 MIB = 1 << 20
 SECRET = b"benchmark, two ranks of one host"
 DEADLINE_S = 120.0
+FLOORS = {"shm": ("staged",), "tcp": ("relayed", "socket"), "rdma": ()}
+"""What is measured beside a rail."""
 
 
 class Side:
     """One of the two processes: rank 0 sends, rank 1 receives and answers each batch with one byte."""
 
-    def __init__(self, rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str) -> None:
+    def __init__(
+        self, rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str, meeting: Meeting
+    ) -> None:
         self.rank = rank
         self.pipe = pipe
         torch.set_num_threads(1)
@@ -59,6 +67,8 @@ class Side:
         self.endpoint.connect({1 - rank: (infos[1 - rank], other)}, neighbours=[1 - rank], coordinator=0)
         self.channel = self.endpoint.channel(1 - rank)
         self.epoch = 0
+        self.bare = Bare(rank, meeting, max(options.sizes_kib) << 10)
+        self.floors = FLOORS[rail]
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
     def adaptra(self, data: torch.Tensor, count: int) -> None:
@@ -94,9 +104,9 @@ class Side:
 
     def memcpy(self, data: torch.Tensor, count: int) -> None:
         if self.rank == 0:
-            target = torch.empty_like(data)
+            target = self.bare.target(data)
             for _ in range(count):
-                target.copy_(data)
+                copy(target, data)
 
     def round_trip(self, repeats: int) -> list[float]:
         """Microseconds of a message of four bytes there and back."""
@@ -144,12 +154,13 @@ class Side:
         ways: dict[str, Callable[[torch.Tensor, int], None]] = {
             "memcpy": self.memcpy,
             "gloo": self.gloo,
+            **{name: getattr(self.bare, name) for name in self.floors},
             "adaptra": self.adaptra,
         }
         rows = []
         for kib in options.sizes_kib:
             size = kib << 10
-            data = torch.zeros(size, dtype=torch.uint8)
+            data = torch.ones(size, dtype=torch.uint8)  # written to: fresh zeros are all one page of memory
             count = max(2, options.volume_mib * MIB // size)
             speeds: dict[str, list[float]] = {name: [] for name in ways}
             for repeat in range(options.repeats + 1):
@@ -170,8 +181,8 @@ class Side:
         return {"rows": rows, "round_trip_us": trips, "send_call_us": calls}
 
 
-def _main(rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str) -> None:
-    result = Side(rank, pipe, options, port, rail).run(options)
+def _main(rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str, meeting: Meeting) -> None:
+    result = Side(rank, pipe, options, port, rail, meeting).run(options)
     pipe.send(result)
 
 
@@ -186,11 +197,11 @@ def _free_port() -> int:
 def measure(options: argparse.Namespace, rail: str) -> dict[str, Any]:
     """Runs both processes; what rank 0 measured."""
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port, meeting = _free_port(), Meeting(max(options.sizes_kib) << 10)
     pipes, processes = [], []
     for rank in (0, 1):
         here, there = context.Pipe()
-        process = context.Process(target=_main, args=(rank, there, options, port, rail))
+        process = context.Process(target=_main, args=(rank, there, options, port, rail, meeting))
         process.start()
         pipes.append(here)
         processes.append(process)
@@ -221,7 +232,8 @@ def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) ->
         pairs = row["gb_per_s"]
         ratios = {
             name: statistics.median(a / b for a, b in zip(pairs["adaptra"], pairs[name], strict=True))
-            for name in ("gloo", "memcpy")
+            for name in pairs
+            if name != "adaptra"
         }
         rows.append(
             {
@@ -245,23 +257,37 @@ def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) ->
         "ring_mib": options.ring_mib,
         "repeats": options.repeats,
         "sizes": rows,
+        "limits": _limits(result["rows"], rail),
         **latency,
     }
 
 
+def _limits(rows: list[dict[str, Any]], rail: str) -> dict[str, str]:
+    """By size: how many times gloo's speed the bare forms of a rail, and a plain copy, have here."""
+    found = {}
+    for row in rows:
+        speeds = row["gb_per_s"]
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(speeds[name], speeds["gloo"], strict=True))
+            for name in (*FLOORS[rail], "memcpy")
+        }
+        found[f"{row['kib'] / 1024:g} MiB"] = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
+    return found
+
+
 def table(summary: dict[str, Any]) -> str:
     lines = [f"rail {summary['rail']}, proxy in a {summary['proxy']}"]
-    lines += [f"{'size':>10} {'memcpy GB/s':>16} {'gloo GB/s':>16} {'adaptra GB/s':>16} {'/ gloo':>8} {'/ memcpy':>9}"]
+    names = list(summary["sizes"][0]["gb_per_s"])
+    others = [name for name in names if name != "adaptra"]
+    lines += [f"{'size':>10} " + " ".join(f"{name + ' GB/s':>16}" for name in names)]
+    lines[-1] += "".join(f" {'/ ' + name:>10}" for name in others)
     for row in summary["sizes"]:
-        cells = [
-            f"{row['gb_per_s'][name]:8.2f} (±{row['spread_percent'][name]:3.0f}%)"
-            for name in ("memcpy", "gloo", "adaptra")
-        ]
         size = f"{row['kib']} KiB" if row["kib"] < 1024 else f"{row['kib'] / 1024:g} MiB"
-        ratio = row["ratio_to"]
-        lines.append(
-            f"{size:>10} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16} {ratio['gloo']:8.2f} {ratio['memcpy']:9.2f}"
-        )
+        cells = [f"{row['gb_per_s'][name]:8.2f} (±{row['spread_percent'][name]:3.0f}%)" for name in names]
+        ratios = [f"{row['ratio_to'][name]:10.2f}" for name in others]
+        lines.append(" ".join([f"{size:>10}", *(f"{cell:>16}" for cell in cells), *ratios]))
+    limits = summary["limits"]
+    lines += [f"{size:>10}: of gloo's speed have {value}" for size, value in limits.items()]
     trip, call = summary["round_trip_us"], summary["send_call_us"]
     lines.append(f"round trip of 4 B: p50 {trip['p50']} us, p99 {trip['p99']} us")
     lines.append(f"send() of 4 KiB with 64 MiB queued returns after: p50 {call['p50']} us, p99 {call['p99']} us")
