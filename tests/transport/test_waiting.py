@@ -392,6 +392,46 @@ def test_the_oldest_gradient_is_absorbed_whatever_arrived_first(fake_pair):
     assert fake.expect(Op.RELEASE)[5] == 1 << 20
 
 
+def test_a_producer_that_soon_finds_room_does_not_bother_the_peer(fake_pair, monkeypatch):
+    monkeypatch.setattr("adaptra_plugin.transport.lanes.STUCK_AFTER_S", 10.0)
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    channel.send(activation(0), [torch.zeros(150_000)])
+    fake.expect(Op.SEND)
+    thread = threading.Thread(target=channel.send, args=(activation(1), [torch.zeros(150_000)]))
+    thread.start()
+    time.sleep(0.05)
+    fake.record(Op.CONSUMED, position=0)
+    fake.expect(Op.SEND)  # and nothing between
+    thread.join(10)
+    assert first.stats()["peers"][1]["directions"]["activation"]["sent"]["full"] == 0
+    assert first.stats()["peers"][1]["directions"]["activation"]["sent"]["blocked_ms"] > 20
+
+
+def test_a_producer_that_becomes_the_first_in_line_tells_the_peer_as_well(fake_pair):
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    channel.send(activation(0), [torch.zeros(150_000)])
+    fake.expect(Op.SEND)
+    threads = [
+        threading.Thread(target=channel.send, args=(activation(n), [torch.zeros(150_000)]), name=str(n)) for n in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+        until(lambda: any(len(lane._line) for lane in first._links[1].send_lanes()))
+    assert fake.expect(Op.STUCK)[6] == 1
+    time.sleep(0.05)  # both wait
+    fake.record(Op.CONSUMED, position=0)
+    assert [fake.next()[0] for _ in range(2)] == [Op.STUCK, Op.SEND]
+    assert fake.expect(Op.STUCK)[6] == 1
+    for lane in first._links[1].send_lanes():
+        for waiting in lane.book.waiting():
+            fake.record(Op.CONSUMED, position=waiting.position)
+    assert [fake.next()[0] for _ in range(2)] == [Op.STUCK, Op.SEND]
+    for thread in threads:
+        thread.join(10)
+
+
 def test_producers_of_a_full_lane_stand_in_line(fake_pair):
     """A large message is not overtaken for ever by small ones that would fit."""
     first, fake = fake_pair()
