@@ -409,7 +409,7 @@ def test_a_producer_that_soon_finds_room_does_not_bother_the_peer(fake_pair, mon
 
 
 def test_a_producer_that_becomes_the_first_in_line_tells_the_peer_as_well(fake_pair):
-    first, fake = fake_pair()
+    first, fake = fake_pair(warn_full_after_ms=15_000)
     channel = first.channel(1)
     channel.send(activation(0), [torch.zeros(150_000)])
     fake.expect(Op.SEND)
