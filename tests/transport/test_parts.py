@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adaptra_plugin.errors import PeerLostError, TransportError
 from adaptra_plugin.transport import Direction
@@ -217,6 +219,26 @@ def test_parts_that_cannot_be_are_refused(header, total):
         MalformedMessage, match=r"a part of \d+ bytes behind \d+ and before \d+ is announced; at most 1048576"
     ):
         parse_header(header.pack(), direction=KEY.direction, total=total, limit=1 << 20)
+
+
+_numbers = st.one_of(st.sampled_from([0, 1, 63, 64, 128, 1 << 20, (1 << 63) - 64]), st.integers(0, (1 << 64) - 1))
+
+
+@given(
+    st.integers(0, (1 << 16) - 1),
+    st.one_of(st.sampled_from([0, 64, 1 << 20]), st.integers(0, (1 << 32) - 1)),
+    _numbers,
+    _numbers,
+    _numbers,
+)
+def test_whatever_a_header_says_what_is_accepted_fits(tensors, meta, payload, at, rest):
+    header = Header(KEY, -1, tensors, meta, payload, at, rest)
+    try:
+        accepted = parse_header(header.pack(), direction=KEY.direction, total=header.total, limit=1 << 20)
+    except MalformedMessage:
+        return
+    assert accepted == header and 0 <= at <= at + payload <= header.whole <= 1 << 20
+    assert not (at and meta)
 
 
 @pytest.mark.parametrize(
