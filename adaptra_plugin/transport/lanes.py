@@ -121,7 +121,7 @@ class SendLane(Lane):
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
         self.book = Book(self.capacity)
-        self._newest: dict[Key, Outgoing] = {}  # of each key, the last message that is not acknowledged
+        self._newest: dict[Key, Outgoing] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
@@ -164,6 +164,7 @@ class SendLane(Lane):
             position = self.book.place()
         # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was; what is on a device
         # follows, and an error then ends the endpoint
+        event = next((self.copier.device.mark(block.data) for block in payload if block.later), None)
         ticket = Ticket(key, self)
         placed: list[tuple[Outgoing, list[Piece]]] = []
         for part, start in zip(parts, starts, strict=True):
@@ -190,6 +191,7 @@ class SendLane(Lane):
                 self.copier.submit(
                     self.memory,
                     later,
+                    event,
                     str(key),
                     functools.partial(self._copied, outgoing.position, outgoing.total, after),
                 )
@@ -272,12 +274,13 @@ class SendLane(Lane):
             outgoing = self.book.find(position)
             if outgoing is not None:
                 self._settle(outgoing)
+                # not when it is acknowledged: what was sent before it may still be under way
+                if self._newest.get(outgoing.ticket.key) is outgoing:
+                    del self._newest[outgoing.ticket.key]
                 self.book.consume(position)  # last: after it, the position is not known here any more
 
     def _settle(self, outgoing: Outgoing) -> None:
         outgoing.ticket.arrived(outgoing.position)
-        if self._newest.get(outgoing.ticket.key) is outgoing:
-            del self._newest[outgoing.ticket.key]
 
     def abort(self, loss: Loss) -> None:
         """Nothing more goes out: fails what has not arrived, and every later send."""
@@ -312,7 +315,7 @@ class RecvLane(Lane):
         """A receive; it is matched with what has arrived or will, first come first served per key."""
         if device is not None and device.type == "cpu" and not self.copier.device.serves(device):
             device = None  # it is there already
-        ticket = RecvTicket(key, self, device)
+        ticket = RecvTicket(key, self, self.copier.device.here(device) if device is not None else None)
         with self._lock:
             whole = False
             waiting = self._arrived.get(key)
@@ -377,6 +380,8 @@ class RecvLane(Lane):
         """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the
         message, once it has a ticket."""
         key = arrived.header.key
+        if self.loss is not None and arrived.at and arrived.ticket is None and not self._arrived.get(key):
+            return  # the ticket that has its beginning has failed
         posted = self._posted.get(key)
         if arrived.ticket is not None:
             arrived.ticket.arrive(arrived)  # does nothing if it did all before
@@ -430,6 +435,9 @@ class RecvLane(Lane):
         with self._lock:
             self._held.pop(arrived.position, None)
         self._post(Op.RELEASE, arrived.position, arrived.total)
+
+    def copied(self) -> None:
+        """Caller: it has copied for a ticket, and lets others."""
         if self.peer_stuck:
             self.mailbox.wake()  # a blocked send may have waited for this copy to end
 

@@ -72,6 +72,9 @@ class Device(Protocol):
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that is fit for them."""
 
+    def here(self, device: torch.device) -> torch.device:
+        """Caller: which one is meant, where `device` has no index."""
+
     def like(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Room on the device for copies of tensors in host memory, to be filled by `upload`."""
 
@@ -136,6 +139,11 @@ class Cuda:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # torch keeps such memory for the next time, and back from it only what no copy uses any more
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+
+    def here(self, device: torch.device) -> torch.device:
+        if device.type != "cuda" or device.index is not None:
+            return device
+        return torch.device("cuda", torch.cuda.current_device())  # of this thread
 
     def like(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
         # allocated on the stream that fills it: on the consumer's, memory could be had that its kernels still read
@@ -268,13 +276,15 @@ class Copier:
         self._pins: dict[Memory, torch.Tensor | None] = {}  # None: it cannot be pinned
         self._bounce: list[torch.Tensor] = []
 
-    def submit(self, memory: Memory, pieces: Sequence[Piece], name: str, done: Callable[[], None]) -> None:
+    def submit(
+        self, memory: Memory, pieces: Sequence[Piece], event: Event | None, name: str, done: Callable[[], None]
+    ) -> None:
         """Caller: `done` runs on the copier's thread when the pieces, and all that was submitted before, lie in the ring.
 
-        With no pieces it keeps a message behind those that are being copied. `name`: of the message, for an error.
+        With no pieces it keeps a message behind those that are being copied. `event`: behind what computes the pieces. `name`:
+        of the message, for an error.
         """
-        event = self.device.mark(pieces[0].data) if pieces else None
-        job = _Job(memory, pieces, [_version(piece.data) for piece in pieces], event, name, done)
+        job = _Job(memory, pieces, [_version(piece.data) for piece in pieces], event if pieces else None, name, done)
         self.copies.put(lambda: self._serve(job))
 
     def finish(self, limit_s: float) -> bool:
@@ -361,12 +371,19 @@ class Block:
 
 
 def blocks(tensors: Sequence[torch.Tensor], device: Device) -> list[Block]:
-    """The payload of a message. Raises TransportError: the tensors are on several devices."""
+    """The payload of a message. Raises TransportError: the tensors are on several devices, or one has no memory."""
     found: list[Block] = []
     start = 0
-    for tensor in tensors:
+    for index, tensor in enumerate(tensors):
         if tensor.numel():
-            block = Block(start, as_bytes(tensor), device.owns(tensor))
+            later = device.owns(tensor)
+            # from devices that cannot be copied from beside the computation, it is done now
+            block = Block(start, as_bytes(tensor if later or tensor.device.type == "cpu" else tensor.cpu()), later)
+            if not later and not block.data.data_ptr():
+                raise TransportError(
+                    f"tensor {index} ({type(tensor).__name__}) has no memory of its own: send the plain tensor behind it "
+                    "(of a DTensor: `to_local()`)"
+                )
             there = {str(one.data.device) for one in (*found, block) if one.later}
             if len(there) > 1:
                 raise TransportError(f"a message has tensors on {' and '.join(sorted(there))}: send them one by one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -135,10 +136,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def overlaps(specs: Sequence[Spec], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Which tensors have bytes between two places of the payload: (index, from, to) in the tensor (bytes)."""
-    for index, spec in enumerate(specs):
+    index = max(0, bisect.bisect_right(specs, start, key=lambda spec: spec.start) - 1)
+    while index < len(specs) and specs[index].start < stop:
+        spec = specs[index]
         first, last = max(start, spec.start), min(stop, spec.start + spec.nbytes)
         if first < last:
             yield index, first - spec.start, last - spec.start
+        index += 1
 
 
 class Assembly:

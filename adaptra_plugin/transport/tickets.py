@@ -173,21 +173,24 @@ class RecvTicket(_Pending):
             return self._take()
         finally:
             self._copying.release()
+            self._lane.copied()
 
     def _take(self) -> bool:
         """Copies the next part out; False if it is not there."""
         arrived = self._arrived.get(self._copied)
-        if arrived is None or self._message is not None:
-            return False
-        if self._assembly is None:
-            self._assembly = self._lane.assembly(arrived, self._device)
-        self._assembly.fill(arrived.memory, arrived.payload_at, arrived.at, arrived.nbytes)
-        message = Message(self._assembly.tensors, arrived.tag, arrived.delay_ms) if arrived.is_last else None
-        # before its room is given back: should a signal handler raise, nothing is copied again that may be overwritten
-        self._copied, self._message = arrived.at + arrived.nbytes, message
-        self._lane.release(arrived)
-        self._arrived.pop(arrived.at, None)
-        return True
+        if arrived is not None and self._message is None:
+            if self._assembly is None:
+                self._assembly = self._lane.assembly(arrived, self._device)
+            self._assembly.fill(arrived.memory, arrived.payload_at, arrived.at, arrived.nbytes)
+            message = Message(self._assembly.tensors, arrived.tag, arrived.delay_ms) if arrived.is_last else None
+            # before its room is given back: should a signal handler raise, nothing is copied again that may be overwritten
+            self._copied, self._message = arrived.at + arrived.nbytes, message
+        # and, then, what it kept from being given back
+        done = [part for part in list(self._arrived.values()) if part.at < self._copied or self._message is not None]
+        for part in done:
+            self._lane.release(part)
+            self._arrived.pop(part.at, None)
+        return bool(done)
 
     def fetch(self) -> None:
         """Takes what has arrived to the device before anybody waits for it; what fails is left to `wait`."""
@@ -200,6 +203,7 @@ class RecvTicket(_Pending):
                 log.debug("%s could not be fetched before it was waited for: %s", self.key, error)
             finally:
                 self._copying.release()
+                self._lane.copied()
 
     @property
     def for_device(self) -> bool:
@@ -239,12 +243,15 @@ class RecvTicket(_Pending):
             TransportError: the connection or the endpoint has failed.
         """
         self._await(deadline_s, "arrive from", "did not arrive from")
-        with self._copying:
-            while self._take():
-                pass
-            self._upload()
-            assert self._message is not None
-            if self._uploaded is not None:
-                self._lane.copier.device.join(self._uploaded, self._message.tensors)
-                self._lane.fetched(self)
-            return self._message
+        try:
+            with self._copying:
+                while self._take():
+                    pass
+                self._upload()
+                assert self._message is not None
+                if self._uploaded is not None:
+                    self._lane.copier.device.join(self._uploaded, self._message.tensors)
+                    self._lane.fetched(self)
+                return self._message
+        finally:
+            self._lane.copied()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from adaptra_plugin.transport.proxy import neighbours
 from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.neighbours import Way
 from adaptra_plugin.transport.proxy.nics import MAX_RETIRED, Nic
+from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
 from tests.rdma import wires
 from tests.rdma.hosts import both
 from tests.rdma.pairs import ends
@@ -128,6 +130,8 @@ def test_ipv6_is_asked_as_well(loop):
         way = Way(loop, "a0", "fd00::1", "fd00::3")  # nobody is there
         assert looked(loop, way, 0.3) >= 0.3 and not way.known
         way.close()
+        way = Way(loop, "a0", "fd00::1", "fd00::2")
+        assert looked(loop, way) < 2.0 and way.known
     finally:
         for address, device in (("fd00::1", "a0"), ("fd00::2", "b0")):
             subprocess.run(["ip", "addr", "del", f"{address}/64", "dev", device], check=True, timeout=10)
@@ -169,5 +173,17 @@ def test_pairs_are_given_back_after_a_while(loop, monkeypatch):
     assert made[-1].state == "ERR"
     loop.call_later(0.5, loop.stop)
     loop.run()
+    assert len(nic.device._children) == before
+    nic.retire(made[-1], [nic.device.completions(8)])
+    nic.close()
+    assert not nic.device._children
+
+
+def test_a_rail_that_was_never_connected_is_given_back_at_once(loop):
+    nic = Nic(loop, "rxa0")
+    before = len(nic.device._children)
+    rail = RdmaRail("rdma0", Mock(), nic, {})
+    assert len(nic.device._children) > before
+    rail.close()
     assert len(nic.device._children) == before
     nic.close()

@@ -101,6 +101,9 @@ class FakeDevice:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
+    def here(self, device: torch.device) -> torch.device:
+        return device
+
     def like(self, tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros_like(tensor) for tensor in tensors)
 

@@ -48,6 +48,7 @@ class Way:
         self._loop = loop
         self._text = f"nobody has answered for {target} on {interface} (ARP or neighbour discovery)"
         self._then: Callable[[], None] | None = None
+        self._interface: str | None = None  # None: nobody needs to be asked
         self._timer: Timer | None = None
         self._pause_s = _LOOK_S
         self._asked = float("-inf")
@@ -56,13 +57,13 @@ class Way:
             self._from, self._to = ipaddress.ip_address(source), ipaddress.ip_address(target)
         except ValueError:
             return
+        link_local = self._to.version == 6 and self._to.is_link_local
         # the interface of that name may be another one, if the device belongs to another network namespace
-        if interface is None or source not in (found.address for found in psutil.net_if_addrs().get(interface, ())):
+        if interface is None or link_local or self._from.version != self._to.version or source not in _own(interface):
             return
-        if self._from.version == self._to.version and not self._to.is_link_local:
-            self._interface = interface
-            self.known = False
-            self._look()
+        self._interface = interface
+        self.known = False
+        self._look()
 
     def __str__(self) -> str:
         """What is wrong while it is not known."""
@@ -70,12 +71,14 @@ class Way:
 
     def when_known(self, then: Callable[[], None]) -> None:
         """Calls `then`, now or from the loop, unless the way is closed before."""
-        if self.known:
+        self._then = then
+        if self._interface is None:
             then()
-        else:
-            self._then = then
+        elif self.known:
+            self._look()  # it may have been forgotten meanwhile
 
     def _look(self) -> None:
+        assert self._interface is not None
         self._timer = None
         try:
             self.known = is_known(self._from, self._to, socket.if_nametoindex(self._interface))
@@ -99,7 +102,8 @@ class Way:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             with contextlib.suppress(OSError):  # not everybody may; routes mostly lead there anyway
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._interface.encode() + b"\0")
+                device = (self._interface or "").encode() + b"\0"
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
             sock.bind((str(self._from), 0))
             sock.sendto(b"", (str(self._to), _DISCARD))
 
@@ -109,6 +113,14 @@ class Way:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _own(interface: str) -> set[str]:
+    """The addresses of an interface."""
+    try:
+        return {found.address for found in psutil.net_if_addrs().get(interface, ())}
+    except OSError:  # no descriptor is left, for one
+        return set()
 
 
 def is_known(source: Address, target: Address, interface: int) -> bool:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.transport.proxy import verbs
-from adaptra_plugin.transport.proxy.loop import READ, Loop
+from adaptra_plugin.transport.proxy.loop import READ, Loop, Timer
 from adaptra_plugin.transport.proxy.neighbours import Way
 from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, QueuePair, Region, VerbsError
 from adaptra_plugin.transport.segment import Segment
 
 RETIRED_S = 5.0
-MAX_RETIRED = 2
+MAX_RETIRED = 4
 
 
 class _Descriptor:
@@ -44,7 +43,7 @@ class Nic:
             raise
         self._rings: dict[Segment, Region] = {}
         self._listeners: list[Callable[[str], None]] = []
-        self._retired: deque[Sequence[Any]] = deque()
+        self._retired: deque[tuple[Sequence[Any], Timer]] = deque()
         self._events: _Descriptor | None = None
         if self.device.events_fd is not None:
             self._events = _Descriptor(self.device.events_fd)
@@ -87,22 +86,30 @@ class Nic:
         with contextlib.suppress(ValueError):
             self._listeners.remove(listener)
 
-    def retire(self, pair: QueuePair, parts: Sequence[Any]) -> None:
-        """Takes a pair out of service now. It is given back after a while, with `parts`, all that was made for it, newest
-        first: destroying a pair may take seconds in which its last packets find no way out, and this process does nothing
-        else meanwhile. (Software devices wait for the packets; no more than `MAX_RETIRED` pairs wait, with their memory.)"""
+    def retire(self, pair: QueuePair | None, parts: Sequence[Any]) -> None:
+        """Gives back what a rail has made, newest first.
+
+        `pair`, if it was connected, goes out of service now and is given back, with the parts, after a while: destroying it
+        may take seconds in which its last packets find no way out, and this process does nothing else meanwhile (software
+        devices wait for the packets). No more than `MAX_RETIRED` wait, with their memory.
+        """
+        if pair is None:
+            self._forget(parts)
+            return
         with contextlib.suppress(VerbsError):
             pair.fail()
-        self._retired.append(parts)
+        self._retired.append((parts, self.loop.call_later(RETIRED_S, self._give_back)))
         if len(self._retired) > MAX_RETIRED:
-            self._give_back(self._retired[0])
-        self.loop.call_later(RETIRED_S, functools.partial(self._give_back, parts))
+            self._retired[0][1].cancel()
+            self._give_back()
 
-    def _give_back(self, parts: Sequence[Any]) -> None:
-        if parts in self._retired:
-            self._retired.remove(parts)
-            for part in parts:
-                self.device.forget(part)
+    def _give_back(self) -> None:
+        """The oldest one."""
+        self._forget(self._retired.popleft()[0])
+
+    def _forget(self, parts: Sequence[Any]) -> None:
+        for part in parts:
+            self.device.forget(part)
 
     def up(self) -> bool:
         """Whether the port is up now, the chosen address included: it may have gone, or moved, with the link."""
@@ -133,6 +140,8 @@ class Nic:
             self.loop.watch(self._events, 0, self._ready)
             self._events = None
         self._rings.clear()
+        for _, timer in self._retired:
+            timer.cancel()
         self._retired.clear()
         self.device.close()
 

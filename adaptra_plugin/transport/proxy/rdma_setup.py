@@ -82,6 +82,7 @@ class _Attempt:
 
     def __init__(self, number: int, link: Link, on_failed: Callable[[str], None]) -> None:
         self.number = number
+        self.answered = False
         self.limit, self.lanes = link.limit, link.lanes
         self._on_failed = on_failed
 
@@ -176,8 +177,9 @@ class RdmaSetup:
 
     def _answered(self, name: str, number: int, message: Mapping[str, Any]) -> None:
         attempt = self._attempts.get(name)
-        if attempt is None or attempt.number != number:
+        if attempt is None or attempt.number != number or attempt.answered:
             return  # too late
+        attempt.answered = True
 
         def accept() -> None:
             try:

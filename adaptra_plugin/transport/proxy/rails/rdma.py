@@ -116,7 +116,7 @@ class RdmaRail(Rail):
         self._segments = dict(rings)
         self._count = slots
         self._broken: str | None = None
-        self._offered = False
+        self._offered = self._connected = False
         self._open = False  # the other end is known to be ready
         self._heard = False
         self.on_heard: Callable[[], None] = lambda: None
@@ -202,6 +202,7 @@ class RdmaRail(Rail):
                 f"the offer of rail {self.name} has the address {gid!r}, which {self._nic.name} cannot reach"
             )
         timeout_exponent, retries = self._patience
+        self._connected = True
         self._pair.connect(
             self._nic.gid if gid else None,
             number=offer["number"],
@@ -492,11 +493,7 @@ class RdmaRail(Rail):
             self._watchdog = None
         if hasattr(self, "_completions"):
             self._loop.watch(self._completions, 0, self._ready)
-        if hasattr(self, "_pair"):
-            self._nic.retire(self._pair, self._parts[::-1])
-        else:
-            for part in reversed(self._parts):
-                self._nic.device.forget(part)
+        self._nic.retire(self._pair if self._connected else None, self._parts[::-1])
         self._parts.clear()
         self._waiting.clear()
         self._posted.clear()
