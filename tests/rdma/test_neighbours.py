@@ -154,7 +154,7 @@ def test_rails_that_cannot_come_back_hold_up_nobody():
         while rank.swap(going := time.monotonic() < until) and going:
             slowest = max(slowest, rank.round((4096,) * 4))
         print(f"{rank.side}: the slowest of {rank.epoch} rounds took {slowest:.2f} s")
-        assert slowest < 0.8
+        assert slowest < 0.95  # a queue pair that is connected too early holds everything up for a second
         assert rank.peer_stats()["rails"]["rdma1"]["state"] != "healthy"
 
     both(scenario, maker=Rank)
