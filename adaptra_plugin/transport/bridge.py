@@ -58,7 +58,7 @@ class Op(enum.IntEnum):
 
     SEND = 1
     """A message lies in the ring. `value`: when it was complete (s, clock of the endpoint); `after`: 1 + position of an earlier
-    message of the same key that is not acknowledged yet and has to arrive before, 0: none."""
+    message of the same key that is not consumed yet and has to arrive before, 0: none."""
     RELEASE = 2
     """A received message has been copied out: its room is free. Answered with nothing."""
     STUCK = 3

@@ -7,6 +7,8 @@ import psutil
 import pytest
 import torch
 
+from tests.transport.fake_proxy import connected
+
 
 @pytest.fixture(autouse=True)
 def _one_torch_thread():
@@ -59,3 +61,17 @@ def _nothing_leaks():
     if open_descriptors() - before:
         gc.collect()  # slow: only if what is left might be garbage
     assert open_descriptors() - before == set()
+
+
+@pytest.fixture
+def fake_pair():
+    made = []
+
+    def make(**changes):
+        made.append(connected(**changes))
+        return made[-1]
+
+    yield make
+    for endpoint, fake in made:
+        endpoint.close()
+        fake.close()

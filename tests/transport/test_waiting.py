@@ -10,13 +10,12 @@ from linecache import getline
 import pytest
 import torch
 
-from adaptra_plugin.errors import TransferTimeout, TransportError
+from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport import Direction
 from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, pairs
 from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.segment import Segment
 
-from .fake_proxy import connected
 from .support import activation, everywhere, gradient, heard, line, until
 
 LIGHT = """
@@ -25,20 +24,6 @@ import {module}
 heavy = sorted(name for name in ("torch", "pydantic", "numpy") if name in sys.modules)
 sys.exit(f"imports {{heavy}}" if heavy else 0)
 """
-
-
-@pytest.fixture
-def fake_pair():
-    made = []
-
-    def make(**changes):
-        made.append(connected(**changes))
-        return made[-1]
-
-    yield make
-    for endpoint, fake in made:
-        endpoint.close()
-        fake.close()
 
 
 @pytest.mark.parametrize("module", ["adaptra_plugin.transport.proxy.main", "adaptra_plugin.transport"])
@@ -395,83 +380,6 @@ def test_the_oldest_gradient_is_absorbed_whatever_arrived_first(fake_pair):
     for ticket in (*tickets, late, kept):
         assert ticket.wait().tensors[0].tolist() == [1.0] * 10
     assert fake.expect(Op.RELEASE)[5] == 1 << 20
-
-
-def test_a_producer_that_soon_finds_room_does_not_bother_the_peer(fake_pair, monkeypatch):
-    monkeypatch.setattr("adaptra_plugin.transport.lanes.STUCK_AFTER_S", 10.0)
-    first, fake = fake_pair()
-    channel = first.channel(1)
-    channel.send(activation(0), [torch.zeros(150_000)])
-    fake.expect(Op.SEND)
-    thread = threading.Thread(target=channel.send, args=(activation(1), [torch.zeros(150_000)]))
-    thread.start()
-    time.sleep(0.05)
-    fake.record(Op.CONSUMED, position=0)
-    fake.expect(Op.SEND)  # and nothing between
-    thread.join(10)
-    assert first.stats()["peers"][1]["directions"]["activation"]["sent"]["full"] == 0
-    assert first.stats()["peers"][1]["directions"]["activation"]["sent"]["blocked_ms"] > 20
-
-
-def test_a_producer_that_becomes_the_first_in_line_tells_the_peer_as_well(fake_pair):
-    first, fake = fake_pair(warn_full_after_ms=15_000)
-    channel = first.channel(1)
-    channel.send(activation(0), [torch.zeros(150_000)])
-    fake.expect(Op.SEND)
-    threads = [
-        threading.Thread(target=channel.send, args=(activation(n), [torch.zeros(150_000)]), name=str(n)) for n in (1, 2)
-    ]
-    for thread in threads:
-        thread.start()
-        until(lambda: any(len(lane._line) for lane in first._links[1].send_lanes()))
-    assert fake.expect(Op.STUCK)[6] == 1
-    time.sleep(0.05)  # both wait
-    fake.record(Op.CONSUMED, position=0)
-    assert [fake.next()[0] for _ in range(2)] == [Op.STUCK, Op.SEND]
-    assert fake.expect(Op.STUCK)[6] == 1
-    for lane in first._links[1].send_lanes():
-        for waiting in lane.book.waiting():
-            fake.record(Op.CONSUMED, position=waiting.position)
-    assert [fake.next()[0] for _ in range(2)] == [Op.STUCK, Op.SEND]
-    for thread in threads:
-        thread.join(10)
-
-
-def test_producers_of_a_full_lane_stand_in_line(fake_pair):
-    """A large message is not overtaken for ever by small ones that would fit."""
-    first, fake = fake_pair()
-    channel = first.channel(1)
-    channel.send(activation(0), [torch.zeros(150_000)])
-    fake.expect(Op.SEND)
-    sent = []
-
-    def send(number, elements):
-        channel.send(activation(number), [torch.zeros(elements)])
-        sent.append(number)
-
-    large = threading.Thread(target=send, args=(1, 150_000))
-    large.start()
-    fake.expect(Op.STUCK)
-    small = threading.Thread(target=send, args=(2, 10))
-    small.start()
-    time.sleep(0.1)
-    assert sent == []
-    fake.record(Op.CONSUMED, position=0)
-    assert fake.expect(Op.STUCK)[6] == 0
-    sizes = [fake.expect(Op.SEND)[6] for _ in range(2)]
-    assert sizes == [600_128, 192]
-    large.join(10)
-    small.join(10)
-
-
-def test_a_timeout_gives_the_place_in_line_to_the_next(fake_pair):
-    first, fake = fake_pair(deadline_s=0.3)
-    channel = first.channel(1)
-    channel.send(activation(0), [torch.zeros(150_000)])
-    with pytest.raises(TransferTimeout):
-        channel.send(activation(1), [torch.zeros(150_000)])
-    channel.send(activation(2), [torch.zeros(10)])
-    assert [r[0] for r in (fake.next() for _ in range(4))] == [Op.SEND, Op.STUCK, Op.STUCK, Op.SEND]
 
 
 def test_stats_of_a_busy_proxy_are_the_last_known(fake_pair, monkeypatch):
