@@ -11,18 +11,17 @@ does at least:
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
 import queue
 import socket
 import threading
 
 import torch
 
+from adaptra_plugin.transport.ring import memcpy
+
 SLOTS = 2
-_memcpy = ctypes.CDLL(None).memcpy
-_memcpy.argtypes, _memcpy.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], None
+DEADLINE_S = 120.0
 PIECE = 1 << 20
 """Bytes a call into the socket."""
 
@@ -30,19 +29,21 @@ PIECE = 1 << 20
 def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """As the transport does it. Both contiguous, of one length, in host memory."""
     assert target.numel() == source.numel()
-    _memcpy(target.data_ptr(), source.data_ptr(), source.numel())
+    memcpy(target.data_ptr(), source.data_ptr(), source.numel())
 
 
 class Meeting:
-    """What both processes inherit: `SLOTS` slots of shared memory (few: they stay in the caches), two bells, a TCP connection."""
+    """What both processes inherit: `SLOTS` slots of shared memory (few: they stay in the caches), a bell, a TCP connection."""
 
     def __init__(self, largest: int) -> None:
         self.shared = mmap.mmap(-1, SLOTS * largest)
-        self.filled, self.emptied = os.pipe(), os.pipe()
+        self.bells = socket.socketpair()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.ends = (socket.create_connection(listener.getsockname()), listener.accept()[0])
         for end in self.ends:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for end in (*self.ends, *self.bells):
+            end.settimeout(DEADLINE_S)
 
 
 class Bare:
@@ -52,7 +53,9 @@ class Bare:
         self._sends = rank == 0
         self._meeting = meeting
         self._sock = meeting.ends[rank]
-        meeting.ends[1 - rank].close()
+        self._bell = meeting.bells[rank]
+        for ends in (meeting.ends, meeting.bells):
+            ends[1 - rank].close()  # or the end of the other process would not be seen
         self._ring = mmap.mmap(-1, SLOTS * largest)
         self._targets: dict[int, torch.Tensor] = {}
 
@@ -72,20 +75,23 @@ class Bare:
 
     def staged(self, data: torch.Tensor, count: int) -> None:
         size, shared = data.numel(), self._meeting.shared
-        filled, emptied = self._meeting.filled, self._meeting.emptied
         if self._sends:
             for number in range(count):
                 if number >= SLOTS:
-                    os.read(emptied[0], 1)
+                    self._wait()
                 copy(self._slot(shared, number, size), data)
-                os.write(filled[1], b"x")
+                self._bell.send(b"x")
             for _ in range(min(count, SLOTS)):
-                os.read(emptied[0], 1)
+                self._wait()
         else:
             for number in range(count):
-                os.read(filled[0], 1)
+                self._wait()
                 copy(self.target(data), self._slot(shared, number, size))
-                os.write(emptied[1], b"x")
+                self._bell.send(b"x")
+
+    def _wait(self) -> None:
+        if not self._bell.recv(1):
+            raise ConnectionError("the other process has ended")
 
     def relayed(self, data: torch.Tensor, count: int) -> None:
         size, ring = data.numel(), memoryview(self._ring)
@@ -96,7 +102,7 @@ class Bare:
 
         def relay() -> None:
             for _ in range(count):
-                slot = (full if self._sends else free).get()
+                slot = (full if self._sends else free).get(timeout=DEADLINE_S)
                 self._move(ring[slot * size : (slot + 1) * size])
                 (free if self._sends else full).put(slot)
 
@@ -104,11 +110,11 @@ class Bare:
         thread.start()
         for _ in range(count):
             if self._sends:
-                slot = free.get()
+                slot = free.get(timeout=DEADLINE_S)
                 copy(self._slot(self._ring, slot, size), data)
                 full.put(slot)
             else:
-                slot = full.get()
+                slot = full.get(timeout=DEADLINE_S)
                 copy(self.target(data), self._slot(self._ring, slot, size))
                 free.put(slot)
         thread.join()
@@ -125,7 +131,10 @@ class Bare:
         done = 0
         while done < len(view):
             piece = view[done : done + PIECE]
-            done += self._sock.send(piece) if self._sends else self._sock.recv_into(piece)
+            moved = self._sock.send(piece) if self._sends else self._sock.recv_into(piece)
+            if not moved:
+                raise ConnectionError("the other process has ended")
+            done += moved
 
     def _answer(self) -> None:
         if self._sends:

@@ -266,21 +266,18 @@ class SendLane(Lane):
         with self._lock:
             outgoing = self.book.find(position)
             if outgoing is not None:
-                self._settle(outgoing)
+                outgoing.ticket.arrived(position)
 
     def consumed(self, position: int) -> None:
         """A message has been copied out at the peer; that it had arrived may not have been heard."""
         with self._lock:
             outgoing = self.book.find(position)
             if outgoing is not None:
-                self._settle(outgoing)
+                outgoing.ticket.arrived(position)
                 # not when it is acknowledged: what was sent before it may still be under way
                 if self._newest.get(outgoing.ticket.key) is outgoing:
                     del self._newest[outgoing.ticket.key]
                 self.book.consume(position)  # last: after it, the position is not known here any more
-
-    def _settle(self, outgoing: Outgoing) -> None:
-        outgoing.ticket.arrived(outgoing.position)
 
     def abort(self, loss: Loss) -> None:
         """Nothing more goes out: fails what has not arrived, and every later send."""

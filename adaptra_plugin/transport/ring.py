@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from adaptra_plugin.transport.tickets import Ticket
 
 
-# faster than torch's copies by 5 to 50 % (1 to 64 MiB); called with the interpreter lock let go of
-_memcpy = ctypes.CDLL(None).memcpy
-_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_memcpy.restype = None
+# (to, from, bytes); 1 to 57 % faster than torch's copies of 1 to 64 MiB, and lets go of the interpreter lock as they do
+memcpy = ctypes.CDLL(None).memcpy
+memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+memcpy.restype = None
 
 
 class Memory:
@@ -47,7 +47,7 @@ class Memory:
         area = self.tensor  # holds the mapping, should the ring be closed meanwhile
         done = 0
         for start, stop in self.segment.pieces(position, data.numel()):
-            _memcpy(area.data_ptr() + start, data.data_ptr() + done, stop - start)
+            memcpy(area.data_ptr() + start, data.data_ptr() + done, stop - start)
             done += stop - start
 
     def copy_out(self, position: int, data: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ class Memory:
         area = self.tensor
         done = 0
         for start, stop in self.segment.pieces(position, data.numel()):
-            _memcpy(data.data_ptr() + done, area.data_ptr() + start, stop - start)
+            memcpy(data.data_ptr() + done, area.data_ptr() + start, stop - start)
             done += stop - start
 
     def close(self) -> None:

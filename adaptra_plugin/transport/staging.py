@@ -32,7 +32,7 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
-from adaptra_plugin.transport.tensors import aligned, as_bytes
+from adaptra_plugin.transport.tensors import aligned, as_bytes, overlaps
 
 PART_CHUNKS = 4
 """What comes from a device goes in parts of so many chunks (`transport.chunk_kib`)."""
@@ -369,10 +369,15 @@ class Block:
     later: bool
     """They are on the device, and copied from there by the copier."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
 
 def blocks(tensors: Sequence[torch.Tensor], device: Device) -> list[Block]:
     """The payload of a message. Raises TransportError: the tensors are on several devices, or one has no memory."""
     found: list[Block] = []
+    there: torch.device | None = None
     start = 0
     for index, tensor in enumerate(tensors):
         if tensor.numel():
@@ -384,11 +389,14 @@ def blocks(tensors: Sequence[torch.Tensor], device: Device) -> list[Block]:
                     f"tensor {index} ({type(tensor).__name__}) has no memory of its own: send the plain tensor behind it "
                     "(of a DTensor: `to_local()`)"
                 )
-            there = {str(one.data.device) for one in (*found, block) if one.later}
-            if len(there) > 1:
-                raise TransportError(f"a message has tensors on {' and '.join(sorted(there))}: send them one by one")
+            if later:
+                there = there or block.data.device
+                if block.data.device != there:
+                    raise TransportError(
+                        f"a message has tensors on {there} and {block.data.device}: send them one by one"
+                    )
             found.append(block)
-            start += aligned(block.data.numel())
+            start += aligned(block.nbytes)
     return found
 
 
@@ -396,14 +404,13 @@ def stage(memory: Memory, position: int, payload: Sequence[Block], at: int, nbyt
     """Copies bytes `at` to `at + nbytes` of a payload to `position` of a ring, except for what is on the device: that is
     returned."""
     later: list[Piece] = []
-    for block in payload:
-        first, last = max(at, block.start), min(at + nbytes, block.start + block.data.numel())
-        if first < last:
-            data = block.data[first - block.start : last - block.start]
-            if block.later:
-                later.append(Piece(position + first - at, data))
-            else:
-                memory.copy_in(position + first - at, data)
+    for index, first, last in overlaps(payload, at, at + nbytes):
+        block = payload[index]
+        to, data = position + block.start + first - at, block.data[first:last]
+        if block.later:
+            later.append(Piece(to, data))
+        else:
+            memory.copy_in(to, data)
     return later
 
 

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -134,14 +134,23 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def overlaps(specs: Sequence[Spec], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+class Stretch(Protocol):
+    """Where the bytes of a tensor lie in the payload."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def overlaps(tensors: Sequence[Stretch], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Which tensors have bytes between two places of the payload: (index, from, to) in the tensor (bytes)."""
-    index = max(0, bisect.bisect_right(specs, start, key=lambda spec: spec.start) - 1)
-    while index < len(specs) and specs[index].start < stop:
-        spec = specs[index]
-        first, last = max(start, spec.start), min(stop, spec.start + spec.nbytes)
+    index = max(0, bisect.bisect_right(tensors, start, key=lambda tensor: tensor.start) - 1)
+    while index < len(tensors) and tensors[index].start < stop:
+        tensor = tensors[index]
+        first, last = max(start, tensor.start), min(stop, tensor.start + tensor.nbytes)
         if first < last:
-            yield index, first - spec.start, last - spec.start
+            yield index, first - tensor.start, last - tensor.start
         index += 1
 
 

@@ -212,7 +212,7 @@ class RecvTicket(_Pending):
 
     def _upload(self) -> None:
         """Caller: what is new in host memory goes to the device. What raises, out of memory for one, may be tried again."""
-        if self._device is None or self._assembly is None:
+        if self._device is None or self._assembly is None or (self._message is None and self._sent_up == self._copied):
             return
         accelerator = self._lane.copier.device
         if accelerator.serves(self._device):

@@ -18,7 +18,6 @@ from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessa
 from adaptra_plugin.transport.tensors import describe
 from adaptra_plugin.transport.tickets import Loss
 from tests.transport.fake_device import THERE, FakeDevice, channels, pair
-from tests.transport.fake_proxy import connected
 from tests.transport.support import activation, gradient, heard, until
 
 PART = 4 * 64 << 10
@@ -145,6 +144,7 @@ def test_an_upload_that_fails_between_two_parts_may_be_tried_again(device):
                 assert "out of memory" in str(error)
         else:
             message = received.wait()
+        assert device.uploads_fail < 3
         device.compute.mark().synchronize()
         assert torch.equal(message.tensors[0], tensor)
 
@@ -179,8 +179,8 @@ def test_parts_are_absorbed_while_the_receiver_is_blocked_itself(device):
             assert torch.equal(message.tensors[0], tensor)
 
 
-def test_room_is_given_back_although_its_giving_back_was_interrupted():
-    first, fake = connected()
+def test_room_is_given_back_although_its_giving_back_was_interrupted(fake_pair):
+    first, fake = fake_pair()
     lane = first._links[1].receiving[Direction.GRADIENT][0]
     ticket = first.channel(1).recv(KEY)
     fake.deliver(KEY, torch.arange(192, dtype=torch.uint8), 0, step=64)
@@ -200,12 +200,10 @@ def test_room_is_given_back_although_its_giving_back_was_interrupted():
     assert torch.equal(ticket.wait().tensors[0], torch.arange(192, dtype=torch.uint8))
     assert [fake.expect(Op.RELEASE)[5] for _ in range(3)] == [0, 192, 320]
     assert not lane._held and not lane.can_absorb()
-    first.close()
-    fake.close()
 
 
-def test_who_waits_for_a_copy_to_end_is_woken_when_another_may_copy():
-    first, fake = connected()
+def test_who_waits_for_a_copy_to_end_is_woken_when_another_may_copy(fake_pair):
+    first, fake = fake_pair()
     lane = first._links[1].receiving[Direction.GRADIENT][0]
     ticket = first.channel(1).recv(KEY)
     fake.record(Op.PEER_STUCK, Direction.GRADIENT, total=1)
@@ -217,12 +215,10 @@ def test_who_waits_for_a_copy_to_end_is_woken_when_another_may_copy():
     assert lane.absorb() and idle[-1:] == [True]
     ticket.wait()
     assert idle[-1:] == [True]
-    first.close()
-    fake.close()
 
 
-def test_parts_whose_beginning_went_to_a_ticket_that_failed_are_nobodys():
-    first, fake = connected()
+def test_parts_whose_beginning_went_to_a_ticket_that_failed_are_nobodys(fake_pair):
+    first, fake = fake_pair()
     lane = first._links[1].receiving[Direction.GRADIENT][0]
     meta, payload = describe([torch.zeros(192, dtype=torch.uint8)])
     begin, *rest = split(KEY, 0, 1, len(meta), payload, 64)
@@ -239,20 +235,16 @@ def test_parts_whose_beginning_went_to_a_ticket_that_failed_are_nobodys():
     for failed in (ticket, first.channel(1).recv(KEY)):
         with pytest.raises(PeerLostError, match="it is gone"):
             failed.wait(5)
-    first.close()
-    fake.close()
 
 
-def test_a_tensor_without_memory_is_refused_and_nothing_is_sent():
-    first, fake = connected()
+def test_a_tensor_without_memory_is_refused_and_nothing_is_sent(fake_pair):
+    first, fake = fake_pair()
     with FakeTensorMode():
         nothing = torch.zeros(5)
     with pytest.raises(TransportError, match=r"tensor 1 \(FakeTensor\) has no memory of its own"):
         first.channel(1).send(activation(0), [torch.zeros(2), nothing])
     first.channel(1).send(activation(0), [torch.zeros(2)])
     assert fake.expect(Op.SEND)[5] == 0
-    first.close()
-    fake.close()
 
 
 def test_what_lies_in_host_memory_goes_whole():
@@ -326,8 +318,8 @@ def test_whatever_a_header_says_what_is_accepted_fits(tensors, meta, payload, at
         (Header(KEY, 0, 1, 64, 192, 0, 0), "a part begins at 0 of 192 bytes instead of 64 of 192"),
     ],
 )
-def test_parts_that_do_not_follow_each_other_end_the_link(second, expected):
-    first, fake = connected()
+def test_parts_that_do_not_follow_each_other_end_the_link(fake_pair, second, expected):
+    first, fake = fake_pair()
     ticket = first.channel(1).recv(KEY)
     meta, payload = describe([torch.zeros(192, dtype=torch.uint8)])
     start = split(KEY, 0, 1, len(meta), payload, 64)[0]
@@ -338,17 +330,13 @@ def test_parts_that_do_not_follow_each_other_end_the_link(second, expected):
     fake.record(Op.ARRIVED, Direction.GRADIENT, 1024, second.total)
     with pytest.raises(TransportError, match=f"malformed message on connection gradient 0: .*{expected}"):
         ticket.wait(10)
-    first.close()
-    fake.close()
 
 
-def test_a_part_without_a_beginning_ends_the_link():
-    first, fake = connected()
+def test_a_part_without_a_beginning_ends_the_link(fake_pair):
+    first, fake = fake_pair()
     ticket = first.channel(1).recv(KEY)
     part = Header(KEY, 0, 0, 0, 64, 64, 0)
     fake.mirror(Direction.GRADIENT).write(0, part.pack() + bytes(64))
     fake.record(Op.ARRIVED, Direction.GRADIENT, 0, part.total)
     with pytest.raises(TransportError, match="a part begins at 64 of 128 bytes instead of 0 of 128"):
         ticket.wait(10)
-    first.close()
-    fake.close()

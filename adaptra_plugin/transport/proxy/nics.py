@@ -15,7 +15,9 @@ from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, QueuePair, R
 from adaptra_plugin.transport.segment import Segment
 
 RETIRED_S = 5.0
+"""Until a queue pair that is out of service is destroyed (s)."""
 MAX_RETIRED = 4
+"""Those of one port that wait for it; beyond that the oldest one goes at once."""
 
 
 class _Descriptor:
