@@ -35,10 +35,6 @@ DRAIN_FROM = 64 << 10
 is filled from its start again, where it is in the caches."""
 
 
-STUCK_AFTER_S = 0.002
-"""A producer that finds room sooner does not bother the peer with it: in a stream of messages every one waits a little."""
-
-
 @dataclass(slots=True)
 class Arrived:
     """A message, or a part of one, in the mirror, or in the peer's ring."""
@@ -234,7 +230,7 @@ class SendLane(Lane):
                         f"{key} could not be staged for {self.peer} within {self.deadline_s:g} s: "
                         f"{self.situation()} That rank does not consume, or the link is down: look at its log"
                     )
-                if first and not told and waited >= STUCK_AFTER_S:
+                if first and not told:
                     told = True
                     self.counters.full += 1
                     self._post(Op.STUCK, total=1)
@@ -243,7 +239,7 @@ class SendLane(Lane):
                     log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
                 if not (first and self.relief.give()):
                     limit = self.deadline_s if self._warned else min(self.deadline_s, warn_after)
-                    self.mailbox.wait(may_go_on, started + (limit if told or not first else min(limit, STUCK_AFTER_S)))
+                    self.mailbox.wait(may_go_on, started + limit)
         finally:
             if told:
                 self._post(Op.STUCK, total=0)

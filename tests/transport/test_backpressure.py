@@ -169,22 +169,6 @@ def test_rings_are_mapped_only_when_used():
 # --- producers that find no room
 
 
-def test_a_producer_that_soon_finds_room_does_not_bother_the_peer(fake_pair, monkeypatch):
-    monkeypatch.setattr("adaptra_plugin.transport.lanes.STUCK_AFTER_S", 10.0)
-    first, fake = fake_pair()
-    channel = first.channel(1)
-    channel.send(activation(0), [torch.zeros(150_000)])
-    fake.expect(Op.SEND)
-    thread = threading.Thread(target=channel.send, args=(activation(1), [torch.zeros(150_000)]))
-    thread.start()
-    time.sleep(0.05)
-    fake.record(Op.CONSUMED, position=0)
-    fake.expect(Op.SEND)  # and nothing between
-    thread.join(10)
-    assert first.stats()["peers"][1]["directions"]["activation"]["sent"]["full"] == 0
-    assert first.stats()["peers"][1]["directions"]["activation"]["sent"]["blocked_ms"] > 20
-
-
 def test_a_producer_that_becomes_the_first_in_line_tells_the_peer_as_well(fake_pair):
     first, fake = fake_pair(warn_full_after_ms=15_000)
     channel = first.channel(1)
