@@ -220,6 +220,11 @@ def _middle(values: list[float]) -> tuple[float, float]:
     return middle, 100 * statistics.median(abs(v - middle) for v in values) / middle
 
 
+def _ratio(speeds: dict[str, list[float]], one: str, other: str) -> float:
+    """Of the same repeats: what the machine did meanwhile cancels out."""
+    return statistics.median(a / b for a, b in zip(speeds[one], speeds[other], strict=True))
+
+
 def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -228,19 +233,15 @@ def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) ->
     rows = []
     for row in result["rows"]:
         speeds = {name: _middle(values) for name, values in row["gb_per_s"].items()}
-        # ratios of the same repeat: what the machine did meanwhile cancels out
         pairs = row["gb_per_s"]
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(pairs["adaptra"], pairs[name], strict=True))
-            for name in pairs
-            if name != "adaptra"
-        }
+        ratios = {name: _ratio(pairs, "adaptra", name) for name in pairs if name != "adaptra"}
         rows.append(
             {
                 "kib": row["kib"],
                 "gb_per_s": {name: round(middle, 3) for name, (middle, _) in speeds.items()},
                 "spread_percent": {name: round(spread, 1) for name, (_, spread) in speeds.items()},
                 "ratio_to": {name: round(value, 3) for name, value in ratios.items()},
+                "of_gloo": {name: round(_ratio(pairs, name, "gloo"), 3) for name in (*FLOORS[rail], "memcpy")},
             }
         )
     latency = {
@@ -257,22 +258,8 @@ def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) ->
         "ring_mib": options.ring_mib,
         "repeats": options.repeats,
         "sizes": rows,
-        "limits": _limits(result["rows"], rail),
         **latency,
     }
-
-
-def _limits(rows: list[dict[str, Any]], rail: str) -> dict[str, str]:
-    """By size: how many times gloo's speed the bare forms of a rail, and a plain copy, have here."""
-    found = {}
-    for row in rows:
-        speeds = row["gb_per_s"]
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(speeds[name], speeds["gloo"], strict=True))
-            for name in (*FLOORS[rail], "memcpy")
-        }
-        found[f"{row['kib'] / 1024:g} MiB"] = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
-    return found
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -286,8 +273,10 @@ def table(summary: dict[str, Any]) -> str:
         cells = [f"{row['gb_per_s'][name]:8.2f} (±{row['spread_percent'][name]:3.0f}%)" for name in names]
         ratios = [f"{row['ratio_to'][name]:10.2f}" for name in others]
         lines.append(" ".join([f"{size:>10}", *(f"{cell:>16}" for cell in cells), *ratios]))
-    limits = summary["limits"]
-    lines += [f"{size:>10}: of gloo's speed have {value}" for size, value in limits.items()]
+    lines.append("of gloo's speed, without any protocol:")
+    for row in summary["sizes"]:
+        limits = ", ".join(f"{name} {value:.2f}" for name, value in row["of_gloo"].items())
+        lines.append(f"{row['kib'] / 1024:>6g} MiB {limits}")
     trip, call = summary["round_trip_us"], summary["send_call_us"]
     lines.append(f"round trip of 4 B: p50 {trip['p50']} us, p99 {trip['p99']} us")
     lines.append(f"send() of 4 KiB with 64 MiB queued returns after: p50 {call['p50']} us, p99 {call['p99']} us")
