@@ -12,7 +12,6 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -202,7 +201,7 @@ class AdaptraPipelineEngine(PipelineEngine):
     def _adaptra_forward(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
-        with iteration.compute(action), session.queue.recording() if iteration.splits() else nullcontext():
+        with iteration.compute(action), session.recording(iteration):
             PipelineEngine._exec_forward_pass(self, buffer_id)
         if iteration.training and self.is_last_stage():
             # the stock engine has one slot for the loss; here several forwards may run before the first backward
@@ -217,9 +216,7 @@ class AdaptraPipelineEngine(PipelineEngine):
     def _adaptra_backward_input(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
-        queue = session.queue
-        # recording again: activation checkpointing runs forwards inside the backward
-        with iteration.compute(action), queue.recording(), queue.collect(action.microbatch):
+        with iteration.compute(action), session.backward_input(iteration, action.microbatch):
             self._stock_backward(buffer_id)
 
     def _stock_backward(self, buffer_id: int) -> None:

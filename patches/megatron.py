@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_support as support
-from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit, recording
+from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous
 from adaptra_plugin.runtime.session import Session
@@ -133,7 +133,7 @@ class Pipeline:
             config,
             self.topology,
             store,
-            lambda queue: MegatronSplit(call.chunks, self.delayed),
+            lambda queue: MegatronSplit(call.chunks, self.delayed, queue),
             _device_of(call.chunks),
             call.num_microbatches,
             wandb_rank=world_size - 1,  # Megatron's run lives on the last rank
@@ -196,7 +196,7 @@ class _Execution:
             tensor.requires_grad_(tensor.is_floating_point())
         self._synchronise_parameters(chunk)
         first = call.first_val_step is None or call.training or bool(call.first_val_step)
-        with iteration.compute(action), self._recording():
+        with iteration.compute(action), self.session.recording(iteration):
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.iterators[chunk],
@@ -234,11 +234,11 @@ class _Execution:
         tensor = self._inputs.pop((chunk, action.microbatch))
         output = self._outputs.pop((chunk, action.microbatch))
         split = action.kind is Kind.I
-        # recording again: activation checkpointing runs forwards inside the backward
-        with iteration.compute(action), self._recording() if split else nullcontext():
-            with self.session.queue.collect((chunk, action.microbatch)) if split else nullcontext():
+        with iteration.compute(action):
+            key = (chunk, action.microbatch)
+            with self.session.backward_input(iteration, key) if split else nullcontext():
                 towards = _backward_step(tensor, output, gradient, self.call)
-            if not split:
+            if not (split and self.session.splits):
                 self.pipeline.delayed.run(chunk)
         if iteration.sends(action):
             if towards is None:
@@ -251,15 +251,11 @@ class _Execution:
         chunk = self._place(action)
         with self.iteration.compute(action):
             self.session.queue.run((chunk, action.microbatch))
-            self.pipeline.delayed.run(chunk)
+            if self.session.splits:
+                self.pipeline.delayed.run(chunk)
 
     def _place(self, action: Action) -> int:
         return self.topology.chunk(action.stage)
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        with recording(self.session.queue) if self.iteration.splits() else nullcontext():
-            yield
 
     # --- data parallelism
 

@@ -22,7 +22,6 @@ logger = logging.getLogger("adaptra")
 VERSIONS = ">=0.14,<0.20"
 """megatron-core versions whose schedules and layers have the seams used here."""
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
-LINEAR_ID = "megatron.linear"
 
 _config: AdaptraConfig | None = None  # while the gate is open
 
@@ -72,16 +71,7 @@ def _patches() -> list[Patch]:
             sweep=True,
         )
 
-    linear = Patch(
-        id=LINEAR_ID,
-        target="megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",
-        host="megatron-core",
-        module="megatron.core",
-        versions=VERSIONS,
-        reason="lets the weight gradients of linear layers run apart from the rest of their backward",
-        replace=_switch,
-    )
-    return [schedule("without"), schedule("with"), linear]
+    return [schedule("without"), schedule("with")]
 
 
 def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,12 +84,6 @@ def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
         return adapter.run(stock, _config, arguments)
 
     return forward_backward
-
-
-def _switch(stock: Any) -> Any:
-    from adaptra_plugin.patches.megatron_split import Switch
-
-    return Switch(stock)
 
 
 class _Activate(argparse.Action):

@@ -1,8 +1,9 @@
 """The backward of Megatron's linear layers in two parts.
 
 The local layers (`ColumnParallelLinear`, `RowParallelLinear`, the output layer) all go through one autograd Function, which
-`tensor_parallel.layers` looks up by its global name at each call; that name is bound to `Switch`. While a forward
-records for a split backward, calls go to `_SplitLinear`, at all other times to the stock Function.
+`tensor_parallel.layers` looks up by its global name at each call. While a forward records for a split backward, that name is
+bound to `_Calls`, at all other times to what it is bound to without the plug-in. If somebody else has put another Function
+there, it stays, and the layers run fused.
 
 The stock Function can leave out the weight gradient by itself (it does so for the last stage's embedding): given a list,
 it appends the output's gradient instead. So everything else of it, collectives included, runs as it is in stock.
@@ -14,9 +15,9 @@ gradient needs until `backward_dw` is called, first in, first out.
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from queue import Queue
 from typing import Any
 
@@ -25,24 +26,16 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 from torch import Tensor, nn
 
-from adaptra_plugin.runtime.split import Gradient, SplitReport, WeightQueue
+from adaptra_plugin.runtime.census import State
+from adaptra_plugin.runtime.split import Rebinding, SplitLayers, SplitReport
+from adaptra_plugin.runtime.weights import Formula, Gradient, WeightQueue
 
-_recording: list[WeightQueue] = []
-"""The queue of the forward that runs now, if it records."""
-
-
-@contextmanager
-def recording(queue: WeightQueue) -> Iterator[None]:
-    """Forwards inside run split; their weight gradients go to `queue`."""
-    _recording.append(queue)
-    try:
-        with queue.recording():
-            yield
-    finally:
-        _recording.pop()
+logger = logging.getLogger("adaptra")
+NAME = "LinearWithGradAccumulationAndAsyncCommunication"
+_STOCK: Any = getattr(layers, NAME)
 
 
-class Switch:
+class _Calls:
     """Stands in for the stock Function, of which layers use nothing but `apply`."""
 
     def __init__(self, stock: Any) -> None:
@@ -66,25 +59,33 @@ class Switch:
         *more: Any,
     ) -> Tensor:
         """Arguments as of the stock Function; `more` are those of newer versions."""
-        queue = _recording[-1] if _recording else None
+        taker = REBINDING.taker if torch.is_grad_enabled() else None
+        arguments = (x, weight, bias, fusion, allreduce_dgrad, sequence_parallel, buffer, limit, tp_group, *more)
         if (
-            queue is None
+            taker is None
+            or (state := taker.census.state(weight)) in (None, State.FUSED)
             or buffer is not None  # Megatron defers this one itself
-            or not isinstance(weight, nn.Parameter)
-            or not queue.defers(weight)
-            or not torch.is_grad_enabled()
             or torch.is_autocast_enabled(x.device.type)
             or hasattr(weight, "__fsdp_param__")
             or any(value not in (None, 0, 1) for value in more)  # weights that are spread and gathered anew
         ):
-            return self.stock.apply(
-                x, weight, bias, fusion, allreduce_dgrad, sequence_parallel, buffer, limit, tp_group, *more
-            )
+            return self.stock.apply(*arguments)
+        if state is State.OBSERVED:
+            y: Tensor = self.stock.apply(*arguments)
+            taker.census.observe(weight, x, y)
+            return y
         gather = tp_group if sequence_parallel else None
         gradient = _fused_gradient(weight, gather) if fusion else _plain_gradient(gather)
-        anchor = torch.zeros(1, device=weight.device, requires_grad=True)  # a stage's first layer may have no other
         y = self.split.apply(
-            x, weight.detach(), (queue, weight, gradient), anchor, allreduce_dgrad, sequence_parallel, tp_group, *more
+            x,
+            # it requires grad, as in stock: at::matmul goes another way, to other last bits, where nothing does
+            weight.detach().requires_grad_(),
+            (taker.queue, weight, gradient),
+            taker.anchor(weight.device),
+            allreduce_dgrad,
+            sequence_parallel,
+            tp_group,
+            *more,
         )
         return y if bias is None else _AddBias.apply(y, bias)
 
@@ -119,14 +120,14 @@ def _split_function(stock: Any) -> Any:
             grad_x = stock.backward(ctx, *grads)[0]
             queue, weight, gradient = ctx.box
             # detached: the queue must not keep the graph alive
-            queue.defer(weight, x.detach(), ctx.grad_output_buffer.pop().detach(), gradient)
+            queue.defer(weight, Formula(x.detach(), ctx.grad_output_buffer.pop().detach(), gradient))
             return grad_x, *(None for _ in range(ctx.inputs - 1))
 
     return _SplitLinear
 
 
 class _AddBias(torch.autograd.Function):
-    """Adds a bias; its gradient is summed over the flattened microbatch, as the stock Function does."""
+    """Adds a bias; its gradient is summed as the stock Function does: over the flattened microbatch, laid out anew."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ class _AddBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grads
-        return grad, grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+        flat, _ = prepare_input_tensors_for_wgrad_compute(grad, grad)
+        return grad, flat.sum(dim=0)
 
 
 def _operands(x: Tensor, grad_y: Tensor, gather: Any) -> tuple[Tensor, Tensor]:
@@ -197,30 +199,36 @@ class Delayed:
                 context.queue.clear()
 
 
-class MegatronSplit:
-    """The layers of a rank's model chunks that run split: the local ones by `Switch`, Transformer Engine's by themselves.
+REBINDING = Rebinding(_STOCK, _Calls(_STOCK), lambda: [(layers, NAME)])
 
-    Nothing is installed in the model, so there is nothing to remove from it; nor is it kept alive.
-    """
 
-    def __init__(self, chunks: Sequence[nn.Module], delayed: Delayed) -> None:
-        self._layers: list[weakref.ref[nn.Module]] = []
-        fused: dict[str, int] = {}
-        for layer in itertools.chain(*(chunk.modules() for chunk in chunks)):
-            if isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
-                # one without a weight of its own is handed that of the embedding
-                self._layers.append(weakref.ref(layer))
-            elif any(parameter is not None for parameter in layer._parameters.values()) and not delays(layer):
-                fused[type(layer).__name__] = fused.get(type(layer).__name__, 0) + 1
-        self.report = SplitReport(split=len(self._layers) + len(delayed), fused=fused)
+class MegatronSplit(SplitLayers):
+    """The layers of a rank's model chunks that run split: the local ones by `_Calls`, Transformer Engine's by themselves."""
+
+    def __init__(self, chunks: Sequence[nn.Module], delayed: Delayed, queue: WeightQueue) -> None:
+        super().__init__(itertools.chain(*(chunk.modules() for chunk in chunks)), queue, REBINDING, _is_local)
+        self._delayed = len(delayed)
+        present = getattr(layers, NAME)
+        if present is not _STOCK or _STOCK.__module__ != layers.__name__:
+            logger.warning(
+                "megatron.core's %s is replaced by %s.%s: its layers run fused",
+                NAME,
+                present.__module__,
+                present.__name__,
+            )
+
+    def counts(self, layer: nn.Module) -> bool:
+        return not delays(layer)
 
     @property
-    def weights(self) -> list[nn.Parameter]:
-        found = [getattr(layer(), "weight", None) for layer in self._layers]
-        return [weight for weight in found if isinstance(weight, nn.Parameter)]
+    def report(self) -> SplitReport:
+        own = super().report
+        return SplitReport(own.split + self._delayed, own.fused)
 
-    def remove(self) -> None:
-        self._layers = []
+
+def _is_local(layer: nn.Module) -> bool:
+    # one without a weight of its own is handed that of the embedding
+    return isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear))
 
 
 def delays(layer: nn.Module) -> bool:

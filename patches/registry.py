@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from adaptra_plugin.bindings import names_bound_to
 from adaptra_plugin.errors import UnsupportedError
 
 
@@ -74,7 +75,7 @@ class PatchSet:
         if patch.id in self._applied:
             return  # importing the target, or reading it, has run a hook that applied the very same patch
         replacement = patch.replace(original)
-        own_names = {(owner.__name__, key) for owner, key in _names_bound_to(replacement)}
+        own_names = {(owner.__name__, key) for owner, key in names_bound_to(replacement)}
         setattr(module, name, replacement)
         if patch.sweep:
             _rebind(original, replacement)
@@ -163,19 +164,9 @@ def _resolve(patch: Patch) -> tuple[ModuleType, str, Any]:
 
 def _rebind(old: Any, new: Any, but: Collection[tuple[str, str]] = ()) -> None:
     """Names in other modules that are bound to `old` (`from host import name`) are bound to `new`."""
-    for module, name in list(_names_bound_to(old)):
+    for module, name in list(names_bound_to(old)):
         if (module.__name__, name) not in but:
             setattr(module, name, new)
-
-
-def _names_bound_to(value: Any) -> Iterator[tuple[ModuleType, str]]:
-    for module in list(sys.modules.values()):
-        # `vars` and not `getattr`: reading an attribute of a lazy module would import it
-        if not isinstance(module, ModuleType) or (module.__name__ or "").startswith("adaptra_plugin"):
-            continue
-        for name, bound in list(vars(module).items()):
-            if bound is value:
-                yield module, name
 
 
 PATCHES = PatchSet()

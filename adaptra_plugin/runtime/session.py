@@ -11,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,9 +29,10 @@ from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.rails import RailWatch, event_from
 from adaptra_plugin.runtime.rendezvous import Rendezvous
-from adaptra_plugin.runtime.split import Split, WeightQueue
+from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.runtime.weights import WeightQueue
 from adaptra_plugin.schedule.names import ADAPTIVE
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.prepare import prepare
@@ -144,8 +145,6 @@ class Session:
         self._split = split(self.queue) if config.split_backward else None
         if self._split is not None:
             undo.callback(self._split.remove)
-            undo.callback(self.queue.settle)
-            self.queue.watch(self._split.weights)
             if self._split.report.split == 0:
                 logger.warning("rank %d: no linear layer can run a split backward; all run fused", topology.rank)
         if self._coordinator is not None:
@@ -210,8 +209,8 @@ class Session:
         if not iteration.training:
             return
         iteration.finish()
-        if self._iteration == 0:
-            self.queue.settle()
+        if self._split is not None:
+            self._split.settle()
         self._iteration += 1
         report = iteration.report(self._me.host)
         if self.config.detector.enabled:
@@ -222,6 +221,26 @@ class Session:
             metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)
             metrics["spans"] = iteration.spans()
         self._reporter.iteration(metrics, to_wandb=not self.config.detector.enabled)
+
+    # --- the backward in two parts
+
+    def recording(self, iteration: Iteration) -> AbstractContextManager[None]:
+        """Forwards inside run so that their backward can be split, if that is configured and the plan does it."""
+        if self._split is None or not iteration.splits():
+            return nullcontext()
+        return self._split.recording()
+
+    @contextmanager
+    def backward_input(self, iteration: Iteration, microbatch: Hashable) -> Iterator[None]:
+        """The backward pass inside is action I: what it can leave to W, it leaves. Without a split backward that is nothing."""
+        # recording again: activation checkpointing runs forwards inside the backward
+        with self.recording(iteration), self.queue.collect(microbatch):
+            yield
+
+    @property
+    def splits(self) -> bool:
+        """Whether the backward of layers is split, as configured."""
+        return self._split is not None
 
     # --- agreement
 
@@ -445,7 +464,6 @@ class Session:
             self._await_overview()
         if self._split is not None:
             self._split.remove()
-        self.queue.settle()
         self._endpoint.close(linger_s=0.0 if self.failure is not None else 5.0)
         self._reporter.close()
 
@@ -455,14 +473,15 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """Plan version, split layers, transport counters, files: plain values."""
+        split = self._split.report if self._split is not None else SplitReport(0, {})
         return {
             "rank": self.topology.rank,
             "stage": self.topology.position,
             "stages": self.topology.stages,
             "iteration": self._iteration,
             "plan_version": self._book.version,
-            "split_layers": self._split.report.split if self._split else 0,
-            "fused_layers": dict(self._split.report.fused) if self._split else {},
+            "split_layers": split.split,
+            "fused_layers": split.fused,
             "transport": self._endpoint.stats(),
             "files": self._reporter.files(),
             "failure": None if self.failure is None else str(self.failure),

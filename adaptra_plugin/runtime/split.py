@@ -1,200 +1,38 @@
 """The backward pass of linear layers in two parts: input first, weights when there is time.
 
-Zero-bubble schedules (Qi et al., ICLR'24; used by the method's sec. 4.3) need the gradient with respect to a stage's
-input (I) before, and apart from, the gradients with respect to its weights (W). `split_linears` makes the linear layers of a
-module able to run in two parts; a `WeightQueue` keeps what W needs. Everything else runs the fused backward in I.
+Modules are left alone. While a forward records, the name `torch.nn.functional.linear` is bound to `SplitLinears`'s own function,
+so a linear layer of any class takes part that calls it with a parameter of the model: `nn.Linear`, the layers of GPT-NeoX, users'
+own. Names that are bound to somebody else's function then, and whatever else is not known, run as in stock.
 
-W feeds each gradient through `torch.autograd.backward(p.expand_as(p), dw)`, so that every hook on the parameter's
-AccumulateGrad node (data parallelism, ZeRO, BF16 optimizer) fires exactly as in a fused backward, once per microbatch.
+A split call runs the stock function on stand-ins of input and bias: a small graph of its own, from the input to the output,
+that ends at the real parameter. I takes from it the gradients of input and bias, W that of the weight. So each is what autograd
+computes for stock, whatever way torch chooses for the layout at hand.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.bindings import names_bound_to
+from adaptra_plugin.runtime.census import Census, State
+from adaptra_plugin.runtime.weights import GraphRest, WeightQueue
 
-logger = logging.getLogger("adaptra.runtime")
-
-
-Gradient = Callable[[Tensor, Tensor], Tensor | None]
-"""Of a weight, from the layer's input x and the gradient of its output y. None: it has been accumulated already, and no hook
-waits for it."""
-
-
-def linear_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
-    """`grad_y^T x`, of shape (outputs, inputs), summed over all leading dimensions."""
-    return grad_y.reshape(-1, grad_y.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Deferred:
-    """One use of one weight in one microbatch."""
-
-    weight: nn.Parameter
-    x: Tensor
-    grad_y: Tensor
-    gradient: Gradient
-    task: int
-    """The call of autograd in which it came up: one for each `backward()`, nested ones included."""
-
-
-class WeightQueue:
-    """Weight gradients of one stage that wait for their W.
-
-    A microbatch (with several model chunks: one of a chunk) is opened by `collect` while its I runs and emptied by `run`. Not
-    thread-safe: backward passes of one rank run one after the other.
-    """
-
-    def __init__(self) -> None:
-        self.active = False
-        """True while a forward should record for a split backward."""
-        self._collecting: list[_Deferred] | None = None
-        self._waiting: dict[Hashable, list[_Deferred]] = {}
-        self._fused: set[int] = set()
-        self._fired: set[int] = set()
-        self._shared: set[int] = set()
-        self._watches: list[Any] = []
-
-    @property
-    def microbatches(self) -> tuple[Hashable, ...]:
-        """Microbatches whose W has not run."""
-        return tuple(self._waiting)
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Forwards inside run split."""
-        self.active = True
-        try:
-            yield
-        finally:
-            self.active = False
-
-    @contextmanager
-    def collect(self, microbatch: Hashable) -> Iterator[None]:
-        """Backward passes inside leave the weight gradients of `microbatch` for `run`."""
-        if microbatch in self._waiting:
-            raise RuntimeError(f"microbatch {microbatch} already waits for its weight gradients")
-        self._collecting = []
-        self._fired.clear()
-        try:
-            yield
-            self._waiting[microbatch] = self._collecting
-            self._shared.update(self._fired.intersection(id(item.weight) for item in self._collecting))
-        finally:
-            self._collecting = None
-
-    def run(self, microbatch: Hashable) -> None:
-        """Computes and accumulates the weight gradients of `microbatch` (action W)."""
-        totals: dict[tuple[int, int], tuple[nn.Parameter, Tensor]] = {}
-        with torch.no_grad():
-            # A weight used several times in one call of autograd: it sums the uses, in the order in which their backward
-            # passes ran, before it accumulates; several calls accumulate one by one. The same here, for the same bits.
-            for item in self._waiting.pop(microbatch):
-                gradient = item.gradient(item.x, item.grad_y)
-                if gradient is None:
-                    continue
-                key = (id(item.weight), item.task)
-                seen = totals.get(key)
-                totals[key] = (item.weight, gradient if seen is None else seen[1] + gradient)
-        for weight, gradient in totals.values():
-            with torch.enable_grad():
-                alias = weight.expand_as(weight)
-            torch.autograd.backward(alias, gradient)
-
-    def clear(self) -> None:
-        """Forgets everything that waits (after a failed iteration)."""
-        self._waiting.clear()
-        self._collecting = None
-
-    def defers(self, weight: nn.Parameter) -> bool:
-        """True if a forward through `weight` now should leave its gradient to W."""
-        return self.active and weight.requires_grad and id(weight) not in self._fused
-
-    def defer(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor, gradient: Gradient = linear_gradient) -> None:
-        """Caller: the backward of a layer, inside `collect`. `gradient` is called in W, without autograd."""
-        if self._collecting is None:
-            raise UnsupportedError(
-                "the model differentiates inside its own forward or loss (torch.autograd.grad, a gradient penalty): "
-                'the backward of its linear layers cannot be split; set "adaptra": {"split_backward": false}'
-            )
-        self._collecting.append(_Deferred(weight, x, grad_y, gradient, torch._C._current_graph_task_id()))
-
-    def watch(self, weights: list[nn.Parameter]) -> None:
-        """Finds, in the first iteration, weights that are also used outside of linear layers (`settle` ends it).
-
-        Autograd would add both uses before accumulating; split, they are accumulated one after the other: right, but not to
-        the bit.
-        """
-
-        def fired(weight: nn.Parameter) -> None:
-            if self._collecting is not None:
-                self._fired.add(id(weight))
-
-        self._watches = [w.register_post_accumulate_grad_hook(fired) for w in weights if w.requires_grad]
-
-    def settle(self) -> None:
-        """Ends the watch: the weights it found run fused from now on. Between iterations only: a microbatch must not be split
-        in its forward and fused in the recomputation of an activation checkpoint."""
-        for handle in self._watches:
-            handle.remove()
-        self._watches = []
-        if self._shared:
-            logger.warning(
-                "%d weights are used by a linear layer and elsewhere in the same stage: their backward is not split any more",
-                len(self._shared),
-            )
-        self._fused |= self._shared
-        self._shared = set()
-
-
-class _SplitLinear(torch.autograd.Function):
-    """`F.linear` whose backward returns the input's and bias's gradients and queues the weight's.
-
-    The Parameter travels in a tuple (`box`), invisible to autograd; the tensor input `weight` is detached: otherwise the
-    hooks of its AccumulateGrad node would fire in I with no gradient. `anchor` requires grad, so that the backward is
-    called on a first stage too, where `x` needs none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        box: tuple[WeightQueue, nn.Parameter],
-        anchor: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.box = box
-        ctx.bias_shape = None if bias is None else bias.shape
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grads
-        x, weight = ctx.saved_tensors
-        queue, parameter = ctx.box
-        # detached: the queue must not keep the graph alive
-        queue.defer(parameter, x.detach(), grad_y.detach())
-        grad_x = grad_y.matmul(weight) if ctx.needs_input_grad[0] else None
-        grad_bias = None
-        if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
-            # torch flattens 2-D and contiguous 3-D inputs before adding the bias; the order of summation follows
-            flattened = x.dim() <= 2 or (x.dim() == 3 and x.is_contiguous())
-            flat = grad_y.reshape(-1, grad_y.shape[-1]) if flattened else grad_y
-            grad_bias = flat.sum_to_size(ctx.bias_shape)
-        return grad_x, None, grad_bias, None, None
+_LINEAR = torch._C._nn.linear
+"""`torch.nn.functional.linear` as torch makes it."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +40,7 @@ class SplitReport:
     """How many layers of a module run a split backward.
 
     Attributes:
-        split: linear layers that do.
+        split: linear layers that do; before the end of the first iteration, those that are likely to.
         fused: layers with parameters of their own that do not, by type name.
     """
 
@@ -213,80 +51,269 @@ class SplitReport:
 class Split(Protocol):
     """Layers of a host's model that can run split."""
 
-    report: SplitReport
-
     @property
-    def weights(self) -> list[nn.Parameter]:
-        """Of the layers that can."""
+    def report(self) -> SplitReport: ...
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Forwards inside run split."""
+
+    def settle(self) -> None:
+        """An iteration has ended."""
 
     def remove(self) -> None:
-        """Every layer is as it was before."""
+        """Nothing is left in the model."""
 
 
-class SplitLinears:
-    """The linear layers of one module, made able to run split; `remove` restores each of them."""
+class Rebinding:
+    """Names that are bound to a stand-in while forwards record, if they are bound to the stock object then."""
+
+    def __init__(self, stock: Any, stand_in: Any, names: Callable[[], list[tuple[ModuleType, str]]]) -> None:
+        self._stock, self._stand_in, self._find = stock, stand_in, names
+        self._names: list[tuple[ModuleType, str]] = []
+        self._modules = 0
+        self._takers: list[tuple[Any, int]] = []
+
+    def look(self) -> None:
+        """Finds the names, if modules have been imported since; not for each forward, as every module is searched."""
+        if len(sys.modules) != self._modules:
+            self._modules = len(sys.modules)
+            self._names = self._find()
+
+    @property
+    def taker(self) -> Any:
+        """Who records now, on this thread or on one that runs a backward for it; None: nobody."""
+        if not self._takers:
+            return None
+        taker, thread = self._takers[-1]
+        mine = thread == threading.get_ident() or torch._C._current_graph_task_id() != -1
+        return taker if mine else None
+
+    @contextmanager
+    def to(self, taker: Any) -> Iterator[None]:
+        """Inside, calls by the names reach the stand-in, which finds `taker`."""
+        outermost = not self._takers
+        self._takers.append((taker, threading.get_ident()))
+        try:
+            if outermost:
+                self._bind(self._stock, self._stand_in)
+            yield
+        finally:
+            self._takers.pop()
+            if outermost:
+                self._bind(self._stand_in, self._stock)
+
+    def _bind(self, old: Any, new: Any) -> None:
+        for module, name in self._names:
+            if vars(module).get(name) is old:
+                setattr(module, name, new)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` while a forward records."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _LINEAR(input, weight, bias)
+    taker = _REBINDING.taker
+    if (
+        taker is None
+        or (state := taker.census.state(weight)) in (None, State.FUSED)
+        or not _is_plain(input, weight, bias)
+    ):
+        return _LINEAR(input, weight, bias)
+    if state is State.SPLIT:
+        call = _Call(taker.queue, weight)
+        y = _SplitLinear.apply(input, bias, taker.anchor(weight.device), call)
+        return y if call.shape is None else y.view(call.shape)
+    y = _LINEAR(input, weight, bias)
+    taker.census.observe(weight, input, y)
+    return y
+
+
+def _names_of_linear() -> list[tuple[ModuleType, str]]:
+    return [(module, name) for module, name in names_bound_to(_LINEAR) if not module.__name__.startswith("torch._C")]
+
+
+_REBINDING = Rebinding(_LINEAR, _linear, _names_of_linear)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call does what it does for ordinary tensors, with nobody else in between."""
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+            or tensor.is_inference()
+        ):
+            return False
+    x = tensors[0]
+    assert x is not None
+    return not (
+        torch.is_autocast_enabled(x.device.type)  # casts are kept for the whole forward, and shared between layers
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or (
+            torch._C._len_torch_function_stack() > 0
+            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        )
+    )
+
+
+@dataclass(slots=True)
+class _Call:
+    """A split call, invisible to autograd.
+
+    Attributes:
+        shape: of the output, if that is a view of what has been computed. The view is made in the host's graph then, as in stock:
+            the gradient of a view that is changed in place comes in another layout.
+    """
+
+    queue: WeightQueue
+    weight: nn.Parameter
+    shape: torch.Size | None = None
+
+
+class _Entrance(torch.autograd.Function):
+    """Where a split call's own graph begins: a node that keeps no tensor alive, as a leaf would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("gradients are taken where the graph begins")
+
+
+class _SplitLinear(torch.autograd.Function):
+    """`F.linear` whose backward returns the gradients of input and bias and queues the rest.
+
+    The Parameter travels in `call`: if autograd saw it, the hooks of its AccumulateGrad node would fire in I with no gradient.
+    `anchor` requires grad, so that the backward is called on a first stage too, where `x` needs none.
+
+    What the graph inside saves is saved by the Function: hooks on saved tensors (activation checkpoints, offloading) see what
+    they see in stock, and are asked for it in the host's call of autograd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor, call: _Call) -> Tensor:
+        saved: list[Tensor] = []
+        held: list[Tensor] = []  # the same again, while they are needed
+
+        def park(tensor: Tensor) -> int:
+            saved.append(tensor)
+            return len(saved) - 1
+
+        with torch.enable_grad(), saved_tensors_hooks(park, held.__getitem__):
+            x = _Entrance.apply(x.detach(), anchor) if x.requires_grad else x.detach()
+            if bias is not None:
+                bias = bias.detach().requires_grad_(bias.requires_grad)
+            y = _LINEAR(x, call.weight, bias)
+        ctx.save_for_backward(*saved)
+        saved.clear()  # the graph keeps the hook that has filled it
+        if y._is_view() and y._base is not None and y.is_contiguous() and y._base.is_contiguous():
+            call.shape, y = y.shape, y._base
+        ctx.held, ctx.call = held, call
+        ctx.output = get_gradient_edge(y)
+        ctx.ends = [None if t is None or not t.requires_grad else get_gradient_edge(t) for t in (x, bias)]
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        ctx.held[:] = ctx.saved_tensors
+        ctx.call.queue.defer(ctx.call.weight, GraphRest(ctx.output, grad_y, ctx.held))
+        found: list[Tensor | None] = [None, None]
+        wanted = [n for n in (0, 1) if ctx.needs_input_grad[n] and ctx.ends[n] is not None]
+        if wanted:
+            ends = [ctx.ends[n] for n in wanted]
+            for n, gradient in zip(
+                wanted, torch.autograd.grad(ctx.output, ends, grad_y, retain_graph=True), strict=True
+            ):
+                found[n] = gradient
+        return *found, None, None
+
+
+class SplitLayers:
+    """Layers of a model that can run split: what the hosts have in common.
+
+    Args:
+        modules: all of them, parents and children.
+        queue: where W takes from.
+        rebinding: how calls of the layers are reached.
+        likely: whether a layer can be expected to run split.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        queue: WeightQueue,
+        rebinding: Rebinding,
+        likely: Callable[[nn.Module], bool],
+    ) -> None:
+        found = list(modules)
+        self.queue = queue
+        self.census = Census((p for module in found for p in module._parameters.values() if p is not None), queue)
+        self._modules = [weakref.ref(module) for module in found]
+        self._rebinding = rebinding
+        self._likely = likely
+        self._anchors: dict[torch.device, Tensor] = {}
+        rebinding.look()
+
+    def anchor(self, device: torch.device) -> Tensor:
+        """A leaf that requires grad."""
+        if device not in self._anchors:
+            self._anchors[device] = torch.zeros(1, device=device, requires_grad=True)
+        return self._anchors[device]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forwards inside run split."""
+        with self._rebinding.to(self):
+            yield
+
+    def counts(self, layer: nn.Module) -> bool:
+        """Whether a layer belongs into the report."""
+        return True
+
+    @property
+    def report(self) -> SplitReport:
+        split = 0
+        fused: dict[str, int] = {}
+        for module in filter(None, (found() for found in self._modules)):
+            if not self.counts(module):
+                continue
+            states = [self.census.state(p) for p in module._parameters.values() if p is not None]
+            if State.SPLIT in states or (State.FUSED not in states and self._likely(module)):
+                split += 1
+            elif states:
+                name = type(module).__name__
+                fused[name] = fused.get(name, 0) + 1
+        return SplitReport(split, fused)
+
+    def settle(self) -> None:
+        """An iteration has ended: what has been observed in it decides about the next."""
+        if self.census.settle():
+            self._rebinding.look()  # modules that have been imported since
+
+    def remove(self) -> None:
+        """Nothing is left in the model."""
+        self.census.close()
+
+
+class SplitLinears(SplitLayers):
+    """Layers that call `torch.nn.functional.linear` with a parameter of `module`."""
 
     def __init__(self, module: nn.Module, queue: WeightQueue) -> None:
-        self.queue = queue
         uses: dict[int, int] = {}
         for owner in module.modules():
             for parameter in owner._parameters.values():
-                if parameter is not None:
-                    uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-        self._layers: list[nn.Linear] = []
-        fused: dict[str, int] = {}
-        for layer in module.modules():
-            own = [p for p in layer._parameters.values() if p is not None]
-            if not own:
-                continue
-            if _is_plain_linear(layer) and uses[id(layer.weight)] == 1 and "forward" not in vars(layer):
-                assert isinstance(layer, nn.Linear)
-                self._install(layer)
-            else:
-                name = type(layer).__name__
-                fused[name] = fused.get(name, 0) + 1
-        self.report = SplitReport(split=len(self._layers), fused=fused)
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
 
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        return [layer.weight for layer in self._layers]
+        def likely(layer: nn.Module) -> bool:
+            weight = layer._parameters.get("weight")
+            return (
+                isinstance(layer, nn.Linear) and weight is not None and weight.requires_grad and uses[id(weight)] == 1
+            )
 
-    def _install(self, layer: nn.Linear) -> None:
-        queue = self.queue
-        anchor = torch.zeros(1, device=layer.weight.device, requires_grad=True)
-        original = layer.forward
-
-        def forward(x: Tensor) -> Tensor:
-            weight = layer.weight
-            if (
-                not torch.is_grad_enabled()
-                or not queue.defers(weight)
-                or torch.is_autocast_enabled(x.device.type)  # the cast of the weight is part of the fused graph
-                or x.dtype != weight.dtype
-                or not weight.is_floating_point()
-                or x.layout != torch.strided
-                or torch._C._are_functorch_transforms_active()
-            ):
-                return original(x)
-            return _SplitLinear.apply(x, weight.detach(), layer.bias, (queue, weight), anchor)
-
-        # An instance attribute: the class stays as it is, and `remove` is one `del`.
-        forward.__wrapped__ = original  # type: ignore[attr-defined]
-        layer.forward = forward  # type: ignore[method-assign]
-        self._layers.append(layer)
-
-    def remove(self) -> None:
-        """Every layer is as it was before."""
-        for layer in self._layers:
-            del layer.forward
-        self._layers = []
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """True for `nn.Linear` and subclasses that compute what it computes (no parametrization, no own forward)."""
-    return (
-        isinstance(layer, nn.Linear)
-        and type(layer).forward is nn.Linear.forward
-        and isinstance(layer._parameters.get("weight"), nn.Parameter)
-        and layer.weight.dim() == 2
-    )
+        super().__init__(module.modules(), queue, _REBINDING, likely)

@@ -33,7 +33,6 @@ from tests.megatron.test_split import linear  # noqa: E402
 NAMES = {
     "forward_backward_pipelining_without_interleaving",
     "forward_backward_pipelining_with_interleaving",
-    "LinearWithGradAccumulationAndAsyncCommunication",
 }
 
 

@@ -13,10 +13,11 @@ from torch.distributed import HashStore
 from adaptra_plugin import _activation
 from adaptra_plugin.config import parse_config
 from adaptra_plugin.runtime import session as module
+from adaptra_plugin.runtime.census import Census
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.rendezvous import Rendezvous
 from adaptra_plugin.runtime.session import Session
-from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
+from adaptra_plugin.runtime.split import SplitLinears
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import Endpoint
 from adaptra_plugin.transport.endpoint import _live
@@ -50,7 +51,7 @@ STEPS = [
     (Endpoint, "connect"),
     (module, "Links"),
     (SplitLinears, "__init__"),
-    (WeightQueue, "watch"),
+    (Census, "__init__"),
     (Coordinator, "start"),
     (Session, "status"),
     (_activation, "add_session"),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+import threading
+
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from adaptra_plugin.errors import UnsupportedError
-from adaptra_plugin.runtime.split import SplitLinears, WeightQueue
+from adaptra_plugin.runtime.split import SplitLinears
+from adaptra_plugin.runtime.weights import WeightQueue
 
 
 def run_fused(module, batches):
@@ -21,24 +29,41 @@ def run_fused(module, batches):
     return inputs, [p.grad.clone() for p in module.parameters()]
 
 
+def prepared(module, *inputs):
+    """A split of a module whose first iteration, in which weights are observed, is over."""
+    queue = WeightQueue()
+    split = SplitLinears(module, queue)
+    rng = torch.get_rng_state()
+    for m, x in enumerate(inputs):
+        with split.recording():
+            y = module(x.clone().requires_grad_(x.is_floating_point()))
+        with split.recording(), queue.collect(m):
+            y.sum().abs().backward()
+        queue.run(m)
+    split.settle()
+    torch.set_rng_state(rng)
+    module.zero_grad(set_to_none=True)
+    return queue, split
+
+
 def run_split(module, batches, order=None):
     """All I first, then all W in order: the extreme case of deferral."""
     module.zero_grad(set_to_none=True)
-    queue = WeightQueue()
-    split = SplitLinears(module, queue)
+    queue, split = prepared(module, batches[0][0])
     inputs = []
     for m, (x, g) in enumerate(batches):
         x = x.clone().requires_grad_(x.is_floating_point())
-        with queue.recording():
+        with split.recording():
             y = module(x)
-        with queue.collect(m):
+        with split.recording(), queue.collect(m):
             y.backward(g)
         inputs.append(x.grad)
     for m in order or range(len(batches)):
         queue.run(m)
     grads = [p.grad.clone() for p in module.parameters()]
+    report = split.report
     split.remove()
-    return inputs, grads, split.report
+    return inputs, grads, report
 
 
 def same(a, b):
@@ -112,26 +137,45 @@ def test_weights_shared_between_modules_stay_fused():
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_weights_also_used_by_a_function_are_found_in_the_first_iteration(caplog, late):
-    torch.manual_seed(4)
-    module = Tied(functional=True, late=late)
-    queue = WeightQueue()
-    split = SplitLinears(module, queue)
-    queue.watch(split.weights)
+@pytest.mark.parametrize("functional", [False, True])
+def test_weights_also_used_elsewhere_are_found_in_the_first_iteration_and_every_bit_is_right(caplog, late, functional):
+    def run(split):
+        torch.manual_seed(4)
+        module, queue = Tied(functional=functional, late=late), WeightQueue()
+        layers = SplitLinears(module, queue)
+        for m in range(6):
+            with layers.recording() if split else contextlib.nullcontext():
+                y = module(torch.randint(0, 11, (5,)))
+            with queue.collect(m):
+                y.backward(torch.rand_like(y))
+            assert queue._waiting[m] == [], "in the first iteration everything is as in stock, and later this weight is"
+            queue.run(m)
+            if m % 2:
+                layers.settle()
+        return [p.grad for p in module.parameters()]
 
-    def step(m):
-        with queue.recording():
-            y = module(torch.randint(0, 11, (5,)))
+    assert same(run(split=True), run(split=False))
+    assert "their backward is not split" in caplog.text
+
+
+def test_a_weight_that_is_used_elsewhere_later_is_not_split_from_the_next_iteration_on(caplog):
+    module = nn.Linear(4, 4)
+    queue, split = prepared(module, torch.randn(2, 4))
+    assert split.report.split == 1
+
+    def step(m, more):
+        with split.recording():
+            y = module(torch.randn(3, 4)).sum() + (module.weight.square().sum() if more else 0.0)
         with queue.collect(m):
-            y.backward(torch.ones_like(y))
+            y.backward()
         waiting = len(queue._waiting[m])
         queue.run(m)
         return waiting
 
-    assert step(0) == step(1) == 1, "nothing changes within an iteration"
-    queue.settle()
-    assert "not split any more" in caplog.text
-    assert step(2) == 0, "from the second iteration on the weight runs fused"
+    assert step(0, more=False) == step(1, more=True) == 1
+    split.settle()
+    assert step(2, more=False) == 0 and split.report.split == 0
+    assert "1 weights are used by a linear layer and elsewhere" in caplog.text
 
 
 def test_hooks_fire_once_a_microbatch_in_w():
@@ -139,9 +183,9 @@ def test_hooks_fire_once_a_microbatch_in_w():
     fired = []
     for name, parameter in module.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
-    queue = WeightQueue()
-    split = SplitLinears(module, queue)
-    with queue.recording():
+    queue, split = prepared(module, torch.randn(3, 8))
+    fired.clear()
+    with split.recording():
         y = module(torch.randn(3, 8))
     with queue.collect(0):
         y.sum().backward()
@@ -170,43 +214,72 @@ def test_activation_checkpointing(reentrant):
     inputs, grads = run_fused(module, batches)
     torch.manual_seed(6)
     # recomputation happens inside the backward, where recording must be on again
-    split_inputs, split_grads, report = run_split_recording_in_backward(module, batches)
+    split_inputs, split_grads, report = run_split(module, batches)
     assert report.split == 2
     assert same(inputs, split_inputs) and same(grads, split_grads)
 
 
-def run_split_recording_in_backward(module, batches):
-    module.zero_grad(set_to_none=True)
-    queue = WeightQueue()
-    split = SplitLinears(module, queue)
-    inputs = []
-    for m, (x, g) in enumerate(batches):
-        x = x.clone().requires_grad_()
-        with queue.recording():
+def test_checkpoints_without_reentrance_recompute_once():
+    runs = []
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            runs.append(1)
+            return self.b(torch.tanh(self.a(x)))
+
+    module = Inner()
+    queue, split = prepared(module, torch.randn(3, 8))
+    runs.clear()
+    with split.recording():
+        y = checkpoint(module, torch.randn(3, 8), use_reentrant=False)
+    with split.recording(), queue.collect(0):
+        y.sum().backward()
+    assert len(queue._waiting[0]) == 2
+    queue.run(0)
+    assert len(runs) == 2
+
+
+def test_offloaded_activations_stay_where_they_are_put():
+    """`saved_tensors_hooks` of the user see the tensors of stock, and nothing else keeps the input alive."""
+    packed = []
+
+    def pack(tensor):
+        packed.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    module = nn.Linear(8, 8)
+    queue, split = prepared(module, torch.randn(2, 3, 8))
+    kept = []
+    for context in (contextlib.nullcontext(), split.recording()):
+        packed.clear()
+        x = torch.randn(2, 3, 8, requires_grad=True) + 1.0
+        storage = StorageWeakRef(x.untyped_storage())
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = module(x)
-        with queue.recording(), queue.collect(m):
-            y.backward(g)
-        assert len(queue._waiting[m]) == 2
-        inputs.append(x.grad)
-    for m in range(len(batches)):
-        queue.run(m)
-    grads = [p.grad.clone() for p in module.parameters()]
-    split.remove()
-    return inputs, grads, split.report
+        kept.append(list(packed))
+        del x
+        assert storage.expired()
+        with queue.collect(0):
+            y.sum().backward()
+        queue.run(0)
+    assert kept[0] == kept[1]
 
 
 def test_autocast_and_frozen_weights_fall_back():
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     module[0].weight.requires_grad_(False)
-    queue = WeightQueue()
-    SplitLinears(module, queue)
-    with queue.recording(), torch.autocast("cpu", dtype=torch.bfloat16):
+    queue, split = prepared(module, torch.randn(2, 8))
+    with split.recording(), torch.autocast("cpu", dtype=torch.bfloat16):
         y = module(torch.randn(2, 8))
     with queue.collect(0):
         y.float().sum().backward()
     assert queue._waiting[0] == [] and module[1].weight.grad is not None
     queue.run(0)
-    with queue.recording():
+    with split.recording():
         y = module(torch.randn(2, 8))
     with queue.collect(1):
         y.sum().backward()
@@ -228,22 +301,23 @@ def test_two_outputs_that_share_a_layer_accumulate_one_by_one():
     def run(split):
         torch.manual_seed(8)
         module, queue = Two(), WeightQueue()
-        if split:
-            SplitLinears(module, queue)
+        layers = SplitLinears(module, queue)
         for m in range(4):
             x = torch.randn(5, 8)
-            with queue.recording():
+            with layers.recording() if split else contextlib.nullcontext():
                 first, second = module(x)
             with queue.collect(m):
                 first.backward(torch.ones(5, 8), retain_graph=True)
                 second.backward(torch.full((5, 8), 0.3))
+            assert len(queue._waiting[m]) == (3 if split and m else 0)
             queue.run(m)
+            layers.settle()
         return [p.grad for p in module.parameters()]
 
     assert same(run(split=False), run(split=True))
 
 
-def test_complex_layers_run_fused():
+def test_complex_layers():
     module = nn.Linear(4, 4, dtype=torch.complex64)
     batches = [(torch.randn(3, 4, dtype=torch.complex64), torch.randn(3, 4, dtype=torch.complex64))]
     _, grads = run_fused(module, batches)
@@ -251,28 +325,140 @@ def test_complex_layers_run_fused():
     assert same(grads, split_grads)
 
 
-def test_differentiating_inside_the_forward_is_an_error_with_a_remedy():
-    module, queue = nn.Linear(4, 1), WeightQueue()
-    SplitLinears(module, queue)
-    x = torch.randn(3, 4, requires_grad=True)
-    with queue.recording(), pytest.raises(UnsupportedError, match='"split_backward": false'):
-        torch.autograd.grad(module(x).sum(), x, create_graph=True)
+class Penalised(nn.Module):
+    """Differentiates inside its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.penalty = nn.Linear(4, 4), nn.Linear(4, 1), True
+
+    def forward(self, x):
+        y = self.b(torch.tanh(self.a(x)))
+        if self.penalty:
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            y = y + slope.square().sum()
+        return y
 
 
-def test_remove_restores_every_layer():
+def test_layers_that_are_differentiated_inside_the_forward_run_as_in_stock():
+    def run(split):
+        torch.manual_seed(9)
+        module, queue = Penalised(), WeightQueue()
+        layers = SplitLinears(module, queue)
+        for m in range(4):
+            with layers.recording() if split else contextlib.nullcontext():
+                y = module(torch.randn(3, 4).requires_grad_())
+            with queue.collect(m):
+                y.sum().backward()
+            queue.run(m)
+            layers.settle()
+        return [p.grad for p in module.parameters()]
+
+    assert same(run(split=True), run(split=False))
+
+
+def test_differentiating_inside_the_forward_later_is_an_error_with_a_remedy():
+    module = Penalised()
+    module.penalty = False
+    _, split = prepared(module, torch.randn(3, 4))
+    module.penalty = True
+    with split.recording(), pytest.raises(UnsupportedError, match='"split_backward": false'):
+        module(torch.randn(3, 4, requires_grad=True))
+
+
+def test_modules_are_left_alone():
+    """What users do with layers that we have touched: nothing of ours is in them."""
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    split = SplitLinears(module, WeightQueue())
-    assert all("forward" in vars(layer) for layer in module)
+    before = {name: dict(vars(layer)) for name, layer in module.named_modules()}
+    _, split = prepared(module, torch.randn(2, 8))
+    assert {name: dict(vars(layer)) for name, layer in module.named_modules()} == before
+    copied = copy.deepcopy(module)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.fill_(1.0)
+        averaged.update_parameters(copied)
+    x = torch.ones(1, 8)
+    with split.recording():
+        assert copied(x).unique().tolist() == [73.0], "(8 + 1) * 8 + 1"
+    assert torch.equal(averaged(x), nn.Sequential(*copied.children())(x) * 0 + averaged.module(x))
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    assert same(torch.load(buffer, weights_only=False).parameters(), module.parameters())
+    module[0].forward = lambda x: x
     split.remove()
-    assert not any("forward" in vars(layer) for layer in module)
+    assert "forward" in vars(module[0]), "what the user has wrapped stays"
+
+
+def test_removal_leaves_no_hook():
+    module = nn.Linear(8, 8)
+    _, split = prepared(module, torch.randn(2, 8))
+    assert module.weight._backward_hooks
+    split.remove()
+    assert not module.weight._post_accumulate_grad_hooks and not module.weight._backward_hooks
+
+
+def test_the_name_is_bound_only_while_a_forward_records():
+    module = nn.Linear(8, 8)
+    stock = nn.functional.linear
+    _, split = prepared(module, torch.randn(2, 8))
+    with split.recording():
+        assert nn.functional.linear is not stock
+        with split.recording():
+            pass
+        assert nn.functional.linear is not stock
+        assert torch.equal(nn.functional.linear(torch.ones(8), torch.eye(8)), torch.ones(8)), "of somebody else"
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(type(module(torch.ones(2, 8)).grad_fn).__name__))
+        thread.start()
+        thread.join(30)
+        assert seen == ["AddmmBackward0"], "another thread's calls are its own"
+    assert nn.functional.linear is stock
+
+
+def test_somebody_elses_function_stays_in_place(monkeypatch):
+    calls, stock = [], nn.functional.linear
+
+    def theirs(*args):
+        calls.append(args)
+        return stock(*args)
+
+    module = nn.Linear(8, 8)
+    queue, split = prepared(module, torch.randn(2, 8))
+    monkeypatch.setattr(nn.functional, "linear", theirs)
+    with split.recording():
+        y = module(torch.randn(2, 8))
+    with queue.collect(0):
+        y.sum().backward()
+    assert len(calls) == 1 and queue._waiting[0] == [] and nn.functional.linear is theirs
+
+
+class Own(nn.Module):
+    """No `nn.Linear`, and a name of the function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return linear(x, self.table)
+
+
+def test_layers_of_any_class():
+    module = Own()
+    batches = [(torch.randn(3, 8), torch.randn(3, 6)) for _ in range(3)]
+    inputs, grads = run_fused(module, batches)
+    split_inputs, split_grads, report = run_split(module, batches)
+    assert report.split == 1 and report.fused == {}
+    assert same(inputs, split_inputs) and same(grads, split_grads)
 
 
 def test_the_first_stage_needs_no_input_gradient():
     torch.manual_seed(7)
     module = nn.Linear(8, 8)
-    queue = WeightQueue()
-    SplitLinears(module, queue)
-    with queue.recording():
+    queue, split = prepared(module, torch.randn(2, 8))
+    with split.recording():
         y = module(torch.randn(2, 8))
     with queue.collect(0):
         y.sum().backward()

@@ -1,0 +1,196 @@
+"""Weight gradients that wait for their W.
+
+Zero-bubble schedules (Qi et al., ICLR'24; used by the method's sec. 4.3) need the gradient with respect to a stage's
+input (I) before, and apart from, the gradients with respect to its weights (W). While I runs, layers leave here what
+W needs; W accumulates through the AccumulateGrad nodes of the parameters, so that every hook on them (data parallelism,
+ZeRO, BF16 optimizer) fires exactly as in a fused backward, once per microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from adaptra_plugin.errors import UnsupportedError
+
+Gradient = Callable[[Tensor, Tensor], Tensor | None]
+"""Of a weight, from the layer's input x and the gradient of its output y. None: it has been accumulated already; hooks find no
+gradient then."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRest:
+    """A use of a weight whose W is what autograd would do: the rest of the layer's own graph, from its output to the weight.
+
+    Attributes:
+        output: where the gradient of the layer's output enters the graph.
+        grad_y: that gradient.
+        held: what the graph has saved; given back after W.
+    """
+
+    output: GradientEdge
+    grad_y: Tensor
+    held: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A use of a weight whose gradient is computed by a function, without autograd."""
+
+    x: Tensor
+    grad_y: Tensor
+    gradient: Gradient
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """One use of one weight in one microbatch."""
+
+    weight: nn.Parameter
+    use: GraphRest | Formula
+    task: int
+    """The call of autograd in which it came up: one for each `backward()`, nested ones included."""
+
+
+class WeightQueue:
+    """Weight gradients of one rank's stages that wait for their W.
+
+    A microbatch (with several model chunks: one of a chunk) is opened by `collect` while its I runs and emptied by `run`. Not
+    thread-safe: backward passes of one rank run one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._collecting: list[_Deferred] | None = None
+        self._waiting: dict[Hashable, list[_Deferred]] = {}
+
+    @property
+    def microbatches(self) -> tuple[Hashable, ...]:
+        """Microbatches whose W has not run."""
+        return tuple(self._waiting)
+
+    @property
+    def collecting(self) -> bool:
+        """True while an I runs."""
+        return self._collecting is not None
+
+    @contextmanager
+    def collect(self, microbatch: Hashable) -> Iterator[None]:
+        """Backward passes inside leave the weight gradients of `microbatch` for `run`."""
+        if microbatch in self._waiting:
+            raise RuntimeError(f"microbatch {microbatch} already waits for its weight gradients")
+        self._collecting = []
+        try:
+            yield
+            self._waiting[microbatch] = self._collecting
+        finally:
+            self._collecting = None
+
+    def defer(self, weight: nn.Parameter, use: GraphRest | Formula) -> None:
+        """Caller: the backward of a layer, inside `collect`.
+
+        Raises:
+            UnsupportedError: not inside `collect`, so that no W would ever follow.
+        """
+        if self._collecting is None:
+            raise UnsupportedError(
+                "the model differentiates inside its own forward or loss (torch.autograd.grad, a gradient penalty), which it "
+                "did not do for this layer in the first iterations: its backward was to be split and cannot be; "
+                'set "adaptra": {"split_backward": false}'
+            )
+        self._collecting.append(_Deferred(weight, use, torch._C._current_graph_task_id()))
+
+    def run(self, microbatch: Hashable) -> None:
+        """Computes and accumulates the weight gradients of `microbatch` (action W)."""
+        _run(self._waiting.pop(microbatch))
+
+    def flush(self, weight: nn.Parameter) -> None:
+        """Accumulates what earlier microbatches have left of a weight: its gradient in the present one has not been left, and
+        accumulates next. Caller: a hook, inside `collect`."""
+        collecting, self._collecting = self._collecting, None
+        try:
+            for microbatch, deferred in self._waiting.items():
+                due = [item for item in deferred if item.weight is weight]
+                if due:
+                    self._waiting[microbatch] = [item for item in deferred if item.weight is not weight]
+                    _run(due)
+        finally:
+            self._collecting = collecting
+
+    def clear(self) -> None:
+        """Forgets everything that waits (after a failed iteration)."""
+        self._waiting.clear()
+        self._collecting = None
+
+
+def _run(deferred: Sequence[_Deferred]) -> None:
+    for items in _rounds(deferred):
+        _accumulate(items)
+    for item in deferred:
+        if isinstance(item.use, GraphRest):
+            item.use.held.clear()
+
+
+class _Nothing(torch.autograd.Function):
+    """Hands no gradient on: what the backward of a layer does that has accumulated by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+def _rounds(items: Sequence[_Deferred]) -> list[list[_Deferred]]:
+    """Items whose weights accumulate together, in the order of autograd.
+
+    A weight used several times in one call of autograd is accumulated once, with the sum of its uses, when the backward of the
+    last of them has run; several calls accumulate one by one. So a round has at most one call of each weight.
+    """
+    calls: dict[int, list[int]] = {}
+    for item in items:
+        mine = calls.setdefault(id(item.weight), [])
+        if item.task in mine:
+            mine.remove(item.task)
+        mine.append(item.task)
+    rounds: list[list[_Deferred]] = []
+    for item in items:
+        number = calls[id(item.weight)].index(item.task)
+        while len(rounds) <= number:
+            rounds.append([])
+        rounds[number].append(item)
+    return rounds
+
+
+def _accumulate(items: Sequence[_Deferred]) -> None:
+    """One call of autograd for all weights. It takes uses of a weight in the order of the whole backward: the newest first."""
+    roots: list[Any] = []
+    gradients: list[Tensor] = []
+    totals: dict[int, tuple[nn.Parameter, Tensor | None]] = {}
+    weights: dict[int, nn.Parameter] = {}
+    with torch.no_grad():
+        for item in items:
+            if isinstance(item.use, GraphRest):
+                roots.append(item.use.output)
+                gradients.append(item.use.grad_y)
+                weights[id(item.weight)] = item.weight
+                continue
+            gradient = item.use.gradient(item.use.x, item.use.grad_y)
+            _, seen = totals.get(id(item.weight), (None, None))
+            total = gradient if seen is None or gradient is None else seen + gradient
+            totals[id(item.weight)] = (item.weight, total)
+    for weight, total in totals.values():
+        with torch.enable_grad():
+            roots.append(_Nothing.apply(weight) if total is None else weight.expand_as(weight))
+        gradients.append(torch.zeros_like(roots[-1]) if total is None else total)
+        weights[id(weight)] = weight
+    if roots:
+        # retained: two outputs of a stage may have been differentiated one by one through the same layer
+        torch.autograd.backward(roots, gradients, retain_graph=True, inputs=list(weights.values()))
