@@ -224,8 +224,9 @@ def layouts(rank):
     """Inputs and gradients of all layouts, with and without bias, in one process; one iteration is observed, one is split."""
     import random
 
-    from benchmarks.fuzz_layers import LAYOUTS, laid_out
     from megatron.core import parallel_state
+
+    from benchmarks.fuzz_layers import LAYOUTS, laid_out
 
     layers = start(rank)
     group = parallel_state.get_tensor_model_parallel_group()

@@ -1,0 +1,76 @@
+"""Optimizers that step while gradients are still being made.
+
+Some release each gradient at once: a hook on the parameter steps and clears it (`gradient_release`, LOMO, torch's
+`_apply_optimizer_in_backward`). What they compute depends on which microbatches have run before, so on the order of the schedule.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptra_plugin.errors import UnsupportedError
+
+HOSTS = ("deepspeed", "megatron", "transformer_engine", "adaptra_plugin")
+"""Packages whose own hooks on parameters are known not to step."""
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def foreign_hooks(parameters: Iterable[nn.Parameter], known: Collection[str] = HOSTS) -> list[str]:
+    """Names of functions that run when a gradient has been accumulated and belong to none of the packages `known`."""
+    found: dict[str, None] = {}
+    for parameter in parameters:
+        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        for hook in hooks.values() if hooks else ():
+            home, name = _origin(hook)
+            if home.split(".")[0] not in known:
+                found[f"{home}.{name}"] = None
+    return list(found)
+
+
+def _origin(hook: Any) -> tuple[str, str]:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)
+    home = getattr(hook, "__globals__", {}).get("__name__") or type(hook).__module__
+    return str(home), str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+class Unstepped:
+    """The trainable parameters at the beginning of a schedule, to see that they are the same at its end.
+
+    By their bits: whoever steps inside a schedule goes around autograd's own count of versions (`parameter.data`).
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._parameters = [(name, p) for name, p in parameters if p.requires_grad]
+        self._before = self._sums()
+
+    def check(self) -> None:
+        """All gradients are there, and the optimizer has not stepped.
+
+        Raises:
+            UnsupportedError: somebody has.
+        """
+        changed = [name for (name, _), a, b in zip(self._parameters, self._before, self._sums(), strict=True) if a != b]
+        if changed:
+            raise UnsupportedError(
+                f"{len(changed)} of {len(self._parameters)} parameters (the first: {changed[0]}) have changed while the schedule "
+                "was running, before the optimizer's step: with plans, microbatches would see other parameters than in stock. "
+                'Step after the backward, or set "adaptra": {"enabled": false}'
+            )
+
+    def _sums(self) -> list[int]:
+        with torch.no_grad():
+            sums = [_sum(parameter) for _, parameter in self._parameters]
+            return torch.stack([s.cpu() for s in sums]).tolist() if sums else []
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    words = _WORDS.get(tensor.element_size())
+    flat = tensor.detach().contiguous().reshape(-1)
+    return (flat if words is None else flat.view(words)).sum(dtype=torch.int64)

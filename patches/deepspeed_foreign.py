@@ -1,0 +1,99 @@
+"""What somebody else has put into DeepSpeed's pipeline that a plan would go around: such a job runs as in stock.
+
+Users replace the steps of schedules, instructions, engines and p2p. What a plan calls is honoured by calling it (forward,
+backward, loading, reduction, step); what it does instead of DeepSpeed (order, transfers) cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from deepspeed.runtime.pipe import engine as engine_module
+from deepspeed.runtime.pipe import p2p
+from deepspeed.runtime.pipe import schedule as stock
+
+from adaptra_plugin.patches.genuine import is_genuine, name_of
+from adaptra_plugin.runtime.stepping import foreign_hooks
+
+TRANSFERS = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad)
+METHODS = ("_exec_schedule", "_send_tensor_meta", "_recv_tensor_meta")
+P2P = ("send", "recv")
+LAST = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+
+
+def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
+    """Why a schedule runs as in stock, one line each; none: it runs by a plan.
+
+    Args:
+        engine: whose instructions are looked at.
+        stock_class: the class that the engine's own instructions and methods come from, after Adaptra's.
+        schedule: the stock schedule that is to be executed.
+    """
+    home = engine_module.__name__
+    found = [
+        f"the instruction {kind.__name__} is executed by {name_of(function)}"
+        for kind in TRANSFERS
+        if not is_genuine(function := stock_class._INSTRUCTION_MAP.get(kind), home)  # type: ignore[attr-defined]
+    ]
+    for name in METHODS:
+        method = getattr(stock_class, name, None)
+        if method is not None and not is_genuine(method, home):
+            found.append(f"PipelineEngine.{name} is {name_of(method)}")
+    for name in P2P:
+        if not is_genuine(getattr(p2p, name), p2p.__name__):
+            found.append(f"deepspeed.runtime.pipe.p2p.{name} is {name_of(getattr(p2p, name))}")
+    if not _keeps_the_order(schedule):
+        found.append(f"the steps of {type(schedule).__name__} are those of {name_of(type(schedule).steps)}, in another order")
+    hooks = foreign_hooks(engine.module.parameters())
+    if hooks:
+        found.append(f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there")
+    return found
+
+
+def _keeps_the_order(schedule: Any) -> bool:
+    """Whether a schedule's steps are DeepSpeed's, or differ in nothing but when data are loaded: a plan loads before it
+    receives, which suits all that load before the forward."""
+    methods = {name: method for cls in type(schedule).__mro__[:-1] for name, method in vars(cls).items() if callable(method)}
+    if all(is_genuine(method, stock.__name__) for method in methods.values()):
+        return True
+    try:
+        names = [type(instruction).__name__ for step in schedule.steps() for instruction in step]
+    except Exception:  # noqa: BLE001 - a generator of somebody else's, which may need what only a run has
+        return False
+    return names_keep_order(names, schedule)
+
+
+def names_keep_order(names: Iterable[str], schedule: Any) -> bool:
+    """Whether instructions, given by their names, are 1F1B (or forwards only), with loads in front of their forwards."""
+    names = list(names)
+    count, stage, stages = schedule.micro_batches, schedule.stage_id, schedule.stages
+    training = isinstance(schedule, stock.TrainSchedule)
+    computations = [name for name in names if name in ("ForwardPass", "BackwardPass")]
+    warmup = min(stages - stage, count) if training else count
+    expected = ["ForwardPass"] * warmup
+    if training:
+        for _ in range(count - warmup):
+            expected += ["BackwardPass", "ForwardPass"]
+        expected += ["BackwardPass"] * warmup
+    transfers = {
+        "RecvActivation": count if stage > 0 else 0,
+        "SendActivation": count if stage < stages - 1 else 0,
+        "SendGrad": count if training and stage > 0 else 0,
+        "RecvGrad": count if training and stage < stages - 1 else 0,
+        "LoadMicroBatch": count if stage in (0, stages - 1) else 0,
+    }
+    loads = forwards = 0
+    for name in names:
+        loads += name == "LoadMicroBatch"
+        forwards += name == "ForwardPass"
+        if transfers["LoadMicroBatch"] and forwards > loads:
+            return False
+    end = list(LAST) if training else []
+    known = {"ForwardPass", "BackwardPass", *transfers, *end}
+    return (
+        computations == expected
+        and all(names.count(name) == number for name, number in transfers.items())
+        and (not end or names[-len(end) :] == end)
+        and set(names) <= known
+    )
