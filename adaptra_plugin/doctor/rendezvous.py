@@ -133,7 +133,7 @@ class Wire:
 
 
 def _settings(config: TransportConfig) -> Settings:
-    return Settings(config.connections_per_direction, config.ring_mib << 20)
+    return Settings(config.connections_per_direction, config.ring_bytes)
 
 
 def serve(

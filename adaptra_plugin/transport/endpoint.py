@@ -22,6 +22,7 @@ from adaptra_plugin.transport.lanes import Relief, Shared
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
+from adaptra_plugin.transport.ring import WINDOW_BYTES
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.staging import Copier, Device
@@ -107,7 +108,9 @@ class Endpoint:
         self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
         spin = spin_s(config.spin_us)
         self._mailbox = Mailbox(self._proxy.data, self._records, spin)
-        slabs = Slabs(config.ring_mib << 20)  # a ring full of messages may be on its way to be used
+        slabs = Slabs(
+            WINDOW_BYTES if config.ring_grows else config.ring_bytes
+        )  # a ring full of messages may be on its way to be used
         self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
         self._shared = Shared(
             config,
@@ -186,7 +189,7 @@ class Endpoint:
         for info, card in wanted.values():
             self._check_card(info, card)
             self._peers[info.rank] = info
-        own_ring = self._config.ring_mib << 20
+        own_ring = self._config.ring_bytes
         for rank in near:
             info, card = wanted[rank]
             self._links[rank] = link = Link(info, min(own_ring, card.ring_bytes), self._shared, self._malformed)

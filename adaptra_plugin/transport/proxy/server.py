@@ -222,7 +222,7 @@ class Proxy:
         rings: dict[LaneKey, Rings] = {}
         for direction in Direction:
             for lane in range(self.settings.connections_per_direction):
-                ring, mirror = Segment(next(fds), capacity), Segment(next(fds), capacity)
+                ring, mirror = Segment(next(fds), capacity, self.settings.ring_extent), Segment(next(fds), capacity)
                 self._segments += (ring, mirror)
                 rings[direction, lane] = Rings(ring, mirror)
         return Neighbour(rings, min(capacity, self.settings.max_message_mib << 20))
