@@ -26,7 +26,7 @@ from adaptra_plugin.runtime.losses import COORDINATOR, Losses
 from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.rails import RailWatch, event_from
-from adaptra_plugin.runtime.rendezvous import Rendezvous
+from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.split import Split, WeightQueue
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
@@ -120,7 +120,9 @@ class Session:
         undo.callback(self._reporter.close, 1.0)
         host = self._me.host
         self._rails = RailWatch(topology, host)
-        rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
+        patience = patience_s(config.transport.connect_deadline_s)
+        rendezvous = Rendezvous(store, str(next(_numbers)), topology.rank, patience)
+        undo.push(rendezvous.tell_failure)
         self._endpoint = Endpoint(
             self._me,
             config.transport,

@@ -30,8 +30,8 @@ from adaptra_plugin.transport.tickets import Fate, Loss
 from adaptra_plugin.transport.types import PROTOCOL, Address, Card, PeerInfo
 
 MIN_SECRET_BYTES = 16
-START_DEADLINE_S = 60.0
-"""For the proxy to listen; its process has to be loaded first."""
+REMIND_S = 10.0
+"""Until it is said that something is waited for at the start; again after pauses that double."""
 STATS_DEADLINE_S = 2.0
 _MARGIN_S = 10.0  # for the proxy to notice its own deadline
 _LAST_RECORDS_S = 1.0  # for the last records of a peer to come, once its end is announced
@@ -136,7 +136,7 @@ class Endpoint:
             clock_offset_s=clock_offset_s,
         )
         try:
-            self._await_answer(START_DEADLINE_S)
+            self._await_answer(config.connect_s)
         except BaseException:
             self.close(linger_s=0.0)
             raise
@@ -150,7 +150,13 @@ class Endpoint:
         self._control.send({"op": op, **fields}, descriptors)
 
     def _await_answer(self, deadline_s: float) -> None:
-        if not self._gate.wait(min(deadline_s, threading.TIMEOUT_MAX)):
+        started, pause = time.monotonic(), REMIND_S
+        while not self._gate.wait(min(pause, max(0.0, started + deadline_s - time.monotonic()))):
+            waited = time.monotonic() - started
+            if waited < deadline_s:
+                pause *= 2
+                log.warning("the proxy of rank %d has not answered for %.0f s", self.me.rank, waited)
+                continue
             raise TransportError(
                 f"the proxy of rank {self.me.rank} has not answered within {deadline_s:g} s: its host is starved of CPU"
             )
@@ -168,7 +174,7 @@ class Endpoint:
         coordinator: int,
     ) -> None:
         """Blocks until all links with the neighbours and the control link with the coordinator stand (the coordinator:
-        with everybody), at most `connect_deadline_s`. `peers` may contain this rank itself.
+        with everybody), at most `connect_s` of the configuration. `peers` may contain this rank itself.
 
         Raises:
             HandshakeError: a peer refused, with its reason (another secret), or has other settings.
@@ -196,7 +202,7 @@ class Endpoint:
             self._channels[rank] = Channel(link)
         self._gate.clear()
         self._fate.check()
-        deadline_s = self._config.connect_deadline_s
+        deadline_s = self._config.connect_s
         self._tell(
             "connect",
             [fd for rank in near for fd in self._links[rank].descriptors()],
@@ -212,6 +218,7 @@ class Endpoint:
             ],
             coordinator=coordinator,
             deadline_s=deadline_s,
+            remind_s=REMIND_S,
         )
         self._await_answer(deadline_s + _MARGIN_S)
 
