@@ -148,6 +148,8 @@ class Departures:
         if there is no such rank."""
         replica = self._replica(departure.peer.rank)
         with self._lock:
+            # what this rank has behind it concerns it no more
+            self._known = [item for item in self._known if item[0].final or item[0].epoch >= self._presence.current]
             for known, _ in self._known:
                 as_much = (known.final or not departure.final) and (known.broken or not departure.broken)
                 if as_much and known.concerns(departure.epoch) and self._replica(known.peer.rank) == replica:

@@ -23,6 +23,7 @@ from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
 from adaptra_plugin.transport.ring import WINDOW_BYTES
+from adaptra_plugin.transport.segment import growth_limit
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.staging import Copier, Device
@@ -195,7 +196,8 @@ class Endpoint:
         for info, card in wanted.values():
             self._check_card(info, card)
             self._peers[info.rank] = info
-        own_ring = self._config.ring_bytes
+        config = self._config
+        own_ring = growth_limit(config.ring_bytes) if config.ring_grows else config.ring_bytes
         for rank in near:
             info, card = wanted[rank]
             self._links[rank] = link = Link(info, min(own_ring, card.ring_bytes), self._shared, self._malformed)

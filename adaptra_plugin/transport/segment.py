@@ -9,7 +9,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import resource
 from collections.abc import Iterator
+
+from adaptra_plugin.transport.types import RING_UNIT
 
 EXTENT_BYTES = 16 << 20
 
@@ -17,6 +20,12 @@ EXTENT_BYTES = 16 << 20
 def extent_of(chunk_bytes: int, *, grows: bool) -> int | None:
     """For a ring: what grows is taken in parts, none shorter than a chunk, so that a chunk lies in two at most."""
     return max(EXTENT_BYTES, chunk_bytes) if grows else None
+
+
+def growth_limit(wanted: int) -> int:
+    """How long a ring may be that takes its memory as it grows: no memory file may be longer than RLIMIT_FSIZE, used or not."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return wanted if soft == resource.RLIM_INFINITY else max(RING_UNIT, min(wanted, soft // RING_UNIT * RING_UNIT))
 
 
 class Segment:

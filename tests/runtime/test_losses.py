@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,8 +102,9 @@ def test_what_a_rank_raises_itself_is_raised_at_once_and_told_to_everybody(job, 
     begun = time.monotonic()
     assert ranks.leave(who, error) is error
     assert time.monotonic() - begun < 0.3
-    for rank in {0, 1, 2, 3} - {who}:
-        failure = ranks.wait(rank)
+    with ThreadPoolExecutor(3) as pool:
+        failures = list(pool.map(ranks.wait, {0, 1, 2, 3} - {who}))
+    for failure in failures:
         assert isinstance(failure, PeerLostError)
         assert str(failure).startswith(f"rank {who} (stage {who}, host n{who}) is lost: {reason(error)}.")
     assert time.monotonic() - begun < 3.0
@@ -232,6 +234,8 @@ def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
     assert found.due() is None
     presence.enter(2)
     assert found.due() is None and found.blamed(1).peer.rank == 1 and found.blamed(2) is None
+    found.add(Departure(info(1), 3, final=False, broken=False, why="x"))
+    assert found.blamed(1) is None, "it is forgotten"
 
 
 @pytest.mark.parametrize("message", [{}, {"rank": 9}, {"epoch": "x"}, {"rank": 2}])

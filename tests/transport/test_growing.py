@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import threading
 
 import pytest
@@ -208,6 +209,18 @@ def test_rings_that_grow_are_pinned_as_they_come_to_be_used(pins, monkeypatch):
         pinned = len(device.pinned_rings)
         assert pinned == 0 if not pins else 1500 / 64 <= pinned <= 1024 * MIB / (64 * KIB) / 100
     device.end()
+
+
+def test_a_limit_of_file_sizes_limits_the_growth_and_nothing_else():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * MIB + 5, hard))
+    try:
+        with line(2, ring_mib="auto") as (first, second):
+            assert lane(first, 1).capacity == 20 * MIB
+            first.channel(1).send(activation(0), [torch.ones(4 * MIB)])
+            assert second.channel(0).recv(activation(0)).wait().tensors[0].sum() == 4 * MIB
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_extents_are_cut_where_they_end():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaptra_plugin.transport.proxy.rails.base import RailKind
-from adaptra_plugin.transport.segment import extent_of
+from adaptra_plugin.transport.segment import extent_of, growth_limit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ProxySettings:
 
     @property
     def ring_bytes(self) -> int:
-        return (self.ring_max_mib if isinstance(self.ring_mib, str) else self.ring_mib) << 20
+        return growth_limit(self.ring_max_mib << 20) if isinstance(self.ring_mib, str) else self.ring_mib << 20
 
     @property
     def ring_extent(self) -> int | None:
