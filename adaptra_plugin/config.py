@@ -44,14 +44,18 @@ class TransportConfig(_Block):
     """Where the bytes are moved: in a process of its own per rank, or on a thread of the training process."""
     connections_per_direction: int = Field(2, ge=1, le=16)
     """Lanes per link for activations, and as many for gradients; each has staging rings and a TCP connection of its own."""
-    ring_mib: int = Field(64, ge=1, le=65536)
-    """Size of the staging ring of each lane, at each end (MiB). A full ring blocks the producer."""
+    ring_mib: Literal["auto"] | int = "auto"
+    """Size of the staging ring of each lane, at each end (MiB); `auto`: 64, and more as longer messages come: four of the
+    longest one, at most `ring_max_mib`. Memory is taken as it is needed. A full ring blocks the producer."""
+    ring_max_mib: int = Field(1024, ge=1, le=65536)
+    """How far a ring may grow with `ring_mib` `auto` (MiB); a longer message is refused."""
     chunk_kib: int = Field(1024, ge=64, le=65536)
     """A message travels in pieces of this size (KiB), so that several rails can carry it."""
     deadline_s: float = Field(300.0, gt=0, le=86400)
     """Longest wait for one transfer; past it the rank ends with an error that names the peer."""
-    connect_deadline_s: float = Field(120.0, gt=0, le=86400)
-    """Longest wait at start for all neighbours to be connected."""
+    connect_deadline_s: Literal["auto"] | float = "auto"
+    """Longest wait at start for the other ranks to come, and then to be connected; `auto`: they may come as late as the process
+    group allows (its timeout), and have 120 s to connect then."""
     handshake_timeout_s: float = Field(5.0, gt=0, le=600)
     """Longest time a new connection may take to prove knowledge of the job's secret."""
     reconnect_s: float = Field(5.0, gt=0, le=3600)
@@ -86,14 +90,35 @@ class TransportConfig(_Block):
             )
         return value
 
-    @field_validator("rdma_devices", "spin_us", "cpus", mode="before")
+    @property
+    def ring_bytes(self) -> int:
+        """Size of a ring that does not grow, and what one that does may grow to."""
+        return (self.ring_max_mib if self.ring_mib == "auto" else self.ring_mib) << 20
+
+    @property
+    def ring_grows(self) -> bool:
+        return self.ring_mib == "auto"
+
+    @property
+    def connect_s(self) -> float:
+        """Longest time for connections between ranks that are there (s)."""
+        return 120.0 if self.connect_deadline_s == "auto" else self.connect_deadline_s
+
+    @field_validator("ring_mib", "connect_deadline_s", "rdma_devices", "spin_us", "cpus", mode="before")
     @classmethod
     def _or_auto(cls, value: Any, info: ValidationInfo) -> Any:
         # before the types are looked at: a value that is none of them would be reported once for each
         value = tuple(value) if isinstance(value, list | tuple) else value
         if value == "auto" or (value is None and info.field_name == "cpus"):
             return value
-        if info.field_name == "spin_us":
+        if info.field_name == "connect_deadline_s":
+            if type(value) not in (int, float) or not 0 < value <= 86400:
+                raise ValueError("'auto', or a number of seconds above 0, up to 86400")
+            value = float(value)
+        elif info.field_name == "ring_mib":
+            if type(value) is not int or not 1 <= value <= 65536:
+                raise ValueError("'auto', or a whole number from 1 to 65536")
+        elif info.field_name == "spin_us":
             if type(value) is not int or not 0 <= value <= 10_000:
                 raise ValueError("'auto', or a whole number from 0 to 10000")
         elif info.field_name == "cpus":

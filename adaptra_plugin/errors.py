@@ -24,7 +24,9 @@ class TransportError(AdaptraError, RuntimeError):
 
 
 class PeerLostError(TransportError):
-    """The process at the other end of a link is gone."""
+    """The process at the other end of a link is gone. `peer`: who (`PeerInfo`), if the error is about a transfer."""
+
+    peer: object = None
 
 
 class TransferTimeout(TransportError, TimeoutError):

@@ -31,7 +31,7 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.iteration import Iteration
-from adaptra_plugin.runtime.rendezvous import Rendezvous
+from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
@@ -126,8 +126,8 @@ class Pipeline:
         store = torch.distributed.distributed_c10d._get_default_store()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
-        meeting = Rendezvous(store, f"megatron-{next(_numbers)}", config.transport.connect_deadline_s)
-        self.topology = Topology.of(rank, meeting.pipelines(rank, world_size, mine), len(call.chunks))
+        meeting = Rendezvous(store, f"megatron-{next(_numbers)}", rank, patience_s(config.transport.connect_deadline_s))
+        self.topology = Topology.of(rank, meeting.pipelines(world_size, mine), len(call.chunks))
         self.delayed = Delayed(call.chunks)
         self.session = Session(
             config,

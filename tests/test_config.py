@@ -63,8 +63,8 @@ LIMIT = "a whole number of at least 1, a list of such numbers with one per stage
     [
         ({"enabled": "no"}, "enabled", "'no'", "boolean"),
         ({"split_backward": "off"}, "split_backward", "'off'", "boolean"),
-        ({"transport": {"ring_mib": True}}, "transport.ring_mib", "True", "integer"),
-        ({"transport": {"ring_mib": 64.0}}, "transport.ring_mib", "64.0", "integer"),
+        ({"transport": {"ring_mib": True}}, "transport.ring_mib", "True", "'auto', or a whole number from 1"),
+        ({"transport": {"ring_mib": 64.0}}, "transport.ring_mib", "64.0", "whole number"),
         ({"refine_s": True}, "refine_s", "True", "number"),
         ({"refine_s": float("nan")}, "refine_s", "nan", "finite"),
         ({"detector": {"min_delay_ms": float("inf")}}, "detector.min_delay_ms", "inf", "finite"),

@@ -33,7 +33,7 @@ def staging_memory(machine: Machine, needs: Needs) -> Iterator[Row]:
     room += f", control group {gib(group[1])} free of {gib(group[0])}" if group else ", no limit by a control group"
     ranks = f", {needs.ranks} ranks" if needs.ranks > 1 else ""
     found = f"rings need {needs.rings()}{ranks}: {gib(needs.node_bytes)}; {room}"
-    advice = "lower adaptra.transport.ring_mib (a ring must hold the largest message) or free memory"
+    advice = "set adaptra.transport.ring_mib lower (a ring must hold the longest message) or free memory"
     if needs.node_bytes > free:
         yield Row("staging memory", Status.FAIL, found, advice)
     elif needs.node_bytes > TIGHT * free:

@@ -16,6 +16,8 @@ NEIGHBOURS = 2
 """A stage in the middle of the pipeline: the most that a rank has."""
 DIRECTIONS = 2
 """Activations and gradients have connections of their own."""
+RING_BYTES = 64 << 20
+"""What a staging ring that grows begins with."""
 ENDS = 2
 """A lane has the ring that this rank fills, and a mirror of the same size of the ring that the peer fills."""
 
@@ -31,8 +33,9 @@ class Needs:
 
     @property
     def ring_bytes(self) -> int:
-        """One staging ring."""
-        return self.config.transport.ring_mib << 20
+        """One staging ring; of those that grow what they begin with."""
+        transport = self.config.transport
+        return min(RING_BYTES, transport.ring_bytes) if transport.ring_grows else transport.ring_bytes
 
     @property
     def connections(self) -> int:
@@ -74,9 +77,11 @@ class Needs:
     def rings(self) -> str:
         """The sum in words."""
         transport = self.config.transport
+        more = f"; each grows with the messages to hold 4 of the longest one, at most {gib(transport.ring_bytes)}"
         return (
             f"up to {gib(self.rank_bytes)} a rank ({gib(self.ring_bytes)} x {transport.connections_per_direction} lanes x "
-            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours, a ring and a mirror each, touched as messages need them)"
+            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours, a ring and a mirror each, touched as messages need them"
+            f"{more if transport.ring_grows else ''})"
         )
 
 
@@ -109,7 +114,7 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
     transport = config.transport
     found = (
         f"{path}: valid, {count} keys set; rail {transport.rail}, {transport.connections_per_direction} connections per "
-        f"direction, rings of {transport.ring_mib} MiB"
+        f"direction, rings of {'up to ' if transport.ring_grows else ''}{transport.ring_bytes >> 20} MiB"
     )
     return config, Row(check, Status.OKAY, found)
 

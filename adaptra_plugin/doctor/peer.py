@@ -97,10 +97,10 @@ def _settings(config: TransportConfig, rail: str) -> dict[str, Any]:
     return {
         **config.model_dump(),
         "rail": rail,
-        "ring_mib": max(config.ring_mib, RING_MIB),
+        "ring_mib": RING_MIB if config.ring_grows else max(config.ring_bytes >> 20, RING_MIB),
         "deadline_s": min(config.deadline_s, DEADLINE_S),
         "warn_full_after_ms": 1e3 * DEADLINE_S,  # rings are to be full
-        "connect_deadline_s": min(config.connect_deadline_s, CONNECT_DEADLINE_S),
+        "connect_deadline_s": min(config.connect_s, CONNECT_DEADLINE_S),
     }
 
 

@@ -133,7 +133,7 @@ class Wire:
 
 
 def _settings(config: TransportConfig) -> Settings:
-    return Settings(config.connections_per_direction, config.ring_mib << 20)
+    return Settings(config.connections_per_direction, config.ring_bytes)
 
 
 def serve(
@@ -226,7 +226,7 @@ def dial(config: TransportConfig, address: Address, secret: bytes, *, deadline_s
             arrived,
             refused,
         )
-        loop.call_later(config.connect_deadline_s, loop.stop)
+        loop.call_later(config.connect_s, loop.stop)
         loop.run()
     except BaseException:
         for sock in socks:
@@ -240,7 +240,7 @@ def dial(config: TransportConfig, address: Address, secret: bytes, *, deadline_s
         raise HandshakeError(f"{address} refused: {refusals[0]}")
     if not socks:
         raise TransportError(
-            f"{address} has not answered within {config.connect_deadline_s:g} s ({dialer.last_reason}): is `adaptra "
+            f"{address} has not answered within {config.connect_s:g} s ({dialer.last_reason}): is `adaptra "
             "doctor --serve` running there, and does a firewall let its port through?"
         )
     return Wire(socks[0], deadline_s)

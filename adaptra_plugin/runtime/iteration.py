@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.runtime.departures import Presence
 from adaptra_plugin.runtime.dispatch import buffers_needed, in_order
 from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.stopwatch import Stopwatch
@@ -45,6 +46,7 @@ class Iteration:
         version: version of the plan.
         actions: what this rank runs, in order.
         device: where received tensors are to be; None: in host memory.
+        presence: is told when this rank waits for another one.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Iteration:
     pacer: Pacer
     training: bool = True
     device: torch.device | None = None
+    presence: Presence = field(default_factory=Presence)
     wait_ms: float = 0.0
     _posted: dict[Key, RecvTicket] = field(default_factory=dict)
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
@@ -100,7 +103,8 @@ class Iteration:
         direction = Direction.ACTIVATION if forwards else Direction.GRADIENT
         key = self._key(direction, action.stage + (1 if forwards else -1), action.microbatch)
         tag = self.version << 1 | (TUPLE if is_tuple else 0)
-        self._channel(direction, receiving=False).send(key, [t.detach() for t in tensors], tag)
+        with self.presence.waiting():
+            self._channel(direction, receiving=False).send(key, [t.detach() for t in tensors], tag)
 
     def receive(self, action: Action) -> tuple[tuple[Tensor, ...], bool]:
         """Waits for what an action takes from a neighbour; its tensors on `device`, and whether they were sent as a tuple.
@@ -112,7 +116,8 @@ class Iteration:
         key = self._incoming(action)
         assert key is not None
         started = time.perf_counter()
-        message: Message = self._posted.pop(key).wait()
+        with self.presence.waiting():
+            message: Message = self._posted.pop(key).wait()
         self.wait_ms += (time.perf_counter() - started) * 1e3
         source = action.stage + (-1 if key.direction is Direction.ACTIVATION else 1)
         ends = (source % self.topology.length, action.stage % self.topology.length)

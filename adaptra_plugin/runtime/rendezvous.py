@@ -4,49 +4,78 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
+
+from torch.distributed import distributed_c10d as c10d
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import Card, PeerInfo
 
+logger = logging.getLogger("adaptra")
 SECRET_BYTES = 32
+LOOK_S = 1.0
+"""A wait is interrupted as often, to hear whether a rank has failed."""
+REMIND_S = 10.0
+"""Until it is said who is missing; again after pauses that double, up to ten minutes."""
+_LONGEST_PAUSE_S = 600.0
+_MAX_NAMED = 16
+
+
+def patience_s(configured: float | Literal["auto"]) -> float:
+    """How long to wait for ranks that come late: as configured, or as long as the default process group would."""
+    if configured != "auto":
+        return configured
+    found = []
+    with contextlib.suppress(Exception):  # there may be none, and its insides are torch's own
+        group = c10d._get_default_group()
+        for device in group._device_types:
+            with contextlib.suppress(Exception):
+                found.append(group._get_backend(device).options._timeout.total_seconds())
+    return max(found, default=c10d.default_pg_timeout.total_seconds())
 
 
 class Rendezvous:
     """Wraps the store for one session.
 
     Args:
-        store: a c10d store (`set`, `get`, `wait`, `delete_key`) that all ranks share; keys are put under `prefix`.
+        store: a c10d store (`set`, `get`, `wait`, `check`, `delete_key`) that all ranks share; keys are put under `prefix`.
         prefix: unique to the session within the job.
-        deadline_s: longest wait for another rank.
+        rank: of this process.
+        deadline_s: longest wait for other ranks.
     """
 
-    def __init__(self, store: Any, prefix: str, deadline_s: float) -> None:
+    def __init__(self, store: Any, prefix: str, rank: int, deadline_s: float) -> None:
         self._store = store
         self._prefix = prefix
-        self._deadline = timedelta(seconds=deadline_s)
+        self._rank = rank
+        self._deadline_s = deadline_s
+        self._started = time.monotonic()
+        self._pause_s = REMIND_S
+        self._told_at = self._started
 
     def secret(self, topology: Topology) -> bytes:
         """The job's secret: made by rank 0, never written anywhere but the store, and there only until `exchange`."""
         if topology.rank == 0:
             self._store.set(self._key("secret"), secrets.token_hex(SECRET_BYTES))
-        return bytes.fromhex(self._get("secret", "rank 0 has not started its session"))
+        return bytes.fromhex(self._collect(lambda rank: "secret", [0])[0])
 
     def exchange(self, topology: Topology, host: str, card: Card) -> dict[int, tuple[PeerInfo, Card]]:
         """Publishes how this rank's endpoint is reached and returns the same of all ranks. Call `secret` before:
         a card says that its rank has read it, and with all of them there, rank 0 takes the secret out of the store.
 
         Raises:
-            TransportError: a rank did not publish its card within the deadline, or published nonsense.
+            TransportError: a rank did not publish its card within the deadline, has failed to start, or published nonsense.
         """
         self._store.set(self._key(f"card/{topology.rank}"), json.dumps({"host": host, "card": card.to_text()}))
         peers = {}
-        for rank in range(topology.world_size):
-            data = json.loads(self._get(f"card/{rank}", f"rank {rank} has not started its session"))
+        for rank, text in self._collect(lambda rank: f"card/{rank}", range(topology.world_size)).items():
+            data = json.loads(text)
             info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
             try:
                 peers[rank] = (info, Card.parse(str(data["card"])))
@@ -57,26 +86,77 @@ class Rendezvous:
                 self._store.delete_key(self._key("secret"))
         return peers
 
-    def pipelines(self, rank: int, world_size: int, mine: Sequence[int]) -> list[list[int]]:
+    def pipelines(self, world_size: int, mine: Sequence[int]) -> list[list[int]]:
         """The world ranks of every pipeline, for hosts in which a rank knows only its own (`mine`).
 
         Raises:
             TransportError: a rank did not publish its pipeline within the deadline.
         """
-        self._store.set(self._key(f"pipeline/{rank}"), json.dumps(list(mine)))
-        texts = {self._get(f"pipeline/{r}", f"rank {r} has not started its session") for r in range(world_size)}
+        self._store.set(self._key(f"pipeline/{self._rank}"), json.dumps(list(mine)))
+        texts = set(self._collect(lambda rank: f"pipeline/{rank}", range(world_size)).values())
         return sorted([int(r) for r in json.loads(text)] for text in texts)
+
+    def tell_failure(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """This rank does not start: those that wait for it need not. Of several, the first one counts."""
+        with contextlib.suppress(Exception):  # the store may be gone as well
+            if error is not None and not self._store.check([self._key("failed")]):
+                why = f"rank {self._rank} does not start: {type(error).__name__}: {error}"
+                self._store.set(self._key("failed"), why[:2000])
 
     def _key(self, name: str) -> str:
         return f"adaptra/{self._prefix}/{name}"
 
-    def _get(self, name: str, why: str) -> str:
-        key = self._key(name)
+    def _collect(self, name: Callable[[int], str], ranks: Sequence[int]) -> dict[int, str]:
+        """What each of the ranks has published under `name(rank)`. Says, now and then, who is missing.
+
+        Raises:
+            TransportError: names who has not come within the deadline, or which rank has failed to start, and why.
+        """
+        found: dict[int, str] = {}
+        for rank in ranks:
+            key = self._key(name(rank))
+            try:
+                while not self._comes(key):
+                    if self._store.check([self._key("failed")]):
+                        raise TransportError(self._store.get(self._key("failed")).decode(errors="replace"))
+                    self._remind([r for r in ranks if r not in found and not self._store.check([self._key(name(r))])])
+                found[rank] = self._store.get(key).decode()
+            except TransportError:
+                raise
+            except RuntimeError as error:  # what c10d stores raise for a lost server
+                raise TransportError(
+                    f"rank {self._rank} has lost the launcher's store ({error}): the process that holds it, mostly rank 0's, "
+                    "has ended; look at the end of its log"
+                ) from None
+        return found
+
+    def _comes(self, key: str) -> bool:
+        """Waits for a key, not long. Raises RuntimeError: the store is gone."""
+        began = time.monotonic()
+        limit_s = max(0.01, min(LOOK_S, self._started + self._deadline_s - began))
         try:
-            self._store.wait([key], self._deadline)
-            return self._store.get(key).decode()
-        except RuntimeError as error:  # what c10d stores raise for a timeout or a lost server
+            self._store.wait([key], timedelta(seconds=limit_s))
+            return True
+        except RuntimeError:
+            if time.monotonic() - began < limit_s / 2:
+                raise  # it does not wait at all
+            return False
+
+    def _remind(self, missing: Sequence[int]) -> None:
+        if not missing:
+            return  # they have just come
+        now = time.monotonic()
+        waited = now - self._started
+        named = ", ".join(map(str, missing[:_MAX_NAMED])) + (", ..." if len(missing) > _MAX_NAMED else "")
+        who = f"rank {named} has" if len(missing) == 1 else f"ranks {named} ({len(missing)}) have"
+        if waited >= self._deadline_s:
             raise TransportError(
-                f"{why} within {self._deadline.total_seconds():.0f} s ({error}): is every rank started with the same "
-                '"adaptra" configuration?'
-            ) from None
+                f"{who} not come within {waited:.0f} s: look at the end of their logs. Ranks that load for longer need a higher "
+                "timeout of the process group or adaptra.transport.connect_deadline_s, and all of them the "
+                '"adaptra" configuration'
+            )
+        if now - self._told_at >= self._pause_s:
+            self._told_at, self._pause_s = now, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            # one rank speaks for all
+            level = logging.WARNING if self._rank == (1 if 0 in missing else 0) else logging.INFO
+            logger.log(level, "%s not come yet: waiting since %.0f s, at most %.0f s", who, waited, self._deadline_s)

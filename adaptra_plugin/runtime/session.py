@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import itertools
 import logging
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -19,16 +16,17 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.errors import ConfigError, PeerLostError, PlanError, TransportError, UnsupportedError
+from adaptra_plugin.errors import ConfigError, PlanError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
+from adaptra_plugin.runtime.losses import COORDINATOR, Losses
 from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.rails import RailWatch, event_from
-from adaptra_plugin.runtime.rendezvous import Rendezvous
+from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
@@ -40,8 +38,6 @@ from adaptra_plugin.schedule.profile import Profile, StageProfile
 from adaptra_plugin.transport import Endpoint, PeerInfo
 
 logger = logging.getLogger("adaptra")
-COORDINATOR = 0
-EXIT_PEER_LOST = 70
 _numbers = itertools.count()
 
 
@@ -82,12 +78,18 @@ class Session:
         self.queue = WeightQueue()
         self._wandb_rank = wandb_rank
         self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
-        self.failure: Exception | None = None
-        self._inside_since: float | None = None
-        self._broken: Exception | None = None  # an iteration failed half-way on this rank
+        self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=socket.gethostname())
+        self._losses = Losses(
+            self._me,
+            topology,
+            config.peer_exit_grace_s,
+            send=self._send_now,
+            fail=self._fail,
+            report=self._report_loss,
+            last_words=lambda: self._reporter.close(2.0),
+        )
         self._closed = False
         self._close_lock = threading.Lock()
-        self._noticed = threading.Event()
         self._iteration = 0
         self._epoch = 0
         self._stopwatch = stopwatch_for(device)
@@ -105,7 +107,7 @@ class Session:
                 self._start(store, split, undo)
             except BaseException:
                 self._closed = True  # what has not started is not to be ended, and what is heard now is no news
-                self._noticed.set()
+                self._losses.abandon()
                 _activation.remove_session(self)
                 raise
             undo.pop_all()
@@ -117,10 +119,11 @@ class Session:
             config.report, topology.rank, wandb_here=topology.rank == self._wandb_rank, at_exit=self.close
         )
         undo.callback(self._reporter.close, 1.0)
-        host = socket.gethostname()
+        host = self._me.host
         self._rails = RailWatch(topology, host)
-        rendezvous = Rendezvous(store, str(next(_numbers)), config.transport.connect_deadline_s)
-        self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=host)
+        patience = patience_s(config.transport.connect_deadline_s)
+        rendezvous = Rendezvous(store, str(next(_numbers)), topology.rank, patience)
+        undo.push(rendezvous.tell_failure)
         self._endpoint = Endpoint(
             self._me,
             config.transport,
@@ -130,7 +133,7 @@ class Session:
         )
         undo.callback(self._endpoint.close, linger_s=0.0)
         self._endpoint.on_control = self._control
-        self._endpoint.on_peer_lost = self._peer_lost
+        self._endpoint.on_peer_lost = self._losses.lost
         self._endpoint.on_rail = self._rail
         peers = rendezvous.exchange(topology, host, self._endpoint.card)
         self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
@@ -176,20 +179,25 @@ class Session:
         Raises:
             PlanError: the limits cannot be kept with this number of microbatches.
         """
+        self._enter()
         self._endpoint.set_iteration(self._iteration)
-        version, plan = self._book.begin(self._iteration, microbatches)
+        with self._losses.presence.waiting():  # for a verdict
+            version, plan = self._book.begin(self._iteration, microbatches)
         return self._begin(version, plan.schedule.ranks[self.topology.position], microbatches, training=True)
 
     def begin_evaluation(self, microbatches: int) -> Iteration:
         """A forward-only schedule begins."""
+        self._enter()
         actions = forward_only(self.topology.own_stages, microbatches, self.topology.length)
         return self._begin(0, actions, microbatches, training=False)
 
-    def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
-        if self.failure is not None:
-            self._noticed.set()
-            raise self.failure
+    def _enter(self) -> None:
+        # counted before anything can fail, which would fail on all ranks: they have to count alike
         self._epoch += 1
+        self._losses.presence.enter(self._epoch)
+
+    def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
+        self._losses.check()
         return Iteration(
             index=self._iteration,
             epoch=self._epoch,
@@ -202,6 +210,7 @@ class Session:
             pacer=self._pacer,
             training=training,
             device=self.device,
+            presence=self._losses.presence,
         )
 
     def end(self, iteration: Iteration) -> None:
@@ -266,8 +275,8 @@ class Session:
             self._report_rail(sender, message)
         elif kind == "show" and sender == COORDINATOR:
             self._show(message)
-        elif kind == "lost":
-            self._lose(PeerInfo(int(message["rank"]), int(message["stage"]), str(message["host"])), str(message["why"]))
+        elif kind in ("lost", "departed"):
+            self._losses.heard(sender, message)
         elif sender != COORDINATOR:
             logger.warning("control message %r of rank %d ignored: only the coordinator may send it", kind, sender)
         elif kind == "propose":
@@ -346,27 +355,7 @@ class Session:
         except (KeyError, ValueError) as error:
             logger.warning("what rank %d says of a rail is not understood: %s", sender, error)
 
-    def _peer_lost(self, peer: PeerInfo, why: str) -> None:
-        """The transport has noticed that a peer is gone (on the control thread)."""
-        if self.topology.rank != COORDINATOR and peer.rank != COORDINATOR:
-            self._send(COORDINATOR, _loss_message(peer, why))
-        self._lose(peer, why)
-
-    def _lose(self, peer: PeerInfo, why: str) -> None:
-        if self.failure is not None or self._closed:
-            return
-        error = PeerLostError(
-            f"{peer} is lost: {why}. This rank ({self._me}) cannot go on without it: restart the job from its last checkpoint"
-        )
-        if self._coordinator is not None:
-            # before the endpoint fails: the other ranks must hear of it
-            for rank in range(self.topology.world_size):
-                if rank not in (peer.rank, self.topology.rank):
-                    self._send(rank, _loss_message(peer, why))
-        self.failure = error
-        self._endpoint.fail(error)
-        self._book.fail(error)
-        logger.error("%s", error)
+    def _report_loss(self, peer: PeerInfo, why: str) -> None:
         self._reporter.event(
             StragglerEvent(
                 time_unix=time.time(),
@@ -388,61 +377,19 @@ class Session:
                 plan_version=self._book.version,
             )
         )
-        threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True).start()
 
-    def _end_if_stuck(self) -> None:
-        """Nobody can interrupt a rank that waits in a collective for a peer that is gone; ending it is all that is left."""
-        grace = self.config.peer_exit_grace_s
-        lost = time.monotonic()
-        while not self._noticed.wait(0.2):
-            since = self._inside_since
-            if since is not None and time.monotonic() - max(lost, since) > grace:
-                break  # otherwise it is busy with something of its own, such as saving a checkpoint
-        else:
-            return
-        logger.critical("%s; this rank has not noticed for %.0f s and ends now", self.failure, grace)
-        self._reporter.close(2.0)
-        faulthandler.dump_traceback(file=sys.stderr)
-        os._exit(EXIT_PEER_LOST)
+    def _fail(self, error: Exception) -> None:
+        self._endpoint.fail(error)
+        self._book.fail(error)
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Brackets a host's call that runs a schedule and its collectives. An error of a collective that is due to a lost
-        peer is raised as what it is."""
-        self._inside_since = time.monotonic()
-        try:
-            yield
-        except Exception as error:
-            cause = self._explain(error)
-            if cause is error:
-                raise
-            raise cause from error
-        finally:
-            self._inside_since = None
+    @property
+    def failure(self) -> Exception | None:
+        """What every iteration raises from now on."""
+        return self._losses.failure
 
-    def _explain(self, error: Exception, patience_s: float = 3.0) -> Exception:
-        """The cause of an error that came up in an iteration: the loss of a peer, if that is what happened.
-
-        A collective of the host may fail, and a neighbour may have ended in good order because of the loss, a moment
-        before the news of the loss itself arrives; hence the patience.
-        """
-        if not isinstance(error, StopIteration):  # the end of the data
-            self._broken = error
-        if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedError):
-            # RuntimeError is that of collectives, and base of our own transport errors
-            return error
-        until = time.monotonic() + patience_s
-        while self.failure is None and time.monotonic() < until and not self._closed:
-            time.sleep(0.02)
-        self._noticed.set()
-        return error if self.failure is None else self.failure
-
-    def _tell_error(self, error: Exception) -> None:
-        """An iteration failed half-way on this rank: the others need not find out by waiting for it."""
-        why = f"it ended with {type(error).__name__}: {error}"[:500]
-        for rank in range(self.topology.world_size) if self._coordinator is not None else (COORDINATOR,):
-            if rank != self.topology.rank:
-                self._send_now(rank, _loss_message(self._me, why))
+    def inside(self) -> AbstractContextManager[None]:
+        """Brackets a host's call that runs a schedule and its collectives, see `Losses.inside`."""
+        return self._losses.inside()
 
     # --- end
 
@@ -452,12 +399,10 @@ class Session:
             if self._closed:
                 return
             self._closed = True
-        self._noticed.set()
+        self._losses.close(self._epoch + 1)
         atexit.unregister(self.close)
         _activation.remove_session(self)
-        if self._broken is not None and self.failure is None:
-            self._tell_error(self._broken)
-        whole = self.failure is None and self._broken is None and self.config.detector.enabled
+        whole = self.failure is None and not self._losses.broken and self.config.detector.enabled
         if self._coordinator is not None:
             self._coordinator.close(last=self._iteration - 1 if whole else -1)
         elif whole and self.topology.rank == self._wandb_rank:
@@ -486,10 +431,6 @@ class Session:
             "files": self._reporter.files(),
             "failure": None if self.failure is None else str(self.failure),
         }
-
-
-def _loss_message(peer: PeerInfo, why: str) -> dict[str, Any]:
-    return {"type": "lost", "rank": peer.rank, "stage": peer.stage, "host": peer.host, "why": why}
 
 
 def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:

@@ -6,7 +6,7 @@ rare. Both ends belong to one job and one user: nothing here is authenticated, a
 
 Control messages to the proxy, by `op`:
     start    me {rank, stage, host}, config (transport block), secret (hex), bind, source, simulate, clock_offset_s
-    connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s;
+    connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s, remind_s;
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
              rank fills, then the mirror of the ring that the peer fills
     mapped   rank (the peer's rings are mapped: chunks may come by reference)

@@ -14,7 +14,7 @@ from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
-from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.segment import Segment, extent_of
 from adaptra_plugin.transport.shared import Relief, Shared
 from adaptra_plugin.transport.tickets import Loss, RecvTicket, Ticket
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
@@ -45,10 +45,11 @@ class Link:
         self._malformed = malformed
         self.sending: dict[Direction, list[SendLane]] = {d: [] for d in Direction}
         self.receiving: dict[Direction, list[RecvLane]] = {d: [] for d in Direction}
+        extent = extent_of(shared.config.chunk_kib << 10, grows=shared.config.ring_grows)
         try:
             for direction in Direction:
                 for index in range(self.connections):
-                    ring = Memory(Segment.create(capacity))
+                    ring = Memory(Segment.create(capacity, extent))
                     self.sending[direction].append(SendLane(info, direction, index, ring, shared))
                     mirror = Memory(Segment.create(capacity))
                     self.receiving[direction].append(RecvLane(info, direction, index, mirror, shared))

@@ -22,6 +22,8 @@ from adaptra_plugin.transport.lanes import Relief, Shared
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.mailbox import Mailbox
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
+from adaptra_plugin.transport.ring import WINDOW_BYTES
+from adaptra_plugin.transport.segment import growth_limit
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.staging import Copier, Device
@@ -29,8 +31,8 @@ from adaptra_plugin.transport.tickets import Fate, Loss
 from adaptra_plugin.transport.types import PROTOCOL, Address, Card, PeerInfo
 
 MIN_SECRET_BYTES = 16
-START_DEADLINE_S = 60.0
-"""For the proxy to listen; its process has to be loaded first."""
+REMIND_S = 10.0
+"""Until it is said that something is waited for at the start; again after pauses that double."""
 STATS_DEADLINE_S = 2.0
 _MARGIN_S = 10.0  # for the proxy to notice its own deadline
 _LAST_RECORDS_S = 1.0  # for the last records of a peer to come, once its end is announced
@@ -107,7 +109,9 @@ class Endpoint:
         self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
         spin = spin_s(config.spin_us)
         self._mailbox = Mailbox(self._proxy.data, self._records, spin)
-        slabs = Slabs(config.ring_mib << 20)  # a ring full of messages may be on its way to be used
+        slabs = Slabs(
+            WINDOW_BYTES if config.ring_grows else config.ring_bytes
+        )  # a ring full of messages may be on its way to be used
         self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
         self._shared = Shared(
             config,
@@ -133,7 +137,7 @@ class Endpoint:
             clock_offset_s=clock_offset_s,
         )
         try:
-            self._await_answer(START_DEADLINE_S)
+            self._await_answer(config.connect_s)
         except BaseException:
             self.close(linger_s=0.0)
             raise
@@ -147,7 +151,13 @@ class Endpoint:
         self._control.send({"op": op, **fields}, descriptors)
 
     def _await_answer(self, deadline_s: float) -> None:
-        if not self._gate.wait(min(deadline_s, threading.TIMEOUT_MAX)):
+        started, pause = time.monotonic(), REMIND_S
+        while not self._gate.wait(min(pause, max(0.0, started + deadline_s - time.monotonic()))):
+            waited = time.monotonic() - started
+            if waited < deadline_s:
+                pause *= 2
+                log.warning("the proxy of rank %d has not answered for %.0f s", self.me.rank, waited)
+                continue
             raise TransportError(
                 f"the proxy of rank {self.me.rank} has not answered within {deadline_s:g} s: its host is starved of CPU"
             )
@@ -165,7 +175,7 @@ class Endpoint:
         coordinator: int,
     ) -> None:
         """Blocks until all links with the neighbours and the control link with the coordinator stand (the coordinator:
-        with everybody), at most `connect_deadline_s`. `peers` may contain this rank itself.
+        with everybody), at most `connect_s` of the configuration. `peers` may contain this rank itself.
 
         Raises:
             HandshakeError: a peer refused, with its reason (another secret), or has other settings.
@@ -186,14 +196,15 @@ class Endpoint:
         for info, card in wanted.values():
             self._check_card(info, card)
             self._peers[info.rank] = info
-        own_ring = self._config.ring_mib << 20
+        config = self._config
+        own_ring = growth_limit(config.ring_bytes) if config.ring_grows else config.ring_bytes
         for rank in near:
             info, card = wanted[rank]
             self._links[rank] = link = Link(info, min(own_ring, card.ring_bytes), self._shared, self._malformed)
             self._channels[rank] = Channel(link)
         self._gate.clear()
         self._fate.check()
-        deadline_s = self._config.connect_deadline_s
+        deadline_s = self._config.connect_s
         self._tell(
             "connect",
             [fd for rank in near for fd in self._links[rank].descriptors()],
@@ -209,6 +220,7 @@ class Endpoint:
             ],
             coordinator=coordinator,
             deadline_s=deadline_s,
+            remind_s=REMIND_S,
         )
         self._await_answer(deadline_s + _MARGIN_S)
 

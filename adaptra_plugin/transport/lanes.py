@@ -116,7 +116,7 @@ class SendLane(Lane):
 
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
-        self.book = Book(self.capacity)
+        self.book = Book(self.capacity, grows=self.config.ring_grows)
         self._newest: dict[Key, Outgoing] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
@@ -131,11 +131,8 @@ class SendLane(Lane):
         parts = split(key, tag, len(tensors), len(meta), length, step)
         total = sum(part.total for part in parts)
         if total > self.limit:
-            raise TransportError(
-                f"{key} has {total} bytes ({total / MIB:.1f} MiB), more than the {self.limit} bytes that one transfer "
-                f"to {self.peer} may have: set adaptra.transport.ring_mib to {-(-total // MIB)} or more on every rank "
-                f"(now {self.config.ring_mib}; max_message_mib is {self.config.max_message_mib})"
-            )
+            raise self._too_long(key, total)
+        self._expect(total)
         starts = [part.pack() + (b"" if part.at else meta) for part in parts]
         turn = object()
         self._line.append(turn)
@@ -153,11 +150,31 @@ class SendLane(Lane):
             if self._line:
                 self.mailbox.wake()
 
+    def _too_long(self, key: Key, total: int) -> TransportError:
+        config = self.config
+        name, now = ("ring_max_mib", config.ring_max_mib) if config.ring_grows else ("ring_mib", config.ring_mib)
+        return TransportError(
+            f"{key} has {total} bytes ({total / MIB:.1f} MiB), more than the {self.limit} bytes that one transfer "
+            f"to {self.peer} may have: set adaptra.transport.{name} to {-(-total // MIB)} or more on every rank "
+            f"(now {now}; max_message_mib is {config.max_message_mib})"
+        )
+
+    def _expect(self, total: int) -> None:
+        with self._lock:
+            grown = self.book.expect(total)
+        if grown:
+            log.info(
+                "staging ring %s %d to %s grows to %d MiB, for messages of %.1f MiB (at most %d MiB: "
+                "adaptra.transport.ring_max_mib)",
+                *(self.direction.word, self.index, self.peer, self.book.window // MIB, total / MIB),
+                self.capacity // MIB,
+            )
+
     def _stage(
         self, key: Key, parts: Sequence[Header], starts: Sequence[bytes], payload: Sequence[Block], total: int
     ) -> Ticket:
         with self._lock:
-            position = self.book.place()
+            position = self.book.place(total)
         # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was; what is on a device
         # follows, and an error then ends the endpoint
         event = next((self.copier.device.mark(block.data) for block in payload if block.later), None)
@@ -204,7 +221,7 @@ class SendLane(Lane):
 
     def _fits(self, total: int) -> bool:
         with self._lock:
-            return self.book.free >= total
+            return self.book.fits(total)
 
     def _make_room(self, turn: object, total: int, key: Key) -> None:
         self.mailbox.drain()
@@ -253,7 +270,7 @@ class SendLane(Lane):
     def situation(self) -> str:
         with self._lock:
             return (
-                f"{len(self.book)} messages wait in the staging ring, {self.book.used} of {self.capacity} bytes "
+                f"{len(self.book)} messages wait in the staging ring, {self.book.used} of {self.book.window} bytes "
                 "(adaptra.transport.ring_mib)."
             )
 

@@ -9,27 +9,47 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import resource
+from collections.abc import Iterator
+
+from adaptra_plugin.transport.types import RING_UNIT
+
+EXTENT_BYTES = 16 << 20
+
+
+def extent_of(chunk_bytes: int, *, grows: bool) -> int | None:
+    """For a ring: what grows is taken in parts, none shorter than a chunk, so that a chunk lies in two at most."""
+    return max(EXTENT_BYTES, chunk_bytes) if grows else None
+
+
+def growth_limit(wanted: int) -> int:
+    """How long a ring may be that takes its memory as it grows: no memory file may be longer than RLIMIT_FSIZE, used or not."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return wanted if soft == resource.RLIM_INFINITY else max(RING_UNIT, min(wanted, soft // RING_UNIT * RING_UNIT))
 
 
 class Segment:
     """`capacity` bytes of shared memory, mapped at first use and touched page by page.
 
     Positions only grow: position `p` lies at offset `p % capacity`, and a piece that runs over the end continues at 0.
+    What needs its pages at once (pinning, registering with a card) takes *extents*, of `extent` bytes, as they come to be used.
     """
 
-    def __init__(self, fd: int, capacity: int) -> None:
-        """Takes over the descriptor. Raises ValueError if the memory behind it is smaller than `capacity`."""
+    def __init__(self, fd: int, capacity: int, extent: int | None = None) -> None:
+        """Takes over the descriptor. `extent`: None: all in one. Raises ValueError if the memory behind it is smaller than
+        `capacity`."""
         size = os.fstat(fd).st_size
         if size < capacity:
             os.close(fd)
             raise ValueError(f"a shared segment has {size} bytes, {capacity} were announced")
         self.fd = fd
         self.capacity = capacity
+        self.extent = capacity if extent is None else extent
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
 
     @classmethod
-    def create(cls, capacity: int) -> Segment:
+    def create(cls, capacity: int, extent: int | None = None) -> Segment:
         """Raises OSError when the system has no memory file to give."""
         fd = os.memfd_create("adaptra-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -38,7 +58,7 @@ class Segment:
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, capacity)
+        return cls(fd, capacity, extent)
 
     def same_as(self, other: Segment) -> bool:
         """Whether both are the same memory."""
@@ -63,6 +83,19 @@ class Segment:
         first = min(nbytes, self.capacity - start)
         found = [(start, start + first)] if first else []
         return found if first == nbytes else [*found, (0, nbytes - first)]
+
+    def extents(self, position: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+        """(number of the extent, start, stop) of the bytes at `position`; offsets count from the start of the extent."""
+        for start, stop in self.pieces(position, nbytes):
+            while start < stop:
+                number, at = divmod(start, self.extent)
+                end = min(stop - number * self.extent, self.extent)
+                yield number, at, end
+                start += end - at
+
+    def extent_view(self, number: int) -> memoryview:
+        """The bytes of an extent."""
+        return self.view[number * self.extent : (number + 1) * self.extent]
 
     def slices(self, position: int, nbytes: int) -> list[memoryview]:
         view = self.view

@@ -273,7 +273,7 @@ class Copier:
         """Uploads that come before anybody waits: their own thread, because a copy waits for the computation."""
         self._failed = failed
         self._chunk = chunk_bytes
-        self._pins: dict[Memory, torch.Tensor | None] = {}  # None: it cannot be pinned
+        self._pins: dict[tuple[Memory, int], torch.Tensor | None] = {}  # extents; None: it cannot be pinned
         self._bounce: list[torch.Tensor] = []
 
     def submit(
@@ -313,15 +313,16 @@ class Copier:
         if job.event is None:
             return
         self.device.follow(job.event, [piece.data for piece in job.pieces])
-        area = self._pinned(job.memory)
         last: Event | None = None
         for piece in job.pieces:
-            if area is None:
-                self._detour(job.memory, piece)
-                continue
             at = 0
-            for start, stop in job.memory.segment.pieces(piece.position, piece.data.numel()):
-                last = self.device.copy(area[start:stop], piece.data[at : at + stop - start])
+            for number, start, stop in job.memory.segment.extents(piece.position, piece.data.numel()):
+                part = piece.data[at : at + stop - start]
+                area = self._pinned(job.memory, number)
+                if area is None:
+                    self._detour(job.memory, Piece(piece.position + at, part))
+                else:
+                    last = self.device.copy(area[start:stop], part)
                 at += stop - start
         if last is not None:
             last.synchronize()
@@ -332,13 +333,15 @@ class Copier:
                     "send a clone"
                 )
 
-    def _pinned(self, memory: Memory) -> torch.Tensor | None:
-        if memory not in self._pins:
-            area = memory.tensor
-            self._pins[memory] = area if self.device.pin(area) else None
-            if self._pins[memory] is None:
+    def _pinned(self, memory: Memory, number: int) -> torch.Tensor | None:
+        """An extent of a ring."""
+        if (memory, number) not in self._pins:
+            extent = memory.segment.extent
+            area = memory.tensor[number * extent : (number + 1) * extent]
+            self._pins[memory, number] = area if self.device.pin(area) else None
+            if self._pins[memory, number] is None:
                 log.warning("a staging ring cannot be pinned: copies from the device take a detour")
-        return self._pins[memory]
+        return self._pins[memory, number]
 
     def _detour(self, memory: Memory, piece: Piece) -> None:
         """Through two pinned buffers: one fills while the other is copied into the ring."""

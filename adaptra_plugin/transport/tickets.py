@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaptra_plugin.errors import TransferTimeout, TransportError
+from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.message import Message
 from adaptra_plugin.transport.tensors import Assembly, flat, overlaps
@@ -29,7 +29,10 @@ class Loss:
     remedy: str
 
     def about(self, key: Key, verb: str, peer: object, waited_s: float) -> TransportError:
-        return self.error(f"{key} cannot {verb} {peer}: {self.reason} (waited {waited_s:.1f} s). {self.remedy}")
+        found = self.error(f"{key} cannot {verb} {peer}: {self.reason} (waited {waited_s:.1f} s). {self.remedy}")
+        if isinstance(found, PeerLostError):
+            found.peer = peer
+        return found
 
 
 class Fate:

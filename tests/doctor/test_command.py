@@ -58,7 +58,11 @@ def test_ranks_default_to_the_gpus_of_the_node(tmp_path, capsys):
     assert "2 ranks: 2 GiB" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "dev/nvidia1").unlink()  # a container that was given one of two
     run(None, None, False, tree.machine())
-    assert "as messages need them): 1 GiB;" in " ".join(capsys.readouterr().out.split())
+    words = " ".join(capsys.readouterr().out.split())
+    assert (
+        "as messages need them; each grows with the messages to hold 4 of the longest one, at most 1 GiB): 1 GiB;"
+        in words
+    )
     run(None, 8, False, tree.machine())
     assert "8 ranks: 8 GiB" in " ".join(capsys.readouterr().out.split())
 

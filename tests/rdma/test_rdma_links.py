@@ -10,6 +10,7 @@ import time
 import pytest
 
 from adaptra_plugin.errors import HandshakeError, PeerLostError, TransferTimeout, TransportError
+from adaptra_plugin.transport import ring, segment
 from adaptra_plugin.transport.proxy import server
 from tests.rdma import wires
 from tests.rdma.hosts import both, started
@@ -44,6 +45,25 @@ def test_messages_are_spread_over_both_rails(proxy):
         assert min(got["rdma0"], got["rdma1"]) > 2 * MIB, got
         # a moment in which the guest is too busy to acknowledge may send a little of it the other way
         assert sum(got[name] for name in got if name.startswith("tcp")) < (got["rdma0"] + got["rdma1"]) / 4, got
+        assert rank.peer_stats()["damaged"] == 0 and not rank.peer_stats()["skipped"]
+
+    both(scenario, maker=Rank)
+
+
+def test_rings_grow_with_the_messages(monkeypatch):
+    monkeypatch.setattr(ring, "WINDOW_BYTES", 2 * MIB)
+    monkeypatch.setattr(segment, "EXTENT_BYTES", MIB)
+
+    def scenario(rank: Rank) -> None:
+        rank.connect(ring_mib="auto", ring_max_mib=64)
+        for sizes in ((1000, MIB), (3 * MIB, 100_000), (7 * MIB, MIB), (7 * MIB, 7 * MIB, 5 * MIB)):
+            rank.round(sizes)
+        rank.swap()
+        got = rank.delivered()
+        assert min(got["rdma0"], got["rdma1"]) > 4 * MIB, got
+        for nic in rank.endpoint._proxy._proxy.ports.nics:
+            used = [sorted(extents) for extents in nic._rings.values()]
+            assert max(map(len, used)) >= 7 and all(numbers[-1] <= 32 for numbers in used), used
         assert rank.peer_stats()["damaged"] == 0 and not rank.peer_stats()["skipped"]
 
     both(scenario, maker=Rank)

@@ -13,6 +13,7 @@ from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES
 from adaptra_plugin.transport.proxy.verbs import VerbsError, Work
 from adaptra_plugin.transport.proxy.verbs_library import event_descriptors
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind
+from adaptra_plugin.transport.segment import Segment
 from tests.rdma import wires
 from tests.rdma.hosts import LANES, Host, both, started
 from tests.rdma.pairs import MIB, noise
@@ -105,6 +106,34 @@ def test_a_chunk_is_one_request_if_the_device_gathers_its_pieces(gather):
         (chunk,) = (works for works in posted if works[-1].immediate is not None)
         assert len(chunk) == -(-3 // gather) and all(work.remote for work in chunk)
         assert [work.signaled for work in chunk] == [False] * (len(chunk) - 1) + [True]
+
+    both(scenario)
+
+
+def test_a_ring_that_grows_is_registered_as_far_as_it_is_used():
+    def scenario(host: Host) -> None:
+        host.rings = {key: Segment.create(4 * MIB, MIB) for key in LANES}
+        rail = host.connect()
+        ring = host.rings[LANES[0]]
+        assert list(host.nics[0]._rings[ring]) == [0]
+        rail.submit(host.chunk(2 * MIB - MIB // 2, noise(MIB)))  # in two extents
+        rail.submit(host.chunk(4 * MIB, noise(1000)))
+        host.until(lambda: len(host.came) == 2)
+        assert [body for _, _, body in host.came] == [noise(MIB), noise(1000)]
+        host.settle()
+        assert sorted(host.nics[0]._rings[ring]) == [0, 1, 2]
+
+        def refuse(*_: object, **__: object) -> None:
+            raise VerbsError("cannot register 1048576 bytes with the RDMA device: Cannot allocate memory")
+
+        if host.side == "a":
+            host.nics[0].device.register = refuse
+            rail.submit(host.chunk(3 * MIB, noise(MIB)))
+            host.until(lambda: host.failures)
+            assert "cannot register 1048576 bytes" in host.failures["rdma0"]
+            with pytest.raises(VerbsError, match="cannot register"):  # not again and again
+                host.nics[0].ring(ring)
+        host.swap()
 
     both(scenario)
 

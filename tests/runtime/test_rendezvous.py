@@ -1,13 +1,25 @@
-"""The secret is in the store only until every rank has read it."""
+"""The secret is in the store only until every rank has read it; ranks that come late are waited for, and named."""
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 
 import pytest
+import torch
+from torch import distributed
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from adaptra_plugin.runtime.rendezvous import Rendezvous
+from adaptra_plugin.config import parse_config
+from adaptra_plugin.errors import ConfigError, TransportError
+from adaptra_plugin.runtime import rendezvous as module
+from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
+from adaptra_plugin.runtime.session import Session
+from adaptra_plugin.runtime.split import SplitLinears
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import Address, Card
 
@@ -21,7 +33,7 @@ def meet(*stores):
 
     def rank(number):
         topology = Topology.of(number, [list(range(RANKS))])
-        rendezvous = Rendezvous(stores[min(number, len(stores) - 1)], "7", 20.0)
+        rendezvous = Rendezvous(stores[min(number, len(stores) - 1)], "7", number, 20.0)
         secret = rendezvous.secret(topology)
         return secret, rendezvous.exchange(topology, f"n{number}", CARD)
 
@@ -75,3 +87,100 @@ def test_a_store_that_cannot_delete_will_do():
             return getattr(store, name)
 
     assert len(meet(Old())) == RANKS and store.check([SECRET])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "LOOK_S", 0.05)
+    monkeypatch.setattr(module, "REMIND_S", 0.1)
+
+
+def tcp_stores(count):
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [PrefixStore("job", s) for s in (server, *(TCPStore("127.0.0.1", server.port) for _ in range(count - 1)))]
+
+
+def pipelines(store, rank, deadline_s=20.0, world=4):
+    return Rendezvous(store, "7", rank, deadline_s).pipelines(world, list(range(world)))
+
+
+@pytest.mark.parametrize("kind", ["hash", "tcp"])
+def test_who_is_late_is_named_while_the_others_wait(kind, quick, caplog):
+    caplog.set_level(logging.INFO, "adaptra")
+    stores = [HashStore()] * 4 if kind == "hash" else tcp_stores(4)
+    with ThreadPoolExecutor(4) as pool:
+        early = [pool.submit(pipelines, stores[rank], rank) for rank in (0, 2)]
+        while sum("have not come yet" in line for line in caplog.messages) < 4:
+            time.sleep(0.01)
+            assert not any(found.done() for found in early)
+        late = [pool.submit(pipelines, stores[rank], rank) for rank in (1, 3)]
+        assert [found.result(20) for found in early + late] == [[[0, 1, 2, 3]]] * 4
+    told = [record for record in caplog.records if "have not come yet" in record.message]
+    assert "ranks 1, 3 (2) have not come yet: waiting since 0 s, at most 20 s" in told[0].message
+    assert {record.levelname for record in told} == {"WARNING", "INFO"}, "one rank speaks for all"
+
+
+def test_in_the_end_the_error_names_who_is_missing(quick):
+    store = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(pipelines, store, rank, 0.3) for rank in (0, 2)]
+        for found in waiting:
+            with pytest.raises(TransportError, match=r"^ranks 1, 3 \(2\) have not come within 0 s: .*group") as caught:
+                found.result(20)
+    assert "connect_deadline_s" in str(caught.value)
+
+
+def test_a_rank_that_does_not_start_is_named_at_once_with_its_reason(quick):
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(pipelines, store, 0)
+        for rank, error in ((2, ConfigError("max_activations is wrong")), (3, ValueError("later"))):
+            Rendezvous(store, "7", rank, 20.0).tell_failure(type(error), error, None)
+        with pytest.raises(TransportError, match=r"^rank 2 does not start: ConfigError: max_activations is wrong"):
+            waiting.result(5)
+
+
+def test_a_store_that_is_gone_is_not_waited_for(quick):
+    class Gone:
+        def __getattr__(self, name):
+            def fails(*_):
+                raise RuntimeError("Connection reset by peer")
+
+            return (lambda *_: None) if name == "set" else fails
+
+    begun = time.monotonic()
+    with pytest.raises(TransportError, match=r"rank 0 has lost the launcher's store \(Connection reset by peer\)"):
+        pipelines(Gone(), 0)
+    assert time.monotonic() - begun < 5
+
+
+def start(world):
+    config = parse_config(
+        {"transport": {"proxy": "thread", "bind": "127.0.0.1"}, "report": {"directory": None, "wandb": "off"}}
+    )
+    topology = Topology.of(0, [list(range(world))])
+    return Session(config, topology, HashStore(), partial(SplitLinears, torch.nn.Linear(2, 2)), torch.device("cpu"), 2)
+
+
+def test_by_default_ranks_wait_as_long_as_the_process_group_does():
+    assert patience_s(7.5) == 7.5
+    assert patience_s("auto") == 1800.0, "torch's own, where there is no group"
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=1))
+    try:
+        assert patience_s("auto") == 1.0
+        begun = time.monotonic()
+        with pytest.raises(TransportError, match=r"^rank 1 has not come within 1 s"):
+            start(2)
+        assert 1.0 <= time.monotonic() - begun < 20
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_session_that_fails_to_start_tells_those_that_wait_for_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(Rendezvous, "tell_failure", lambda self, kind, error, trace: told.append(error))
+    monkeypatch.setattr(Rendezvous, "exchange", lambda *_: (_ for _ in ()).throw(TransportError("x")))
+    with pytest.raises(TransportError):
+        start(1)
+    assert [str(error) for error in told] == ["x"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adaptra-control")]

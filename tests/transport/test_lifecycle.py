@@ -135,6 +135,22 @@ def test_missing_peers_are_named_with_the_reason():
         silent.close()
 
 
+def test_who_is_missing_is_said_while_it_is_waited_for(caplog, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "REMIND_S", 0.05)
+    first, second = (endpoint(rank, config()) for rank in (0, 1))
+    try:
+        waiting = threading.Thread(target=lambda: first.connect(table([first, second]), neighbours=[1], coordinator=0))
+        waiting.start()
+        until(lambda: sum("still not connected" in line for line in caplog.messages) >= 2, "reminders")
+        line = next(line for line in caplog.messages if "still not connected" in line)
+        assert line.startswith("rank 0 is still not connected; missing: rank 1 (stage 1, host n) at 127.0.0.1:")
+        second.connect(table([first, second]), neighbours=[0], coordinator=0)
+        waiting.join(20)
+        assert not waiting.is_alive()
+    finally:
+        everywhere(first.close, second.close)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_peer_that_has_ended_before_it_was_connected_is_found_at_once(rank):
     """Rank 1 dials, rank 0, the coordinator, waits to be dialled: either finds out by itself."""

@@ -43,7 +43,9 @@ class Nic:
         except BaseException:
             self.device.close()
             raise
-        self._rings: dict[Segment, Region] = {}
+        self._rings: dict[
+            Segment, dict[int, Region | None]
+        ] = {}  # by extent; None: it was wanted, and could not be had
         self._listeners: list[Callable[[str], None]] = []
         self._retired: deque[tuple[Sequence[Any], Timer]] = deque()
         self._events: _Descriptor | None = None
@@ -73,11 +75,24 @@ class Nic:
         interface = gid.interface if gid is not None and self.port.link_layer == "ethernet" else None
         return Way(self.loop, interface, gid.address if gid is not None else "", str(card.get("address", "")))
 
-    def ring(self, segment: Segment) -> Region:
-        """The registered form of a ring that is sent from. Raises VerbsError."""
-        region = self._rings.get(segment)
+    def ring(self, segment: Segment) -> None:
+        """Registers a ring that is sent from: its first extent, and what else has been wanted of it before, so that a rail
+        that could not have it does not come up again. Raises VerbsError."""
+        for number in tuple(self._rings.setdefault(segment, {0: None})):
+            self._extent(segment, number)
+
+    def ring_pieces(self, segment: Segment, position: int, nbytes: int) -> tuple[tuple[Region, int, int], ...]:
+        """(region, offset, bytes) of the bytes at `position` of a ring; what is new of it is registered. Raises VerbsError."""
+        return tuple(
+            (self._extent(segment, number), start, stop - start)
+            for number, start, stop in segment.extents(position, nbytes)
+        )
+
+    def _extent(self, segment: Segment, number: int) -> Region:
+        regions = self._rings.setdefault(segment, {})
+        region = regions.setdefault(number, None)
         if region is None:
-            region = self._rings[segment] = self.device.register(segment.view)
+            region = regions[number] = self.device.register(segment.extent_view(number))
         return region
 
     def listen(self, listener: Callable[[str], None]) -> None:

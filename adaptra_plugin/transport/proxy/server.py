@@ -203,6 +203,8 @@ class Proxy:
         coordinator, deadline_s = int(message["coordinator"]), float(message["deadline_s"])
         self._peers = {}
         self._connecting = self.loop.call_later(deadline_s, lambda: self._give_up(deadline_s))
+        remind_s = float(message["remind_s"])
+        self.loop.call_later(remind_s, lambda: self._remind(remind_s))
         fds = iter(descriptors)
         for entry in message["peers"]:
             info = PeerInfo(int(entry["rank"]), int(entry["stage"]), str(entry["host"]))
@@ -222,7 +224,7 @@ class Proxy:
         rings: dict[LaneKey, Rings] = {}
         for direction in Direction:
             for lane in range(self.settings.connections_per_direction):
-                ring, mirror = Segment(next(fds), capacity), Segment(next(fds), capacity)
+                ring, mirror = Segment(next(fds), capacity, self.settings.ring_extent), Segment(next(fds), capacity)
                 self._segments += (ring, mirror)
                 rings[direction, lane] = Rings(ring, mirror)
         return Neighbour(rings, min(capacity, self.settings.max_message_mib << 20))
@@ -242,12 +244,19 @@ class Proxy:
             self._listeners[0].refuse(sock, reason)
 
     def _give_up(self, deadline_s: float) -> None:
-        lines = [peer.missing() for peer in self._each_peer() if not peer.up]
         self._connect_failed(
             "TransportError",
-            f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {', '.join(lines)}. Check "
+            f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {self._missing()}. Check "
             "that they run and that a firewall lets them through, or raise adaptra.transport.connect_deadline_s",
         )
+
+    def _missing(self) -> str:
+        return ", ".join(peer.missing() for peer in self._each_peer() if not peer.up)
+
+    def _remind(self, pause_s: float) -> None:
+        if self._connecting is not None:
+            log.warning("rank %d is still not connected; missing: %s", self.me.rank, self._missing())
+            self.loop.call_later(2 * pause_s, lambda: self._remind(2 * pause_s))
 
     def _connect_failed(self, error: str, text: str) -> None:
         if self._connecting is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaptra_plugin.transport.proxy.rails.base import RailKind
+from adaptra_plugin.transport.segment import extent_of, growth_limit
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class ProxySettings:
 
     rail: str = "auto"
     connections_per_direction: int = 2
-    ring_mib: int = 64
+    ring_mib: str | int = "auto"
+    ring_max_mib: int = 1024
     max_message_mib: int = 4096
     chunk_kib: int = 1024
     checksum: str = "auto"
@@ -35,7 +37,12 @@ class ProxySettings:
 
     @property
     def ring_bytes(self) -> int:
-        return self.ring_mib << 20
+        return growth_limit(self.ring_max_mib << 20) if isinstance(self.ring_mib, str) else self.ring_mib << 20
+
+    @property
+    def ring_extent(self) -> int | None:
+        """See `transport.segment`."""
+        return extent_of(self.chunk_kib << 10, grows=isinstance(self.ring_mib, str))
 
     def wants(self, kind: RailKind) -> bool:
         """Whether rails of that kind are tried; TCP always is, it brings the others up and is the last resort."""

@@ -47,7 +47,7 @@ SLOT_BYTES = 4096
 LANDING_BYTES = 64 << 20
 """Bodies that may be under way: as many as a link ever has on one rail."""
 GATHER = 3
-"""Pieces of a chunk: its header, and its body in two, where its ring ends."""
+"""Pieces of a chunk: its header, and its body in two, where its ring or an extent of it ends."""
 _HEAD = PREFIX_BYTES + HEADER_BYTES  # in front of a body in the landing
 SLOWEST = 1e6
 """A wire that moves fewer bytes per second counts as dead, if nothing else is acknowledged meanwhile."""
@@ -72,13 +72,12 @@ class _Waiting:
 
     header: Header
     rest: memoryview
-    body_region: Region | None = None
-    body_pieces: tuple[tuple[int, int], ...] = ()
-    """(start, stop) offsets of a chunk's body in its ring."""
+    body: tuple[tuple[Region, int, int], ...] = ()
+    """(region, offset, bytes) of a chunk's body in its ring."""
 
     @property
     def nbytes(self) -> int:
-        return len(self.rest) + sum(stop - start for start, stop in self.body_pieces)
+        return len(self.rest) + sum(nbytes for _, _, nbytes in self.body)
 
 
 class RdmaRail(Rail):
@@ -136,7 +135,8 @@ class RdmaRail(Rail):
         if not nic.up():
             raise VerbsError(f"{nic.name}: its port is down")
         try:
-            self._rings = {key: nic.ring(segment) for key, segment in rings.items()}
+            for segment in rings.values():
+                nic.ring(segment)
             self._send_memory = self._memory(slots * SLOT_BYTES)
             self._send_region = self._owned(device.register(self._send_memory))
             self._receive_memory = self._memory(slots * SLOT_BYTES)
@@ -237,8 +237,12 @@ class RdmaRail(Rail):
             if _HEAD + length > self._budget.landing:
                 self._fail(f"a chunk of {length} bytes does not fit into the other end's {self._budget.landing}")
                 return
-            pieces = tuple(self._segments[key].pieces(header.message + header.at, length))
-            waiting = _Waiting(header, memoryview(head), self._rings[key], pieces)
+            try:
+                body = self._nic.ring_pieces(self._segments[key], header.message + header.at, length)
+            except VerbsError as error:
+                self._fail(str(error))
+                return
+            waiting = _Waiting(header, memoryview(head), body)
         else:
             waiting = _Waiting(header, memoryview(b"".join((head, *frame.body))))
         self._backlog += waiting.nbytes
@@ -267,7 +271,7 @@ class RdmaRail(Rail):
             # the last slot is for returning credit
             while self._waiting and self._open and self._free and self._budget.free_slots > 1:
                 first = self._waiting[0]
-                if first.body_region is not None:
+                if first.body:
                     if not self._post_chunk(first):
                         return
                     self._waiting.popleft()
@@ -281,13 +285,10 @@ class RdmaRail(Rail):
 
     def _post_chunk(self, waiting: _Waiting) -> bool:
         """False: the other end has no room for the body now."""
-        region = waiting.body_region
-        assert region is not None
         at = self._budget.place(_HEAD + waiting.header.length)
         if at is None:
             return False
-        body = tuple((region, start, stop - start) for start, stop in waiting.body_pieces)
-        self._post(SlotKind.CHUNK, waiting.rest, waiting.nbytes, body=body, at=at)
+        self._post(SlotKind.CHUNK, waiting.rest, waiting.nbytes, body=waiting.body, at=at)
         return True
 
     def _post(
