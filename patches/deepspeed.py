@@ -1,8 +1,8 @@
 """DeepSpeed: a pipeline engine that runs Adaptra's plans.
 
 `deepspeed.PipelineEngine`, the global that `deepspeed.initialize` builds engines from, is a subclass while an engine with the
-block is built. No stock class is changed: the subclass replaces the schedule in `_exec_schedule` and has an instruction map of
-its own, whose entries time the computations, keep what several microbatches in flight need, and move tensors through the
+block is built. No stock class is changed: the subclass replaces the schedule in `_exec_schedule` and, while a plan runs, has an
+instruction map of its own, whose entries time the computations, keep what several microbatches in flight need, and move tensors through the
 session's channels.
 """
 
@@ -12,7 +12,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -21,12 +21,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.patches import deepspeed_foreign as foreign
 from adaptra_plugin.patches import deepspeed_support as support
 from adaptra_plugin.patches.deepspeed_gate import effective_config
 from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.split import SplitLinears
+from adaptra_plugin.runtime.stepping import Unstepped
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
@@ -51,8 +53,19 @@ def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
         host="deepspeed",
         versions=VERSIONS,
         reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
-        replace=lambda engine: AdaptraPipelineEngine,
+        replace=engine_class,
     )
+
+
+def engine_class(engine: Any) -> Any:
+    """The class to build instead of what `deepspeed.PipelineEngine` is now: Adaptra's, on top of a subclass that somebody has put
+    there."""
+    if engine is PipelineEngine:
+        return AdaptraPipelineEngine
+    if isinstance(engine, type) and issubclass(engine, PipelineEngine):
+        return type(f"Adaptra{engine.__name__}", (AdaptraPipelineEngine, engine), {})
+    logger.warning("deepspeed.PipelineEngine is %s, which is no subclass of it: this job runs as in stock", engine)
+    return engine
 
 
 class BackwardInput(stock.BufferOpInstruction):
@@ -66,9 +79,12 @@ class BackwardWeight(stock.BufferOpInstruction):
 class PlanSchedule(stock.PipeSchedule):
     """DeepSpeed's view of a plan: each action becomes one step of instructions."""
 
-    def __init__(self, iteration: Iteration, micro_batches: int, stages: int, stage_id: int) -> None:
+    def __init__(
+        self, iteration: Iteration, micro_batches: int, stages: int, stage_id: int, before_step: Callable[[], None]
+    ) -> None:
         super().__init__(micro_batches=micro_batches, stages=stages, stage_id=stage_id)
         self.iteration = iteration
+        self.before_step = before_step
 
     def num_pipe_buffers(self) -> int:
         return self.iteration.buffers
@@ -77,6 +93,7 @@ class PlanSchedule(stock.PipeSchedule):
         for action in self.iteration.dispatch():
             yield self._instructions(action)
         if self.iteration.training:
+            self.before_step()
             yield [stock.ReduceTiedGrads(), stock.ReduceGrads(), stock.OptimizerStep()]
 
     def _instructions(self, action: Action) -> list[stock.PipeInstruction]:
@@ -85,10 +102,12 @@ class PlanSchedule(stock.PipeSchedule):
         if action.kind is Kind.W:
             return [BackwardWeight(**at)]
         if action.kind is Kind.F:
-            if not self.is_first_stage:
-                commands.append(stock.RecvActivation(**at))
+            # data first, as users' schedules and DeepSpeed's own for evaluation have it: loading may talk to the other end
+            # of the pipeline, which would wait for an activation meanwhile
             if self.is_first_stage or self.is_last_stage:
                 commands.append(stock.LoadMicroBatch(at["buffer_id"]))
+            if not self.is_first_stage:
+                commands.append(stock.RecvActivation(**at))
             commands.append(stock.ForwardPass(**at))
             if not self.is_last_stage:
                 commands.append(stock.SendActivation(**at))
@@ -106,7 +125,9 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     _session: Session | None = None
     _running: Iteration | None = None
+    _decided = False  # whether this job runs by plans
     _warned = False  # of a schedule that is not known
+    _INSTRUCTION_MAP: dict[type, Callable[..., None]]
     grad_layer: Any
     loss: Any
 
@@ -166,25 +187,22 @@ class AdaptraPipelineEngine(PipelineEngine):
             return call(*args, **kwargs)
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
-        session = self.adaptra
-        kind = type(pipe_schedule)
-        if session is None or kind not in (stock.TrainSchedule, stock.InferenceSchedule):
-            if session is not None and not self._warned:
-                self._warned = True
-                logger.warning("%s is no schedule that Adaptra knows: it runs as DeepSpeed runs it", kind.__name__)
-            self._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
-            try:
-                super()._exec_schedule(pipe_schedule)
-            finally:
-                del self._INSTRUCTION_MAP
+        session = self._session_for(pipe_schedule)
+        if session is None:
+            super()._exec_schedule(pipe_schedule)
             return
         microbatches = pipe_schedule.micro_batches
-        training = kind is stock.TrainSchedule
+        training = type(pipe_schedule) is stock.TrainSchedule
         iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
+        unstepped = Unstepped(self.module.named_parameters()) if training and iteration.index == 0 else None
+        before_step = nothing if unstepped is None else unstepped.check
+        plan = PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id, before_step)
         self._running = iteration
+        self._INSTRUCTION_MAP = {**self._stock_instructions, **self._INSTRUCTIONS}
         try:
-            super()._exec_schedule(PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id))
+            super()._exec_schedule(plan)
         finally:
+            del self._INSTRUCTION_MAP
             self._running = None
             self._losses.clear()
             self.grad_layer = None
@@ -196,13 +214,46 @@ class AdaptraPipelineEngine(PipelineEngine):
             session.queue.clear()
         session.end(iteration)
 
+    @property
+    def _stock_instructions(self) -> dict[type, Callable[..., None]]:
+        """What executes instructions without Adaptra: DeepSpeed's own functions, or those that users have put there."""
+        return type(self)._INSTRUCTION_MAP
+
+    def _session_for(self, schedule: Any) -> Session | None:
+        """The session, if it runs the schedule by a plan.
+
+        Raises:
+            UnsupportedError: something has been replaced after training had begun.
+        """
+        session = self.adaptra
+        if session is None:
+            return None
+        if type(schedule) not in (stock.TrainSchedule, stock.InferenceSchedule):
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s is no schedule that Adaptra knows: it runs as DeepSpeed runs it", type(schedule).__name__
+                )
+            return None
+        base = next(cls for cls in type(self).__mro__ if issubclass(cls, PipelineEngine) and not _is_ours(cls))
+        found = foreign.reasons(self, base, schedule)
+        if not self._decided:
+            self._decided = True
+            return session if session.agrees(found) else None
+        if found:
+            raise UnsupportedError(
+                f"replaced after training with Adaptra had begun: {'; '.join(found)}. Replace it before the first batch, and "
+                'the job runs as in stock; or set "adaptra": {"enabled": false}'
+            )
+        return session
+
     # --- computations
 
     def _adaptra_forward(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
         with iteration.compute(action), session.recording(iteration):
-            PipelineEngine._exec_forward_pass(self, buffer_id)
+            self._stock_instructions[stock.ForwardPass](self, buffer_id)
         if iteration.training and self.is_last_stage():
             # the stock engine has one slot for the loss; here several forwards may run before the first backward
             self._losses[buffer_id] = self.loss
@@ -222,7 +273,7 @@ class AdaptraPipelineEngine(PipelineEngine):
     def _stock_backward(self, buffer_id: int) -> None:
         if self.is_last_stage():
             self.loss = self._losses.pop(buffer_id)
-        PipelineEngine._exec_backward_pass(self, buffer_id)
+        self._stock_instructions[stock.BackwardPass](self, buffer_id)
 
     def _adaptra_backward_weight(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
@@ -285,8 +336,7 @@ class AdaptraPipelineEngine(PipelineEngine):
         assert self._running is not None
         return self._running.receive(action)
 
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {  # noqa: RUF012  one engine may go back to the stock map
-        **PipelineEngine._INSTRUCTION_MAP,
+    _INSTRUCTIONS: ClassVar[dict[type, Callable[..., None]]] = {
         stock.ForwardPass: _adaptra_forward,
         stock.BackwardPass: _adaptra_backward,
         BackwardInput: _adaptra_backward_input,
@@ -296,3 +346,11 @@ class AdaptraPipelineEngine(PipelineEngine):
         stock.SendGrad: _adaptra_send_grads,
         stock.RecvGrad: _adaptra_receive_grads,
     }
+
+
+def nothing() -> None:
+    pass
+
+
+def _is_ours(cls: type) -> bool:
+    return issubclass(cls, AdaptraPipelineEngine)

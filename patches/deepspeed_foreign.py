@@ -6,7 +6,7 @@ backward, loading, reduction, step); what it does instead of DeepSpeed (order, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from deepspeed.runtime.pipe import engine as engine_module
@@ -44,7 +44,9 @@ def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
         if not is_genuine(getattr(p2p, name), p2p.__name__):
             found.append(f"deepspeed.runtime.pipe.p2p.{name} is {name_of(getattr(p2p, name))}")
     if not _keeps_the_order(schedule):
-        found.append(f"the steps of {type(schedule).__name__} are those of {name_of(type(schedule).steps)}, in another order")
+        found.append(
+            f"the steps of {type(schedule).__name__} are those of {name_of(type(schedule).steps)}, in another order"
+        )
     hooks = foreign_hooks(engine.module.parameters())
     if hooks:
         found.append(f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there")
@@ -54,19 +56,19 @@ def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
 def _keeps_the_order(schedule: Any) -> bool:
     """Whether a schedule's steps are DeepSpeed's, or differ in nothing but when data are loaded: a plan loads before it
     receives, which suits all that load before the forward."""
-    methods = {name: method for cls in type(schedule).__mro__[:-1] for name, method in vars(cls).items() if callable(method)}
-    if all(is_genuine(method, stock.__name__) for method in methods.values()):
+    kind = type(schedule)
+    names = {name for cls in kind.__mro__[:-1] for name, value in vars(cls).items() if callable(value)}
+    if all(is_genuine(getattr(kind, name), stock.__name__) for name in names):
         return True
     try:
-        names = [type(instruction).__name__ for step in schedule.steps() for instruction in step]
+        instructions = [type(instruction).__name__ for step in schedule.steps() for instruction in step]
     except Exception:  # noqa: BLE001 - a generator of somebody else's, which may need what only a run has
         return False
-    return names_keep_order(names, schedule)
+    return names_keep_order(instructions, schedule)
 
 
-def names_keep_order(names: Iterable[str], schedule: Any) -> bool:
+def names_keep_order(names: Sequence[str], schedule: Any) -> bool:
     """Whether instructions, given by their names, are 1F1B (or forwards only), with loads in front of their forwards."""
-    names = list(names)
     count, stage, stages = schedule.micro_batches, schedule.stage_id, schedule.stages
     training = isinstance(schedule, stock.TrainSchedule)
     computations = [name for name in names if name in ("ForwardPass", "BackwardPass")]

@@ -23,6 +23,7 @@ EXIT_PEER_LOST = 70
 PATIENCE_S = 3.0
 """An error of a collective, or of a transfer, waits for so long for the news of whose doing it is."""
 _NO_NEWS_S = 0.2
+_WATCH_ENDS_S = 5.0
 
 
 class Losses:
@@ -101,10 +102,11 @@ class Losses:
             self._tell_all(departure.to_json(), departure.peer.rank)
         if self._watch is None and departure.peer.rank != self._me.rank:
             arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
-            self._watch = threading.Thread(
+            watch = threading.Thread(
                 target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
             )
-            self._watch.start()
+            watch.start()
+            self._watch = watch  # who ends the session waits for a thread that runs
 
     def _lose(self, peer: PeerInfo, why: str) -> None:
         error = PeerLostError(
@@ -216,7 +218,7 @@ class Losses:
         self._closed = True
         self._noticed.set()
         if self._watch is not None and self._watch is not threading.current_thread():
-            self._watch.join()
+            self._watch.join(_WATCH_ENDS_S)
 
 
 def _loss_message(peer: PeerInfo, why: str) -> dict[str, Any]:

@@ -92,9 +92,18 @@ class Rendezvous:
         Raises:
             TransportError: a rank did not publish its pipeline within the deadline.
         """
-        self._store.set(self._key(f"pipeline/{self._rank}"), json.dumps(list(mine)))
-        texts = set(self._collect(lambda rank: f"pipeline/{rank}", range(world_size)).values())
+        texts = {json.dumps(ranks) for ranks in self.gather("pipeline", list(mine), world_size).values()}
         return sorted([int(r) for r in json.loads(text)] for text in texts)
+
+    def gather(self, name: str, value: Any, world_size: int) -> dict[int, Any]:
+        """What every rank gives under a name that is used once: anything that JSON can carry.
+
+        Raises:
+            TransportError: a rank did not give it within the deadline.
+        """
+        self._store.set(self._key(f"{name}/{self._rank}"), json.dumps(value))
+        found = self._collect(lambda rank: f"{name}/{rank}", range(world_size))
+        return {rank: json.loads(text) for rank, text in found.items()}
 
     def tell_failure(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """This rank does not start: those that wait for it need not. Of several, the first one counts."""

@@ -122,7 +122,7 @@ class Session:
         host = self._me.host
         self._rails = RailWatch(topology, host)
         patience = patience_s(config.transport.connect_deadline_s)
-        rendezvous = Rendezvous(store, str(next(_numbers)), topology.rank, patience)
+        rendezvous = self._rendezvous = Rendezvous(store, str(next(_numbers)), topology.rank, patience)
         undo.push(rendezvous.tell_failure)
         self._endpoint = Endpoint(
             self._me,
@@ -252,6 +252,24 @@ class Session:
         return self._split is not None
 
     # --- agreement
+
+    def agrees(self, reasons: Sequence[str]) -> bool:
+        """Before the first schedule, on every rank: whether plans run at all. If a rank has a reason why not, all run as in stock,
+        and this session ends.
+
+        Raises:
+            TransportError: a rank did not come to its first schedule.
+        """
+        told = self._rendezvous.gather("reasons", list(reasons), self.topology.world_size)
+        found = dict.fromkeys(reason for rank in sorted(told) for reason in told[rank])
+        if not found:
+            return True
+        ranks = [rank for rank in sorted(told) if told[rank]]
+        level = logging.WARNING if self.topology.rank == COORDINATOR else logging.INFO
+        logger.log(level, "this job runs as in stock, without Adaptra (ranks %s): %s", ranks, "; ".join(found))
+        self._reporter.message("stock", reasons=list(found), ranks=ranks)
+        self.close()
+        return False
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         if rank == self.topology.rank:

@@ -130,9 +130,13 @@ def train(
     model_kwargs: dict[str, Any] | None = None,
     during: Any = None,
     load: tuple[str, int] | None = None,
+    optimizer: Any = None,
+    prepare: Any = None,
+    iterate: Any = lambda engine, batches: iter(batches),
 ) -> dict[str, Any]:
     """Trains one engine. `steps`: microbatches of each `train_batch`; `load`: folder of a checkpoint and the steps it has
-    behind it. Returns losses, parameters, and what Adaptra says of it."""
+    behind it; `optimizer(parameters)`: instead of the configured one; `prepare(engine)`: before the first batch;
+    `iterate(engine, batches)`: what feeds it. Returns losses, parameters, and what Adaptra says of it."""
     import deepspeed
 
     import adaptra_plugin
@@ -143,7 +147,13 @@ def train(
         adaptra_plugin.activate()
     deepspeed.init_distributed()
     model = build(kind, stages, **(model_kwargs or {}))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=[p for p in model.parameters()], config=config)
+    parameters = [p for p in model.parameters()]
+    if optimizer is not None:
+        del config["optimizer"]
+        optimizer = optimizer(parameters)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=config)
+    if prepare is not None:
+        prepare(engine)
     torch.manual_seed(11)
     first = 0
     if load is not None:
@@ -164,11 +174,11 @@ def train(
         torch.manual_seed(1000 + step)  # a resumed run draws the same dropout
         if count != engine.gradient_accumulation_steps():
             engine.set_train_batch_size(count * micro * engine.dp_world_size)
-        loss = engine.train_batch(iter(batches(count, micro, seed=100 * step + replica)))
+        loss = engine.train_batch(iterate(engine, batches(count, micro, seed=100 * step + replica)))
         losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm() or 0.0))
         if step in evaluate_after:
-            evaluations.append(engine.eval_batch(iter(batches(count, micro, seed=9))).item())
+            evaluations.append(engine.eval_batch(iterate(engine, batches(count, micro, seed=9))).item())
         if during is not None:
             during(engine, step)
     result = {
