@@ -129,6 +129,7 @@ class Session:
             config.transport,
             rendezvous.secret(topology),
             simulate=config.simulate,
+            bind_host=rendezvous.bind_host(topology, config.transport.bind),
             ring=topology.chunks > 1,
         )
         undo.callback(self._endpoint.close, linger_s=0.0)

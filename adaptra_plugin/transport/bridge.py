@@ -5,7 +5,8 @@ The *data* pair (SOCK_SEQPACKET) carries fixed records, several a packet: transf
 rare. Both ends belong to one job and one user: nothing here is authenticated, and nothing is pickled.
 
 Control messages to the proxy, by `op`:
-    start    me {rank, stage, host}, config (transport block), secret (hex), bind, source, simulate, clock_offset_s
+    start    me {rank, stage, host}, config (transport block), secret (hex), bind, shown (in the card, for a wildcard), simulate,
+             clock_offset_s
     connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s, remind_s;
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
              rank fills, then the mirror of the ring that the peer fills

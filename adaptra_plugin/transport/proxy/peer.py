@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adaptra_plugin.errors import HandshakeError
+from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.clock import ClockOffset
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
@@ -25,7 +26,7 @@ from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.rdma_setup import Ports, RdmaSetup
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
-from adaptra_plugin.transport.proxy.vigil import Vigil
+from adaptra_plugin.transport.proxy.vigil import ONLY_ITS_HOST, Vigil
 from adaptra_plugin.transport.types import Card, Direction, PeerInfo
 
 FIRST_PINGS = 8
@@ -192,6 +193,8 @@ class Peer:
         waiting = sorted(self._expected - self.skipped.keys() - self.link.tracks.keys())
         reasons = sorted({self._dialers[name].last_reason for name in waiting if name in self._dialers})
         how = "; ".join(reasons) or ("it has not dialled this rank" if waiting else "no answer to pings")
+        if is_loopback(self.card.addresses[0].host) and self.card.boot != self._owner.card.boot:
+            how += f"; that is loopback, {ONLY_ITS_HOST}"
         return f"{self.info} at {self.card.addresses[0]} ({len(waiting)} connections missing: {how})"
 
     def _dial(self, name: str) -> None:
@@ -245,7 +248,7 @@ class Peer:
     def _dial_failed(self, claim: Claim, reason: str) -> None:
         if claim.rail == "shm" and not self._announced:
             self._dialers.pop("shm").close()
-            self._skip("shm", f"its socket cannot be reached: {reason}")
+            self._skip("shm", f"its socket cannot be reached from here ({reason}): is it in another network namespace?")
         elif claim.rail != "shm" and "refused" in reason.lower():
             self._vigil.refused()
 

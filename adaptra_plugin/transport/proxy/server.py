@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport.bind import is_wildcard, listen, local_address_towards
+from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
@@ -28,6 +28,7 @@ from adaptra_plugin.transport.proxy.rails.faulty import Faults
 from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
+from adaptra_plugin.transport.proxy.vigil import ONLY_ITS_HOST
 from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Address, Card, Direction, PeerInfo
 
@@ -148,14 +149,14 @@ class Proxy:
         try:
             self.tls = Tls(self.settings.tls) if self.settings.tls else None
             self.ports.find(self.loop, self.settings)
-            self.card = self._listen(str(message["bind"]))
+            self.card = self._listen(str(message["bind"]), message.get("shown"))
         except (TransportError, OSError) as error:
             self._tell("start_failed", text=str(error))
             return
         self._tell("ready", card=self.card.to_text())
         self._tick()
 
-    def _listen(self, bind: str) -> Card:
+    def _listen(self, bind: str, reached_at: str | None) -> Card:
         settings = self.settings
         addresses = []
         hosts = dict.fromkeys([bind, *(address_of(name) for name in settings.interfaces)])
@@ -163,9 +164,7 @@ class Proxy:
             sock = listen(host, _BACKLOG)
             self._add_listener(sock)
             shown, port = sock.getsockname()[:2]  # the address of a host that was given by name
-            if is_wildcard(host):
-                shown = local_address_towards(os.environ.get("MASTER_ADDR", "localhost"))
-            addresses.append(Address(shown, port))
+            addresses.append(Address(reached_at if is_wildcard(host) and reached_at else shown, port))
         unix = f"adaptra-{secrets.token_hex(12)}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -205,6 +204,16 @@ class Proxy:
         self._connecting = self.loop.call_later(deadline_s, lambda: self._give_up(deadline_s))
         remind_s = float(message["remind_s"])
         self.loop.call_later(remind_s, lambda: self._remind(remind_s))
+        neighbours = sum(bool(entry["neighbour"]) for entry in message["peers"])
+        wanted = neighbours * len(Direction) * self.settings.connections_per_direction * 2
+        if len(descriptors) < wanted:
+            for fd in descriptors:
+                os.close(fd)
+            self._connect_failed(
+                "TransportError",
+                f"the proxy of rank {self.me.rank} has no room for the {wanted} descriptors of its rings: raise `ulimit -n`",
+            )
+            return
         fds = iter(descriptors)
         for entry in message["peers"]:
             info = PeerInfo(int(entry["rank"]), int(entry["stage"]), str(entry["host"]))
@@ -244,10 +253,13 @@ class Proxy:
             self._listeners[0].refuse(sock, reason)
 
     def _give_up(self, deadline_s: float) -> None:
+        only_here = all(is_loopback(address.host) for address in self.card.addresses)
+        loopback = f", loopback, {ONLY_ITS_HOST}" if only_here else ""
         self._connect_failed(
             "TransportError",
-            f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {self._missing()}. Check "
-            "that they run and that a firewall lets them through, or raise adaptra.transport.connect_deadline_s",
+            f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {self._missing()}. It listens on "
+            f"{self.card}{loopback}. Check that they run and that a firewall lets them through, or raise "
+            "adaptra.transport.connect_deadline_s",
         )
 
     def _missing(self) -> str:
