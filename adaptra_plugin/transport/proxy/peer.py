@@ -18,6 +18,7 @@ from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
 from adaptra_plugin.transport.proxy.meeting import Dialer
+from adaptra_plugin.transport.proxy.news import RailNews
 from adaptra_plugin.transport.proxy.nics import pairs
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
@@ -104,6 +105,7 @@ class Peer:
         self._announced = False
         self._closing = False
         self._vigil = Vigil(owner.loop, card.addresses[0], owner.settings.reconnect_s, self._lose)
+        self._news = RailNews(owner.loop, functools.partial(owner.peer_rail, self))
         self._with_rdma = False
         self._expected = self._expected_rails()
         settings = owner.settings
@@ -298,6 +300,7 @@ class Peer:
 
     def _add(self, rail: Rail, *, ready: bool) -> None:
         self._vigil.end()
+        self._news.alive()
         self.skipped.pop(rail.name, None)
         self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
         self.link.ping(rail.name)
@@ -348,11 +351,13 @@ class Peer:
         self._owner.peer_control(self, message)
 
     def rail_state(self, rail: Rail, state: State, why: str) -> None:
-        if self._announced and not (self.gone or self.departed or self._closing):
-            self._owner.peer_rail(self, rail, state, why)
+        if self._announced and not (self.gone or self.departed or self._closing) and self._news.step(rail, state, why):
+            for name in list(self.link.tracks):
+                self.link.ping(name)
 
     def pong(self, sent: float, remote_received: float, remote_sent: float, received: float) -> None:
         self.clock.add(sent, remote_received, remote_sent, received)
+        self._news.answered(sent)
         if not self._announced:
             if self.clock.count < FIRST_PINGS and self.link.tracks:
                 self.link.ping(next(iter(self.link.tracks)))
@@ -426,6 +431,7 @@ class Peer:
     def goodbye(self) -> None:
         if not self.departed:
             self.departed = True
+            self._news.drop()
             self._owner.peer_left(self)
             self._check_done()
 
@@ -457,6 +463,7 @@ class Peer:
         self._timers.clear()
         self._rdma.close()
         self._vigil.end()
+        self._news.drop()
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
