@@ -339,10 +339,10 @@ class Endpoint:
 
     def _records(self, packet: bytes) -> None:
         """On whichever thread reads the data socket."""
-        for op, direction, lane, flags, rank, position, total, value, _ in RECORD.iter_unpack(packet):
-            link = self._links.get(rank)
-            if link is not None:
-                link.record(op, direction, lane, flags, position, total, value)
+        for op, direction, lane, flags, rank, position, total, value, after in RECORD.iter_unpack(packet):
+            # of this rank's own proxy, what it says is about all links
+            for link in self._links.values() if rank < 0 else filter(None, [self._links.get(rank)]):
+                link.record(op, direction, lane, flags, position, total, value, after)
 
     def _event(self, event: dict[str, Any], descriptors: list[int]) -> None:
         """On the control thread."""

@@ -32,6 +32,7 @@ from adaptra_plugin.transport.types import Card, Direction, PeerInfo
 
 FIRST_PINGS = 8
 """Pings in a row before a link counts as connected: the offset of the clocks must be known for the first message."""
+LONGEST_PAUSE_S = 3600.0
 _AT_ONCE_S = 0.1
 _MAX_SKIPPED = 64
 """Rails that the other end may give up; there are never so many."""
@@ -66,6 +67,7 @@ class Owner(Protocol):
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
     def peer_stuck(self, peer: Peer, direction: Direction, lane: int, stuck: bool) -> None: ...
+    def peer_stood(self, rank: int, began: float, ended: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -352,8 +354,7 @@ class Peer:
 
     def rail_state(self, rail: Rail, state: State, why: str) -> None:
         if self._announced and not (self.gone or self.departed or self._closing) and self._news.step(rail, state, why):
-            for name in list(self.link.tracks):
-                self.link.ping(name)
+            self._ask()
 
     def pong(self, sent: float, remote_received: float, remote_sent: float, received: float) -> None:
         self.clock.add(sent, remote_received, remote_sent, received)
@@ -376,9 +377,33 @@ class Peer:
             self._mapped_there = True
             self.link.make_ready("shm")
             self._announce()
+        elif "stood" in message:
+            self._they_stood(message["stood"])
         elif "rdma" in message:
             # not from here: the link is in the middle of a frame
             self._loop.post(functools.partial(self._rdma.message, message))
+
+    # --- pauses
+
+    def stood(self, began: float, ended: float) -> None:
+        """This process stood still (s, its clock): the other end has to know, and clocks are compared anew."""
+        if self.near and self._announced and not (self.gone or self.departed or self._closing):
+            self.link.send_rail_message({"stood": [began, ended]})
+            self._ask()
+            self.link.pump()
+
+    def _they_stood(self, when: Any) -> None:
+        if not isinstance(when, list) or len(when) != 2 or not all(type(at) is float for at in when):
+            return
+        now = self._loop.clock()
+        began, ended = (self.clock.local(at, now) for at in when)
+        if now - LONGEST_PAUSE_S < began <= ended:
+            self._owner.peer_stood(self.info.rank, began, min(ended, now))
+            self._ask()
+
+    def _ask(self) -> None:
+        for name in list(self.link.tracks):
+            self.link.ping(name)
 
     # --- rails go
 

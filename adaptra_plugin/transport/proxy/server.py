@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
-from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer
+from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer, packed_time
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
 from adaptra_plugin.transport.proxy.health import State
@@ -153,6 +153,7 @@ class Proxy:
         except (TransportError, OSError) as error:
             self._tell("start_failed", text=str(error))
             return
+        self.loop.pulse.stood = self._stood
         self._tell("ready", card=self.card.to_text())
         self._tick()
 
@@ -331,9 +332,10 @@ class Proxy:
         self._flush_control()
 
     def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None:
-        delay_ms = peer.clock.delay(found.sent, self.loop.clock()) * 1e3
+        now = self.loop.clock()
         self._record(
-            Op.ARRIVED, peer.info.rank, direction, lane, int(found.by_reference), found.message, found.total, delay_ms
+            *(Op.ARRIVED, peer.info.rank, direction, lane, int(found.by_reference), found.message, found.total),
+            *(peer.clock.delay(found.sent, now) * 1e3, packed_time(now)),
         )
 
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None:
@@ -341,6 +343,16 @@ class Proxy:
 
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None:
         self._record(Op.CONSUMED, peer.info.rank, direction, lane, 0, message)
+
+    def _stood(self, seconds: float) -> None:
+        """This process stood still, at some time in the last `seconds`: what it measured across that is not the links'."""
+        now = self.loop.clock()
+        self.peer_stood(-1, now - seconds, now)
+        for peer in self._each_peer():
+            peer.stood(now - seconds, now)
+
+    def peer_stood(self, rank: int, began: float, ended: float) -> None:
+        self._record(Op.STOOD, rank, total=round((ended - began) * 1e6), value=began)
 
     def peer_stuck(self, peer: Peer, direction: Direction, lane: int, stuck: bool) -> None:
         self._record(Op.PEER_STUCK, peer.info.rank, direction, lane, 0, 0, int(stuck))
@@ -379,8 +391,9 @@ class Proxy:
         message: int = 0,
         total: int = 0,
         value: float = 0.0,
+        after: int = 0,
     ) -> None:
-        self._records.append(RECORD.pack(op, direction, lane, flags, rank, message, total, value, 0))
+        self._records.append(RECORD.pack(op, direction, lane, flags, rank, message, total, value, after))
 
     def _data_ready(self, mask: int) -> None:
         if mask & WRITE:
