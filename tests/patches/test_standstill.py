@@ -39,6 +39,7 @@ def is_stopped_now_and_then(rank, folder):
     settings = {
         "simulate": {"compute": {"forward_ms": 5, "backward_input_ms": 5, "backward_weight_ms": 3}},
         "detector": {"min_delay_ms": SLOW_MS},
+        "transport": {"connections_per_direction": 4},  # the more rails, the more pings in a pause
         "report": {"directory": str(folder), "wandb": "off"},
     }
     train({}, settings, [MICROBATCHES] * STEPS, stages=2, during=during)

@@ -71,7 +71,7 @@ def stop(*processes):
 
 @pytest.mark.parametrize("stopped", ["receiver", "sender", "both"])
 def test_a_proxy_that_stands_still_is_no_slow_link(stopped):
-    with line(2, proxy="process", offsets={1: 1000.0}, reconnect_s=20.0) as (first, second):
+    with line(2, proxy="process", offsets={1: 1000.0}, connections_per_direction=4) as (first, second):
         traffic = Traffic(first, second)
         for _ in range(3):
             traffic.round()
