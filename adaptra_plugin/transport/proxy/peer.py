@@ -107,7 +107,7 @@ class Peer:
         self._announced = False
         self._closing = False
         self._vigil = Vigil(owner.loop, card.addresses[0], owner.settings.reconnect_s, self._lose)
-        self._news = RailNews(owner.loop, functools.partial(owner.peer_rail, self))
+        self._news = RailNews(owner.loop, lambda rail, state, why: owner.peer_rail(self, rail, state, why))
         self._with_rdma = False
         self._expected = self._expected_rails()
         settings = owner.settings
