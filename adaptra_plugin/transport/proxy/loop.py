@@ -147,7 +147,6 @@ class Loop:
                 if ready := self._selector.select(0):
                     return ready
             patience = self._patience()
-        self.pulse.worked()
         while True:
             step = BEAT_S if patience is None else min(patience, BEAT_S)
             ready = self._selector.select(step)

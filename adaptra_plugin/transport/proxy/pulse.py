@@ -33,26 +33,20 @@ class Pulse:
         self._used = cpu()
 
     def slept(self, allowed_s: float) -> float:
-        """The loop has waited for an event, `allowed_s` at most. How long it took (s)."""
-        took = self._step()
-        self._refresh()
-        if took - allowed_s > STANDSTILL_S:
-            self.stood(took)
-        return took
+        """The loop has waited for an event, `allowed_s` at most. How long that and what it did before took (s)."""
+        return self._step(allowed_s)
 
     def worked(self) -> None:
         """The loop has done something since."""
-        took = self._step()
-        still = took > STANDSTILL_S and took - (self._cpu() - self._used) > STANDSTILL_S
-        self._refresh()
-        if still:
-            self.stood(took)
+        self._step(0.0)
 
-    def _step(self) -> float:
+    def _step(self, allowed_s: float) -> float:
         now = self._clock()
         took, self._mark = now - self._mark, now
+        late = took - allowed_s
+        still = late > STANDSTILL_S and late - (self._cpu() - self._used) > STANDSTILL_S
+        if now - self._used_at > _FRESH_S:  # a system call, not for every turn
+            self._used_at, self._used = now, self._cpu()
+        if still:
+            self.stood(took)
         return took
-
-    def _refresh(self) -> None:
-        if self._mark - self._used_at > _FRESH_S:  # a system call, not for every turn
-            self._used_at, self._used = self._mark, self._cpu()

@@ -346,6 +346,7 @@ class Proxy:
 
     def _stood(self, seconds: float) -> None:
         """This process stood still, at some time in the last `seconds`: what it measured across that is not the links'."""
+        self.loop.post(lambda: None)  # a turn, at the end of which the endpoint hears of it
         now = self.loop.clock()
         self.peer_stood(-1, now - seconds, now)
         for peer in self._each_peer():
