@@ -61,7 +61,8 @@ class TransportConfig(_Block):
     reconnect_s: float = Field(5.0, gt=0, le=3600)
     """A peer is lost when no rail to it could be restored for so long."""
     bind: str = "auto"
-    """Address to listen on; `auto` is the local address that routes to the launcher's master address."""
+    """Address to listen on; `auto` is the local address that routes to the launcher's master address, or, where that is
+    loopback, to the ranks of other hosts."""
     interfaces: Annotated[tuple[str, ...], Field(strict=False)] = ()  # JSON has lists only
     """More addresses, or names of interfaces, to listen on: each is one more TCP rail."""
     rdma_devices: Literal["auto"] | tuple[str, ...] = "auto"

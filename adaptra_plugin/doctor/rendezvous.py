@@ -7,6 +7,7 @@ handshake is neither encrypted nor authenticated again, and no secret is in it.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -21,7 +22,14 @@ from typing import Any
 from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.errors import ConfigError, HandshakeError, PeerLostError, TransportError
 from adaptra_plugin.transport import Address
-from adaptra_plugin.transport.bind import choose_bind, is_wildcard, listen, local_address_towards
+from adaptra_plugin.transport.bind import (
+    ELSEWHERE,
+    choose_bind,
+    is_loopback,
+    is_wildcard,
+    listen,
+    local_address_towards,
+)
 from adaptra_plugin.transport.endpoint import MIN_SECRET_BYTES
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
 from adaptra_plugin.transport.proxy.loop import Loop
@@ -33,7 +41,6 @@ SERVER, CLIENT = 0, 1
 MAX_MESSAGE_BYTES = 1 << 20
 _BACKLOG = 16
 _LENGTH = struct.Struct("<I")
-_ELSEWHERE = "192.0.2.1"  # reserved for documentation: asks the routing table for the way out, nothing is sent
 
 
 def known_secret() -> bytes | None:
@@ -183,11 +190,13 @@ def serve(
 
 def _own_address(config: TransportConfig) -> str:
     if not is_wildcard(config.bind) and (config.bind != "auto" or "MASTER_ADDR" in os.environ):
-        return choose_bind(config.bind, None)
-    try:
-        return local_address_towards(_ELSEWHERE)
-    except TransportError:
-        return "127.0.0.1"  # a host without a way out can still be examined against itself
+        found = choose_bind(config.bind, None)
+        if config.bind != "auto" or not is_loopback(found):
+            return found  # else the master's name is this host's, and its own address for that says nothing
+    for target in ELSEWHERE:
+        with contextlib.suppress(TransportError):
+            return local_address_towards(target)
+    return "127.0.0.1"  # a host without a way out can still be examined against itself
 
 
 def dial(config: TransportConfig, address: Address, secret: bytes, *, deadline_s: float) -> Wire:

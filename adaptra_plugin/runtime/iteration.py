@@ -20,6 +20,7 @@ from adaptra_plugin.runtime.stopwatch import Stopwatch
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 from adaptra_plugin.transport import Channel, Direction, Key, Message, RecvTicket
+from adaptra_plugin.transport.pauses import Pauses
 
 TUPLE = 1  # lowest bit of a message's tag: the message was a tuple of tensors, not one tensor
 
@@ -64,7 +65,8 @@ class Iteration:
     wait_ms: float = 0.0
     _posted: dict[Key, RecvTicket] = field(default_factory=dict)
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
-    _delays: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    _delays: dict[tuple[int, int], list[tuple[float, float]]] = field(default_factory=dict)  # (delay, when it came)
+    _pauses: dict[tuple[int, int], Pauses | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # all receives at once: what arrives early finds its place
@@ -121,7 +123,8 @@ class Iteration:
         self.wait_ms += (time.perf_counter() - started) * 1e3
         source = action.stage + (-1 if key.direction is Direction.ACTIVATION else 1)
         ends = (source % self.topology.length, action.stage % self.topology.length)
-        self._delays.setdefault(ends, []).append(message.delay_ms)
+        self._delays.setdefault(ends, []).append((message.delay_ms, message.came_s))
+        self._pauses[ends] = message.pauses
         if message.tag >> 1 != self.version:
             raise TransportError(
                 f"iteration {self.index}: this rank ({self.topology.rank}) runs plan v{self.version}, "
@@ -187,11 +190,15 @@ class Iteration:
         )
 
     def link_delays(self) -> tuple[LinkDelay, ...]:
-        """Median one-way delay of the transfers that this rank received, per directed link."""
-        return tuple(
-            LinkDelay(src=src, dst=dst, delay_ms=statistics.median(values), messages=len(values))
-            for (src, dst), values in self._delays.items()
-        )
+        """Median one-way delay of the transfers that this rank received, per directed link. Those during which a proxy stood
+        still do not count, and a link without any other is left out."""
+        found = []
+        for (src, dst), samples in self._delays.items():
+            pauses = self._pauses[src, dst]
+            values = [delay for delay, _ in samples] if pauses is None else pauses.undisturbed(samples)
+            if values:
+                found.append(LinkDelay(src=src, dst=dst, delay_ms=statistics.median(values), messages=len(values)))
+        return tuple(found)
 
     def _key(self, direction: Direction, stage: int, microbatch: int) -> Key:
         return Key(epoch=self.epoch, direction=direction, stage=stage, microbatch=microbatch)

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import Card, PeerInfo
+from adaptra_plugin.transport.bind import Place, choose_bind, is_loopback, is_wildcard, reachable_address
 
 logger = logging.getLogger("adaptra")
 SECRET_BYTES = 32
@@ -64,6 +65,20 @@ class Rendezvous:
         if topology.rank == 0:
             self._store.set(self._key("secret"), secrets.token_hex(SECRET_BYTES))
         return bytes.fromhex(self._collect(lambda rank: "secret", [0])[0])
+
+    def bind_host(self, topology: Topology, configured: str) -> str:
+        """The address that this rank listens on (if `configured`, the configuration's `transport.bind`, is a wildcard: that it
+        is reached at). All ranks call it; one that would listen on loopback waits to hear where the others are.
+
+        Raises:
+            TransportError: the launcher's master address leads nowhere, or a rank did not say within the deadline where it is.
+        """
+        mine = Place.here(choose_bind("auto" if is_wildcard(configured) else configured, None))
+        self._store.set(self._key(f"place/{topology.rank}"), json.dumps([mine.network, mine.address]))
+        if not is_loopback(mine.address) or not (configured == "auto" or is_wildcard(configured)):
+            return mine.address
+        texts = self._collect(lambda rank: f"place/{rank}", range(topology.world_size)).values()
+        return reachable_address(mine, [Place(*map(str, json.loads(text))) for text in texts])
 
     def exchange(self, topology: Topology, host: str, card: Card) -> dict[int, tuple[PeerInfo, Card]]:
         """Publishes how this rank's endpoint is reached and returns the same of all ranks. Call `secret` before:

@@ -129,6 +129,7 @@ class Session:
             config.transport,
             rendezvous.secret(topology),
             simulate=config.simulate,
+            bind_host=rendezvous.bind_host(topology, config.transport.bind),
             ring=topology.chunks > 1,
         )
         undo.callback(self._endpoint.close, linger_s=0.0)
@@ -361,7 +362,9 @@ class Session:
     # --- failures
 
     def _rail(self, peer: PeerInfo, rail: str, state: str, why: str) -> None:
-        """A step in the life of a rail (on the control thread)."""
+        """A step in the life of a rail (on the control thread). After the loss of a peer there are no rails to speak of."""
+        if self.failure is not None:
+            return
         self._reporter.message("rail", peer=peer.rank, rail=rail, state=state, why=why, iteration=self._iteration)
         event = self._rails.step(peer, rail, state, why, iteration=self._iteration, version=self._book.version)
         if event is not None:

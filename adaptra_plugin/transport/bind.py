@@ -1,14 +1,40 @@
-"""Which local address to listen on."""
+"""Which local address to listen on, so that the other ranks can reach it."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from adaptra_plugin.errors import TransportError
 
+ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+"""Reserved for documentation: they ask the routing table for the way out, and nothing is sent."""
 _ANY_PORT = 9  # nothing is sent: connecting a datagram socket only asks the routing table
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NAMESPACE = Path("/proc/self/ns/net")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is in the network."""
+
+    network: str
+    """Who has the same can be reached over loopback."""
+    address: str
+    """The address that it would listen on if it knew nothing of others."""
+
+    @classmethod
+    def here(cls, address: str) -> Place:
+        try:
+            # two pods of one machine have the same boot, and each its own loopback
+            return cls(f"{_BOOT_ID.read_text().strip()} {_NAMESPACE.readlink()}", address)
+        except OSError:
+            return cls(socket.gethostname(), address)
 
 
 def local_address_towards(host: str) -> str:
@@ -28,11 +54,31 @@ def local_address_towards(host: str) -> str:
         ) from None
 
 
+def reachable_address(mine: Place, others: Iterable[Place]) -> str:
+    """The address to listen on: that of `mine`, or, if only its own host reaches that and not all of the `others` are there,
+    the one that routes to the first of them whose address tells anything, else the one that leads out of this host.
+
+    (Debian gives a host's own name the address 127.0.1.1, so the master's name leads its own ranks to loopback.)
+    """
+    if not is_loopback(mine.address):
+        return mine.address
+    elsewhere = [place.address for place in others if place.network != mine.network]
+    if not elsewhere:
+        return mine.address
+    for target in (*(address for address in dict.fromkeys(elsewhere) if not is_loopback(address)), *ELSEWHERE):
+        with contextlib.suppress(TransportError):
+            found = local_address_towards(target)
+            if not is_loopback(found):
+                return found
+    return mine.address
+
+
 def is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def is_wildcard(host: str) -> bool:

@@ -5,7 +5,8 @@ The *data* pair (SOCK_SEQPACKET) carries fixed records, several a packet: transf
 rare. Both ends belong to one job and one user: nothing here is authenticated, and nothing is pickled.
 
 Control messages to the proxy, by `op`:
-    start    me {rank, stage, host}, config (transport block), secret (hex), bind, source, simulate, clock_offset_s
+    start    me {rank, stage, host}, config (transport block), secret (hex), bind, shown (in the card, for a wildcard), simulate,
+             clock_offset_s
     connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s, remind_s;
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
              rank fills, then the mirror of the ring that the peer fills
@@ -66,7 +67,8 @@ class Op(enum.IntEnum):
     ITERATION = 4
     """What is sent from now on belongs to iteration `message`: injected faults depend on it."""
     ARRIVED = 16
-    """A whole message has come; `flags` bit 0: it lies in the peer's ring, not in the mirror; `value`: delay (ms)."""
+    """A whole message has come; `flags` bit 0: it lies in the peer's ring, not in the mirror; `value`: delay (ms); `after`: when
+    (`packed_time`)."""
     ACKED = 17
     """A sent message has arrived at the peer's proxy."""
     CONSUMED = 18
@@ -75,6 +77,20 @@ class Op(enum.IntEnum):
     """The peer's producer waits for room in the ring that this rank empties (`total` 1), or no longer (0)."""
     LOST = 20
     """Nothing more goes to, or comes from, `rank`; the control stream says why, and said so before."""
+    STOOD = 21
+    """The proxy of `rank` (-1: this one) stood still, from `value` (s, clock of the endpoint) on for `total` microseconds."""
+
+
+_EARLIEST_S = 1e9  # clocks of tests may be behind
+
+
+def packed_time(seconds: float) -> int:
+    """A time of the endpoint's clock as a record has it: in microseconds."""
+    return round((seconds + _EARLIEST_S) * 1e6)
+
+
+def unpacked_time(microseconds: int) -> float:
+    return microseconds / 1e6 - _EARLIEST_S
 
 
 def pairs() -> tuple[tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport.bridge import Op
+from adaptra_plugin.transport.bridge import Op, unpacked_time
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.pauses import Pauses
 from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.segment import Segment, extent_of
 from adaptra_plugin.transport.shared import Relief, Shared
@@ -42,6 +43,7 @@ class Link:
         self.connections = shared.config.connections_per_direction
         self.severed = False
         """No record comes after this; the control stream says why."""
+        self.pauses = Pauses(shared.mailbox.drain)
         self._malformed = malformed
         self.sending: dict[Direction, list[SendLane]] = {d: [] for d in Direction}
         self.receiving: dict[Direction, list[RecvLane]] = {d: [] for d in Direction}
@@ -59,6 +61,8 @@ class Link:
                 f"no shared memory of {capacity} bytes for a staging ring towards {info} ({error}): raise the limit of "
                 "open files (ulimit -n), or lower adaptra.transport.connections_per_direction or ring_mib"
             ) from None
+        for receiver in self.recv_lanes():
+            receiver.pauses = self.pauses
         if shared.relief is None:
             relief = Relief()
             relief.add(self.receiving[Direction.GRADIENT])
@@ -116,12 +120,15 @@ class Link:
 
     # --- records
 
-    def record(self, op: int, direction: int, lane: int, flags: int, position: int, total: int, value: float) -> None:
+    def record(
+        self, op: int, direction: int, lane: int, flags: int, position: int, total: int, value: float, after: int
+    ) -> None:
         """Enters what the proxy says into the books."""
         if op == Op.ARRIVED:
             receiver = self.receiving[Direction(direction)][lane]
             try:
-                receiver.deliver(position, total, by_reference=bool(flags & 1), delay_ms=value)
+                reference, came_s = bool(flags & 1), unpacked_time(after)
+                receiver.deliver(position, total, by_reference=reference, delay_ms=value, came_s=came_s)
             except MalformedMessage as error:
                 self._nonsense(receiver, error)
         elif op == Op.ACKED:
@@ -130,6 +137,8 @@ class Link:
             self.sending[Direction(direction)][lane].consumed(position)
         elif op == Op.PEER_STUCK:
             self.receiving[Direction(direction)][lane].peer_stuck = bool(total)
+        elif op == Op.STOOD:
+            self.pauses.add(value, value + total / 1e6)
         elif op == Op.LOST:
             self.severed = True
         else:

@@ -69,7 +69,8 @@ class Endpoint:
         ring: bool = False,
     ) -> None:
         """`secret`: the same random bytes on all ranks of the job (at least 16). `bind_host`: where to listen while
-        `config.bind` is "auto"; without it the address that routes to `MASTER_ADDR`. `clock_offset_s`: this rank's clock
+        `config.bind` is "auto", and what to tell peers while it is a wildcard; without it the address that routes to
+        `MASTER_ADDR`. `clock_offset_s`: this rank's clock
         in front of the host's (s), for tests. `spawn`: starts the proxy, instead of what `config.proxy` says.
         `device`: the accelerator whose tensors are copied beside its computation, instead of CUDA. `ring`: ranks run several
         model chunks each, so the last one sends to the first one too, see `Channel.send`.
@@ -132,7 +133,7 @@ class Endpoint:
             config=config.model_dump(mode="json") | {"cpus": cpus, "spin_us": spin * 1e6},
             secret=secret.hex(),
             bind=host,
-            source=None if config.bind == "auto" or is_wildcard(config.bind) else config.bind,
+            shown=choose_bind("auto", bind_host) if is_wildcard(host) else None,
             simulate={} if simulate is None else simulate.model_dump(mode="json", include={"links", "faults"}),
             clock_offset_s=clock_offset_s,
         )
@@ -338,10 +339,10 @@ class Endpoint:
 
     def _records(self, packet: bytes) -> None:
         """On whichever thread reads the data socket."""
-        for op, direction, lane, flags, rank, position, total, value, _ in RECORD.iter_unpack(packet):
-            link = self._links.get(rank)
-            if link is not None:
-                link.record(op, direction, lane, flags, position, total, value)
+        for op, direction, lane, flags, rank, position, total, value, after in RECORD.iter_unpack(packet):
+            # of this rank's own proxy, what it says is about all links
+            for link in self._links.values() if rank < 0 else filter(None, [self._links.get(rank)]):
+                link.record(op, direction, lane, flags, position, total, value, after)
 
     def _event(self, event: dict[str, Any], descriptors: list[int]) -> None:
         """On the control thread."""

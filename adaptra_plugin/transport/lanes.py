@@ -22,6 +22,7 @@ from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.pauses import Pauses
 from adaptra_plugin.transport.ring import Book, Memory, Outgoing
 from adaptra_plugin.transport.shared import Counters, Relief, Shared
 from adaptra_plugin.transport.staging import PART_CHUNKS, Block, Piece, blocks, stage
@@ -46,6 +47,7 @@ class Arrived:
     specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
     header: Header
     delay_ms: float
+    came_s: float = 0.0
     ticket: RecvTicket | None = None  # the receive that it belongs to, once that is posted
 
     @property
@@ -309,6 +311,8 @@ class RecvLane(Lane):
 
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
+        self.pauses: Pauses | None = None
+        """Of the link."""
         self.remote: Memory | None = None
         """The peer's own ring, once it is mapped here."""
         self.peer_stuck = False
@@ -344,13 +348,13 @@ class RecvLane(Lane):
             self._fetch()
         return ticket
 
-    def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float) -> None:
+    def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float, came_s: float = 0.0) -> None:
         """A whole message is there. After an exception that has interrupted it, that of a signal handler, it is called
         once more for the same message before any other one, and completes what is left to do. Raises MalformedMessage."""
         if position == self._entered:
             return
         if self._entering is None or self._entering.position != position:
-            self._entering = arrived = self._understand(position, total, by_reference, delay_ms)
+            self._entering = arrived = self._understand(position, total, by_reference, delay_ms, came_s)
             self.counters.messages += arrived.is_last
             self.counters.bytes += total
         arrived = self._entering
@@ -363,7 +367,7 @@ class RecvLane(Lane):
         self._entered = position
         self._entering = None
 
-    def _understand(self, position: int, total: int, by_reference: bool, delay_ms: float) -> Arrived:
+    def _understand(self, position: int, total: int, by_reference: bool, delay_ms: float, came_s: float) -> Arrived:
         memory = self.remote if by_reference else self.memory
         if memory is None:
             raise MalformedMessage("a message came by reference, and the peer's ring is not mapped")
@@ -384,7 +388,7 @@ class RecvLane(Lane):
         except BadLayout as error:
             raise MalformedMessage(f"{header.key}: {error}") from None
         payload_at = position + HEADER_BYTES + header.meta_bytes
-        return Arrived(position, total, memory, payload_at, specs, header, delay_ms)
+        return Arrived(position, total, memory, payload_at, specs, header, delay_ms, came_s)
 
     def _enter(self, arrived: Arrived) -> None:
         """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the

@@ -185,7 +185,7 @@ class RecvTicket(_Pending):
             if self._assembly is None:
                 self._assembly = self._lane.assembly(arrived, self._device)
             self._assembly.fill(arrived.memory, arrived.payload_at, arrived.at, arrived.nbytes)
-            message = Message(self._assembly.tensors, arrived.tag, arrived.delay_ms) if arrived.is_last else None
+            message = self._whole(arrived, self._assembly) if arrived.is_last else None
             # before its room is given back: should a signal handler raise, nothing is copied again that may be overwritten
             self._copied, self._message = arrived.at + arrived.nbytes, message
         # and, then, what it kept from being given back
@@ -194,6 +194,9 @@ class RecvTicket(_Pending):
             self._lane.release(part)
             self._arrived.pop(part.at, None)
         return bool(done)
+
+    def _whole(self, last: Arrived, assembly: Assembly) -> Message:
+        return Message(assembly.tensors, last.tag, last.delay_ms, last.came_s, self._lane.pauses)
 
     def fetch(self) -> None:
         """Takes what has arrived to the device before anybody waits for it; what fails is left to `wait`."""

@@ -135,6 +135,36 @@ def test_killed_peer_is_named_at_once_and_what_had_arrived_stays_readable(caplog
         assert "lost: rank 1 (stage 1, host n1)" in caplog.text
 
 
+def test_the_death_of_a_peer_is_no_news_of_its_rails(caplog):
+    with forked_peer(lambda mine: None) as (first, pid):
+        steps, lost = [], []
+        first.on_rail = lambda peer, rail, state, why: steps.append((rail, state, why))
+        first.on_peer_lost = lambda peer, reason: lost.append(peer.rank)
+        assert set(first.stats()["peers"][1]["rails"]) == {"shm", "tcp0", "tcp1"}
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        until(lambda: lost, "on_peer_lost")
+        time.sleep(0.1)  # the other connections end as well
+    assert steps == [] and lost == [1]
+    said = [r.getMessage() for r in caplog.records if "rail" in r.getMessage() or "lost" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("lost: rank 1 (stage 1, host n1)")
+
+
+@pytest.mark.parametrize("cut", [("tcp0",), ("shm", "tcp1"), ("shm", "tcp0", "tcp1")])
+def test_rails_that_end_while_the_peer_lives_are_told_of_at_once(cut):
+    with line(2) as (first, _):
+        steps = []
+        first.on_rail = lambda peer, rail, state, why: steps.append((time.monotonic(), rail, state))
+        link = first._proxy._proxy._peers[1].link
+        began = time.monotonic()
+        first._proxy._proxy.loop.post(lambda: [link.tracks[name].rail._fail("cut by the test") for name in cut])
+        until(lambda: {name for _, name, state in steps if state == "paused"} == set(cut), "news of the rails")
+        assert max(at for at, _, state in steps if state == "paused") - began < 1.0
+        until(lambda: {name for _, name, state in steps if state == "healthy"} >= set(cut), "their return")
+        for name in cut:
+            assert [state for _, rail, state in steps if rail == name] == ["paused", "healthy"]
+
+
 def test_blocked_producers_hear_of_the_loss():
     with forked_peer(lambda mine: None) as (first, pid):
         for number in range(5):

@@ -151,6 +151,16 @@ def test_who_is_missing_is_said_while_it_is_waited_for(caplog, monkeypatch):
         everywhere(first.close, second.close)
 
 
+def test_descriptors_that_found_no_room_in_the_proxy_are_an_error(monkeypatch):
+    monkeypatch.setattr(endpoint_module.Link, "descriptors", lambda link: [])  # the kernel has dropped them
+    first = endpoint(0, config())
+    try:
+        with pytest.raises(TransportError, match=r"no room for the 8 descriptors of its rings: raise `ulimit -n`"):
+            first.connect({**table([first]), 1: (info(1), first.card)}, neighbours=[1], coordinator=0)
+    finally:
+        first.close()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_peer_that_has_ended_before_it_was_connected_is_found_at_once(rank):
     """Rank 1 dials, rank 0, the coordinator, waits to be dialled: either finds out by itself."""

@@ -14,6 +14,8 @@ LONGEST_PAUSE_S = 30.0
 CLEAN_S = 10.0
 """A rail that has been healthy for so long starts from the first pause again."""
 
+STEADY_S = 0.25
+
 
 class State(enum.Enum):
     HEALTHY = "healthy"
@@ -59,6 +61,10 @@ class Health:
         self._pause_s = min(2 * pause, LONGEST_PAUSE_S)
         self.state, self.until = State.PAUSED, now + pause
         return pause
+
+    def steady(self, now: float) -> bool:
+        """Healthy for a while: it has not only just begun to answer again, as all rails of a peer do that stood still."""
+        return self.state is State.HEALTHY and now - self._since >= STEADY_S
 
     def probing(self) -> None:
         """The pause is over, a new connection is being made."""

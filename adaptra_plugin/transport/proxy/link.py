@@ -36,6 +36,8 @@ from adaptra_plugin.transport.types import Direction
 TICK_S = 0.05
 """How often `tick` has to be called while something is under way."""
 PING_EVERY_S = 2.0
+LATE_PING_EVERY_S = 0.5
+"""A rail that is late is asked again at first with every tick, and then more and more seldom, down to this."""
 DEAD_AFTER_S = 0.7
 """A rail that is silent for so long, while another one works, is closed and tried anew."""
 ACK_EVERY = 4
@@ -438,6 +440,8 @@ class Link:
         health = self.health[track.rail.name]
         if health.answered(self._clock()):
             self._events.rail_state(track.rail, health.state, "it answers again")
+            # what it answers to has waited: clocks are compared anew, should its host's have stood still
+            self.ping(track.rail.name)
             self.pump()
 
     def flush(self) -> None:
@@ -471,6 +475,7 @@ class Link:
         track = self.tracks[name]
         now = self._clock()
         track.pinged = now if track.pinged is None else track.pinged
+        track.asked = now
         track.tell(Header(FrameKind.PING, message=track.ours, sent=now))
 
     def _late(self, track: Track, now: float) -> None:
@@ -479,11 +484,12 @@ class Link:
             self._events.rail_state(track.rail, State.SUSPECT, f"no answer for {silent:.2f} s")
             for other in self.tracks:  # those that answer prove that the peer is there
                 self.ping(other)
-        elif not busy:
+        elif not busy and now - track.asked >= min(LATE_PING_EVERY_S, silent / 4):
             self.ping(name)
         healthy = [other for other in self.tracks.values() if other is not track and self._striping.healthy(other)]
         if healthy:
-            proof = [other.rail.name for other in healthy if other.answered_at > now - silent]
+            steady = [other for other in healthy if self.health[other.rail.name].steady(now)]
+            proof = [other.rail.name for other in steady if other.answered_at > now - silent]
             if proof and silent > max(DEAD_AFTER_S, track.patience_s):
                 self.drop_rail(name, f"no answer for {silent:.2f} s while {', '.join(proof)} work")
                 return

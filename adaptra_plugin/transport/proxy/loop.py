@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from adaptra_plugin.transport.proxy.pulse import BEAT_S, Pulse
+
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -75,6 +77,7 @@ class Loop:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        self.pulse = Pulse()
         self._selector = selectors.DefaultSelector()
         self._bell = _Doorbell()
         self._selector.register(self._bell.fd, READ, None)
@@ -133,6 +136,7 @@ class Loop:
                 _, _, timer = heapq.heappop(self._timers)
                 if not timer.cancelled:
                     timer.run()
+            self.pulse.worked()
             self.turn_ended()
 
     def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -143,7 +147,14 @@ class Loop:
                 if ready := self._selector.select(0):
                     return ready
             patience = self._patience()
-        return self._selector.select(patience)
+        while True:
+            step = BEAT_S if patience is None else min(patience, BEAT_S)
+            ready = self._selector.select(step)
+            slept = self.pulse.slept(step)
+            if patience is not None:
+                patience -= slept
+            if ready or (patience is not None and patience <= 0):
+                return ready
 
     def _patience(self) -> float | None:
         if self._posted:

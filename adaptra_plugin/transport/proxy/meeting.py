@@ -156,11 +156,15 @@ class Listener:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._rest(1.0)
                 return
-            tune(sock)
             name = _name(sock, address)
-            if self._tls is not None:
-                sock = self._tls.accepted(sock)
-            meeting = Meeting(self._loop, sock, self._machine(), self._timeout_s, self._done, self._failed)
+            try:
+                tune(sock)
+                taken = sock if self._tls is None else self._tls.accepted(sock)
+                meeting = Meeting(self._loop, taken, self._machine(), self._timeout_s, self._done, self._failed)
+            except OSError as error:  # it may have ended already
+                sock.close()
+                self._report(name, f"it could not be taken ({error.strerror or error})")
+                continue
             self._half_open[meeting] = name
 
     def _room(self) -> bool:
@@ -232,7 +236,8 @@ class Dialer:
     """Dials until the connection stands, the other end refuses with a reason, or `close`.
 
     `address`: a TCP address, or the name of an abstract Unix socket. `on_failed` hears the reason of each attempt that
-    failed, before the next one is planned, and may `close` this dialer.
+    failed, before the next one is planned, and may `close` this dialer. Everybody is called from the loop, never from here:
+    the owner has to have the dialer first.
     """
 
     def __init__(
@@ -263,8 +268,7 @@ class Dialer:
         self._closed = False
         self._pause_s = _FIRST_PAUSE_S
         self._meeting: Meeting | None = None
-        self._retry: Timer | None = None
-        self._dial()
+        self._retry: Timer | None = loop.call_at(loop.clock(), self._dial)
 
     def _dial(self) -> None:
         self._retry = None
@@ -274,14 +278,12 @@ class Dialer:
             status = sock.connect_ex(target)
             if status not in (0, errno.EINPROGRESS):
                 raise OSError(status, os.strerror(status))
+            dialled = sock if self._tls is None else self._tls.dialled(sock)
+            self._meeting = Meeting(self._loop, dialled, self._machine(), self._timeout_s, self._done, self._failed)
         except OSError as error:
             if sock is not None:
                 sock.close()
             self._again(str(error))
-            return
-        if self._tls is not None:
-            sock = self._tls.dialled(sock)
-        self._meeting = Meeting(self._loop, sock, self._machine(), self._timeout_s, self._done, self._failed)
 
     def _again(self, reason: str) -> None:
         self.last_reason = reason

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adaptra_plugin.errors import HandshakeError
+from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.clock import ClockOffset
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
@@ -17,6 +18,7 @@ from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
 from adaptra_plugin.transport.proxy.meeting import Dialer
+from adaptra_plugin.transport.proxy.news import RailNews
 from adaptra_plugin.transport.proxy.nics import pairs
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
@@ -25,11 +27,12 @@ from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.rdma_setup import Ports, RdmaSetup
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
-from adaptra_plugin.transport.proxy.vigil import Vigil
+from adaptra_plugin.transport.proxy.vigil import ONLY_ITS_HOST, Vigil
 from adaptra_plugin.transport.types import Card, Direction, PeerInfo
 
 FIRST_PINGS = 8
 """Pings in a row before a link counts as connected: the offset of the clocks must be known for the first message."""
+LONGEST_PAUSE_S = 3600.0
 _AT_ONCE_S = 0.1
 _MAX_SKIPPED = 64
 """Rails that the other end may give up; there are never so many."""
@@ -64,6 +67,7 @@ class Owner(Protocol):
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
     def peer_stuck(self, peer: Peer, direction: Direction, lane: int, stuck: bool) -> None: ...
+    def peer_stood(self, rank: int, began: float, ended: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Peer:
         self._announced = False
         self._closing = False
         self._vigil = Vigil(owner.loop, card.addresses[0], owner.settings.reconnect_s, self._lose)
+        self._news = RailNews(owner.loop, lambda rail, state, why: owner.peer_rail(self, rail, state, why))
         self._with_rdma = False
         self._expected = self._expected_rails()
         settings = owner.settings
@@ -192,6 +197,8 @@ class Peer:
         waiting = sorted(self._expected - self.skipped.keys() - self.link.tracks.keys())
         reasons = sorted({self._dialers[name].last_reason for name in waiting if name in self._dialers})
         how = "; ".join(reasons) or ("it has not dialled this rank" if waiting else "no answer to pings")
+        if is_loopback(self.card.addresses[0].host) and self.card.boot != self._owner.card.boot:
+            how += f"; that is loopback, {ONLY_ITS_HOST}"
         return f"{self.info} at {self.card.addresses[0]} ({len(waiting)} connections missing: {how})"
 
     def _dial(self, name: str) -> None:
@@ -245,7 +252,7 @@ class Peer:
     def _dial_failed(self, claim: Claim, reason: str) -> None:
         if claim.rail == "shm" and not self._announced:
             self._dialers.pop("shm").close()
-            self._skip("shm", f"its socket cannot be reached: {reason}")
+            self._skip("shm", f"its socket cannot be reached from here ({reason}): is it in another network namespace?")
         elif claim.rail != "shm" and "refused" in reason.lower():
             self._vigil.refused()
 
@@ -295,6 +302,7 @@ class Peer:
 
     def _add(self, rail: Rail, *, ready: bool) -> None:
         self._vigil.end()
+        self._news.alive()
         self.skipped.pop(rail.name, None)
         self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
         self.link.ping(rail.name)
@@ -345,11 +353,12 @@ class Peer:
         self._owner.peer_control(self, message)
 
     def rail_state(self, rail: Rail, state: State, why: str) -> None:
-        if self._announced and not (self.gone or self.departed or self._closing):
-            self._owner.peer_rail(self, rail, state, why)
+        if self._announced and not (self.gone or self.departed or self._closing) and self._news.step(rail, state, why):
+            self._ask()
 
     def pong(self, sent: float, remote_received: float, remote_sent: float, received: float) -> None:
         self.clock.add(sent, remote_received, remote_sent, received)
+        self._news.answered(sent)
         if not self._announced:
             if self.clock.count < FIRST_PINGS and self.link.tracks:
                 self.link.ping(next(iter(self.link.tracks)))
@@ -368,9 +377,33 @@ class Peer:
             self._mapped_there = True
             self.link.make_ready("shm")
             self._announce()
+        elif "stood" in message:
+            self._they_stood(message["stood"])
         elif "rdma" in message:
             # not from here: the link is in the middle of a frame
             self._loop.post(functools.partial(self._rdma.message, message))
+
+    # --- pauses
+
+    def stood(self, began: float, ended: float) -> None:
+        """This process stood still (s, its clock): the other end has to know, and clocks are compared anew."""
+        if self.near and self._announced and not (self.gone or self.departed or self._closing):
+            self.link.send_rail_message({"stood": [began, ended]})
+            self._ask()
+            self.link.pump()
+
+    def _they_stood(self, when: Any) -> None:
+        if not isinstance(when, list) or len(when) != 2 or not all(type(at) is float for at in when):
+            return
+        now = self._loop.clock()
+        began, ended = (self.clock.local(at, now) for at in when)
+        if now - LONGEST_PAUSE_S < began <= ended:
+            self._owner.peer_stood(self.info.rank, began, min(ended, now))
+            self._ask()
+
+    def _ask(self) -> None:
+        for name in list(self.link.tracks):
+            self.link.ping(name)
 
     # --- rails go
 
@@ -423,6 +456,7 @@ class Peer:
     def goodbye(self) -> None:
         if not self.departed:
             self.departed = True
+            self._news.drop()
             self._owner.peer_left(self)
             self._check_done()
 
@@ -454,6 +488,7 @@ class Peer:
         self._timers.clear()
         self._rdma.close()
         self._vigil.end()
+        self._news.drop()
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport.bind import is_wildcard, listen, local_address_towards
-from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer
+from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
+from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer, packed_time
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
 from adaptra_plugin.transport.proxy.health import State
@@ -28,6 +28,7 @@ from adaptra_plugin.transport.proxy.rails.faulty import Faults
 from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
+from adaptra_plugin.transport.proxy.vigil import ONLY_ITS_HOST
 from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Address, Card, Direction, PeerInfo
 
@@ -148,14 +149,15 @@ class Proxy:
         try:
             self.tls = Tls(self.settings.tls) if self.settings.tls else None
             self.ports.find(self.loop, self.settings)
-            self.card = self._listen(str(message["bind"]))
+            self.card = self._listen(str(message["bind"]), message.get("shown"))
         except (TransportError, OSError) as error:
             self._tell("start_failed", text=str(error))
             return
+        self.loop.pulse.stood = self._stood
         self._tell("ready", card=self.card.to_text())
         self._tick()
 
-    def _listen(self, bind: str) -> Card:
+    def _listen(self, bind: str, reached_at: str | None) -> Card:
         settings = self.settings
         addresses = []
         hosts = dict.fromkeys([bind, *(address_of(name) for name in settings.interfaces)])
@@ -163,9 +165,7 @@ class Proxy:
             sock = listen(host, _BACKLOG)
             self._add_listener(sock)
             shown, port = sock.getsockname()[:2]  # the address of a host that was given by name
-            if is_wildcard(host):
-                shown = local_address_towards(os.environ.get("MASTER_ADDR", "localhost"))
-            addresses.append(Address(shown, port))
+            addresses.append(Address(reached_at if is_wildcard(host) and reached_at else shown, port))
         unix = f"adaptra-{secrets.token_hex(12)}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -205,6 +205,16 @@ class Proxy:
         self._connecting = self.loop.call_later(deadline_s, lambda: self._give_up(deadline_s))
         remind_s = float(message["remind_s"])
         self.loop.call_later(remind_s, lambda: self._remind(remind_s))
+        neighbours = sum(bool(entry["neighbour"]) for entry in message["peers"])
+        wanted = neighbours * len(Direction) * self.settings.connections_per_direction * 2
+        if len(descriptors) < wanted:
+            for fd in descriptors:
+                os.close(fd)
+            self._connect_failed(
+                "TransportError",
+                f"the proxy of rank {self.me.rank} has no room for the {wanted} descriptors of its rings: raise `ulimit -n`",
+            )
+            return
         fds = iter(descriptors)
         for entry in message["peers"]:
             info = PeerInfo(int(entry["rank"]), int(entry["stage"]), str(entry["host"]))
@@ -244,10 +254,13 @@ class Proxy:
             self._listeners[0].refuse(sock, reason)
 
     def _give_up(self, deadline_s: float) -> None:
+        only_here = all(is_loopback(address.host) for address in self.card.addresses)
+        loopback = f", loopback, {ONLY_ITS_HOST}" if only_here else ""
         self._connect_failed(
             "TransportError",
-            f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {self._missing()}. Check "
-            "that they run and that a firewall lets them through, or raise adaptra.transport.connect_deadline_s",
+            f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {self._missing()}. It listens on "
+            f"{self.card}{loopback}. Check that they run and that a firewall lets them through, or raise "
+            "adaptra.transport.connect_deadline_s",
         )
 
     def _missing(self) -> str:
@@ -319,9 +332,10 @@ class Proxy:
         self._flush_control()
 
     def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None:
-        delay_ms = peer.clock.delay(found.sent, self.loop.clock()) * 1e3
+        now = self.loop.clock()
         self._record(
-            Op.ARRIVED, peer.info.rank, direction, lane, int(found.by_reference), found.message, found.total, delay_ms
+            *(Op.ARRIVED, peer.info.rank, direction, lane, int(found.by_reference), found.message, found.total),
+            *(peer.clock.delay(found.sent, now) * 1e3, packed_time(now)),
         )
 
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None:
@@ -329,6 +343,17 @@ class Proxy:
 
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None:
         self._record(Op.CONSUMED, peer.info.rank, direction, lane, 0, message)
+
+    def _stood(self, seconds: float) -> None:
+        """This process stood still, at some time in the last `seconds`: what it measured across that is not the links'."""
+        self.loop.post(lambda: None)  # a turn, at the end of which the endpoint hears of it
+        now = self.loop.clock()
+        self.peer_stood(-1, now - seconds, now)
+        for peer in self._each_peer():
+            peer.stood(now - seconds, now)
+
+    def peer_stood(self, rank: int, began: float, ended: float) -> None:
+        self._record(Op.STOOD, rank, total=round((ended - began) * 1e6), value=began)
 
     def peer_stuck(self, peer: Peer, direction: Direction, lane: int, stuck: bool) -> None:
         self._record(Op.PEER_STUCK, peer.info.rank, direction, lane, 0, 0, int(stuck))
@@ -367,8 +392,9 @@ class Proxy:
         message: int = 0,
         total: int = 0,
         value: float = 0.0,
+        after: int = 0,
     ) -> None:
-        self._records.append(RECORD.pack(op, direction, lane, flags, rank, message, total, value, 0))
+        self._records.append(RECORD.pack(op, direction, lane, flags, rank, message, total, value, after))
 
     def _data_ready(self, mask: int) -> None:
         if mask & WRITE:

@@ -78,6 +78,8 @@ class Track:
     patience_factor: float = 1.0
     pinged: float | None = None
     """When the oldest unanswered ping left."""
+    asked: float = float("-inf")
+    """When the newest ping left."""
     silent_since: float | None = None
     """When the oldest frame left that was overdue; None: something has been answered after that."""
     answered_at: float = float("-inf")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
 from adaptra_plugin.transport.proxy.meeting import Probe
 from adaptra_plugin.transport.types import Address
 
 FIRST_PROBE_S, LONGEST_PAUSE_S = 0.1, 1.0
+ONLY_ITS_HOST = "which only its own host reaches: for ranks elsewhere set adaptra.transport.bind there"
 REFUSALS = 3
 """Before a first rail has stood, one refusal may be a host that is still coming up behind a firewall."""
 
@@ -62,9 +64,9 @@ class Vigil:
         if self._reason is not None:
             self._lose(f"{self._reason}, and nothing listens at {self._address} any more")
         elif self._refusals >= REFUSALS:
-            self._lose(
-                f"nothing listens at {self._address} (refused {self._refusals} times), or a firewall refuses for it"
-            )
+            loopback = is_loopback(self._address.host)
+            why = f"that is loopback, {ONLY_ITS_HOST}" if loopback else "or a firewall refuses for it"
+            self._lose(f"nothing listens at {self._address} (refused {self._refusals} times), {why}")
 
     def _look(self) -> None:
         if self._since is None:

@@ -102,6 +102,48 @@ def test_silence_of_all_rails_closes_none_of_them(pairs):
     assert {health.state for health in pair.a.link.health.values()} == {State.HEALTHY}
 
 
+def test_a_peer_that_stood_still_and_answers_on_one_rail_after_the_other_loses_none(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"), shm(), capacity=4 * MIB)
+    pair.world.run(1.0)
+    for number in range(20):
+        pair.a.send(MIB)
+        pair.world.run(0.001)
+        if number == 10:
+            for cable in pair.cables.values():
+                cable.cut = True
+    pair.world.run(1.5)
+    for cable in pair.cables.values():
+        cable.heal()
+        pair.world.run(0.08)  # it has much to do
+    pair.settle(2.0)
+    pair.check(pair.a, 20)
+    pair.world.run(2.0)
+    assert pair.a.lost == pair.b.lost == []
+    assert {health.state for health in pair.a.link.health.values()} == {State.HEALTHY}
+
+
+def test_a_silent_peer_is_asked_now_and_then_and_not_all_the_time(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1"))
+    pair.world.run(1.0)
+    asked = []
+    ping = pair.a.link.ping
+    pair.a.link.ping = lambda name: (asked.append((pair.world.now, name)), ping(name))[1]
+    pair.a.send(KIB)
+    for cable in pair.cables.values():
+        cable.cut = True
+    began = pair.world.now
+    pair.world.run(1.5)
+    assert 3 <= sum(name == "tcp0" for _, name in asked) <= 12
+    asked.clear()
+    pair.world.run(60.0)
+    assert 60 <= sum(name == "tcp0" for _, name in asked) <= 160
+    for cable in pair.cables.values():
+        cable.heal()
+    healed = pair.world.now
+    assert pair.world.run(5.0, lambda: pair.a.settled)
+    assert pair.world.now - healed < 0.7 and healed > began
+
+
 def test_a_rail_is_not_given_up_for_one_of_which_nobody_knows_whether_it_works(pairs):
     # the slow one is patient and seems to be in order for longer than the fast one may be silent
     pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.3), capacity=4 * MIB)
