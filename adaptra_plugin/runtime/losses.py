@@ -65,7 +65,7 @@ class Losses:
         self._inside_since: float | None = None
         self._noticed = threading.Event()
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the session
 
     def check(self) -> None:
         """Raises what this rank has failed with."""
@@ -100,13 +100,14 @@ class Losses:
             return
         if self._me.rank == COORDINATOR:
             self._tell_all(departure.to_json(), departure.peer.rank)
-        if self._watch is None and departure.peer.rank != self._me.rank:
-            arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
-            watch = threading.Thread(
-                target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
-            )
-            watch.start()
-            self._watch = watch  # who ends the session waits for a thread that runs
+        with self._lock:
+            if self._watch is None and departure.peer.rank != self._me.rank and not self._closed:
+                arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
+                watch = threading.Thread(
+                    target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
+                )
+                watch.start()
+                self._watch = watch
 
     def _lose(self, peer: PeerInfo, why: str) -> None:
         error = PeerLostError(
@@ -215,7 +216,8 @@ class Losses:
 
     def abandon(self) -> None:
         """What is heard from now on is no news."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._noticed.set()
         if self._watch is not None and self._watch is not threading.current_thread():
             self._watch.join(_WATCH_ENDS_S)

@@ -201,6 +201,25 @@ def test_a_rank_that_ends_in_good_order_is_missed_only_by_those_that_go_on(job):
         assert str(ranks.wait(rank)).startswith(f"rank 3 (stage 3, host n3) is lost: {ENDED}.")
 
 
+def test_a_session_may_end_while_the_first_news_come(job, monkeypatch):
+    """The news start a thread, which the end waits for: however far that has come."""
+    ranks = job([0, 1])
+    mine = ranks.ranks[1]
+    ended = threading.Event()
+    starting = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "adaptra-departures":
+            threading.Thread(target=lambda: (mine.abandon(), ended.set())).start()
+            assert not ended.wait(0.3), "it waits until there is a thread to wait for"
+        starting(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    mine.heard(0, Departure(info(0), 1, final=True, broken=False, why=ENDED).to_json())
+    assert ended.wait(5)
+    assert "adaptra-departures" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_another_pipeline_is_lost_by_an_error_only(monkeypatch):
     now = [0.0]
     presence = Presence(lambda: now[0])
