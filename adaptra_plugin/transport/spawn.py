@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 
+from adaptra_plugin import isolated
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bridge import pairs
 from adaptra_plugin.transport.log import log
 
-_START = """
-import signal, sys
-for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
-sys.path[:] = [path for path in sys.path if path]
-from adaptra_plugin.transport.proxy.main import main
-main()
-"""
-# Signals to the whole job are the trainer's to handle (it may save a checkpoint first), from the first moment on; its end is
-# the proxy's. And nothing is imported from the working directory, which is the user's.
-_ROOT = Path(__file__).resolve().parents[2]
-"""Where the package lies."""
+_PROXY = "adaptra_plugin.transport.proxy.main"
 
 
 class Running(ABC):
@@ -65,12 +52,12 @@ class ProxyProcess(Running):
         (self.data, data), (self.control, control) = pairs()
         self._rank = rank
         try:
-            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [sys.executable, "-c", _START, str(data.fileno()), str(control.fileno())],
+            # signals to the whole job are the trainer's to handle (it may save a checkpoint first); its end is the proxy's
+            self._process: subprocess.Popen[bytes] | None = isolated.start(
+                *(_PROXY, str(data.fileno()), str(control.fileno())),
+                deaf=True,
                 pass_fds=(data.fileno(), control.fileno()),
-                close_fds=True,
                 stdin=subprocess.DEVNULL,
-                env=_environment(),
             )
         except OSError as error:
             self.data.close()
@@ -115,15 +102,6 @@ class ProxyProcess(Running):
         process, self._process = self._process, None
         if process is not None:
             process.returncode = 0  # it is not this process's child: nobody here may wait for it
-
-
-def _environment() -> dict[str, str]:
-    """The proxy finds the package where this process has found it, also if that is a checkout."""
-    environment = dict(os.environ)
-    if _ROOT.name not in ("site-packages", "dist-packages"):
-        paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), str(_ROOT)])
-    return environment
 
 
 def _signal_name(number: int) -> str:
