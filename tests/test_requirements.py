@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("adaptra_plugin", "patches", "launch")
-COMES_WITH = {"hjson": "deepspeed"}
+COMES_WITH = {"hjson": "deepspeed", "llvmlite": "numba"}
 """Imports of a distribution that another one, which is asked for, requires."""
 OF_A_HOST = {
     "patches/deepspeed.py": "deepspeed",
