@@ -183,6 +183,14 @@ def test_versions(node, versions, check, status, words):
     assert (row.status, words in row.found) == (status, True), row.found
 
 
+def test_how_the_plug_in_does_without_what_is_optional(node):
+    rows = node.rows()
+    for name, words in {"numba": "uncompiled", "ortools": "not refined", "matplotlib": "no pictures"}.items():
+        assert rows[name].status is Status.OKAY
+        assert rows[name].found.startswith("not installed: ") and words in rows[name].found
+        assert "pip install 'adaptra-plugin[" in rows[name].found
+
+
 def test_wandb_that_the_configuration_asks_for(node):
     needs = Needs(parse_config({"report": {"wandb": "on"}}))
     assert node.rows(needs)["wandb"].status is Status.WARN
