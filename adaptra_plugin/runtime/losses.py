@@ -15,6 +15,7 @@ from typing import Any
 from adaptra_plugin.errors import PeerLostError
 from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.shortage import begin
 from adaptra_plugin.transport import PeerInfo
 
 logger = logging.getLogger("adaptra")
@@ -104,7 +105,8 @@ class Losses:
             self._watch = threading.Thread(
                 target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
             )
-            self._watch.start()
+            if not begin(self._watch, f"{departure.peer} has left and is blamed at once"):
+                self.lost(departure.peer, departure.why)
 
     def _lose(self, peer: PeerInfo, why: str) -> None:
         error = PeerLostError(
@@ -120,7 +122,8 @@ class Losses:
         self._fail(error)
         logger.error("%s", error)
         self._report(peer, why)
-        threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True).start()
+        watch = threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True)
+        begin(watch, f"this rank is not ended after {self._exit_grace_s:g} s if it is stuck now")
 
     def _tell_all(self, message: dict[str, Any], about: int) -> None:
         for rank in range(self._topology.world_size):

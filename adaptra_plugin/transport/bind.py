@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from contextlib import ExitStack
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import told
 
 _ANY_PORT = 9  # nothing is sent: connecting a datagram socket only asks the routing table
 
@@ -17,15 +19,12 @@ def local_address_towards(host: str) -> str:
     Raises:
         TransportError: if `host` cannot be resolved or there is no route.
     """
-    try:
+    otherwise = "set adaptra.transport.bind to the address to listen on"
+    with told(f"no local address leads to {host!r}", TransportError, otherwise):
         family, kind, _, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
-    except OSError as error:
-        raise TransportError(
-            f"no local address leads to {host!r} ({error}): set adaptra.transport.bind to the address to listen on"
-        ) from None
 
 
 def is_loopback(host: str) -> bool:
@@ -55,17 +54,12 @@ def listen(host: str, backlog: int) -> socket.socket:
     Raises:
         TransportError: if the address is not one of this host.
     """
-    listener: socket.socket | None = None
-    try:
+    otherwise = "set adaptra.transport.bind to an address of this host"
+    with told(f"cannot listen on {host!r}", TransportError, otherwise), ExitStack() as undo:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
         listener.bind(address)
         listener.listen(backlog)
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        raise TransportError(
-            f"cannot listen on {host!r} ({error}): set adaptra.transport.bind to an address of this host"
-        ) from None
-    listener.setblocking(False)
+        listener.setblocking(False)
+        undo.pop_all()
     return listener

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
@@ -56,8 +57,8 @@ class Link:
         except OSError as error:
             self.close()
             raise TransportError(
-                f"no shared memory of {capacity} bytes for a staging ring towards {info} ({error}): raise the limit of "
-                "open files (ulimit -n), or lower adaptra.transport.connections_per_direction or ring_mib"
+                f"no shared memory of {capacity} bytes for a staging ring towards {info} ({explain(error)}); or lower "
+                "adaptra.transport.connections_per_direction or ring_mib"
             ) from None
         if shared.relief is None:
             relief = Relief()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bind import is_wildcard, listen, local_address_towards
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer
 from adaptra_plugin.transport.log import log
@@ -34,6 +37,7 @@ from adaptra_plugin.transport.types import Address, Card, Direction, PeerInfo
 _BACKLOG = 512
 _IDLE_TICK_S = 0.5
 FAREWELL_S = 0.5
+_LAST_WORDS_S = 1.0
 _PACKETS = 16
 """Packets of the endpoint before others get their turn."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -77,8 +81,17 @@ class Proxy:
         """Serves; gives back every descriptor at the end."""
         try:
             self.loop.run()
+        except Exception as error:
+            self._last_words(error)
+            raise
         finally:
             self._give_back()
+
+    def _last_words(self, error: Exception) -> None:
+        with contextlib.suppress(OSError):
+            self._control.settimeout(_LAST_WORDS_S)
+            self._tell("failed", text=f"{type(error).__name__}: {explain(error)}")
+            self._writer.flush()
 
     def stop(self) -> None:
         """The endpoint is gone: peers see connections that end without goodbye."""
@@ -150,7 +163,7 @@ class Proxy:
             self.ports.find(self.loop, self.settings)
             self.card = self._listen(str(message["bind"]))
         except (TransportError, OSError) as error:
-            self._tell("start_failed", text=str(error))
+            self._tell("start_failed", text=explain(error))
             return
         self._tell("ready", card=self.card.to_text())
         self._tick()
@@ -203,6 +216,13 @@ class Proxy:
         coordinator, deadline_s = int(message["coordinator"]), float(message["deadline_s"])
         self._peers = {}
         self._connecting = self.loop.call_later(deadline_s, lambda: self._give_up(deadline_s))
+        needed = (
+            2 * len(Direction) * self.settings.connections_per_direction * sum(e["neighbour"] for e in message["peers"])
+        )
+        if len(descriptors) < needed:  # the kernel has dropped what found no room
+            full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._connect_failed("TransportError", f"the proxy cannot take {needed} rings ({explain(full)})")
+            return
         remind_s = float(message["remind_s"])
         self.loop.call_later(remind_s, lambda: self._remind(remind_s))
         fds = iter(descriptors)
