@@ -85,8 +85,9 @@ def test_doctor_says_what_is_there_and_what_is_not(environments, tmp_path, host)
 
 def test_what_is_optional_may_be_missing(environments, tmp_path):
     environment = environments["megatron-core"]
-    stages = [{"forward_ms": 9, "backward_input_ms": 10, "backward_weight_ms": 6}] * 3
-    profile = {"microbatches": 6, "stages": stages, "links": [{"src": 1, "dst": 2, "latency_ms": 30}]}
+    keys = ("forward_ms", "backward_input_ms", "backward_weight_ms", "max_activations")
+    stages = [dict(zip(keys, times, strict=True)) for times in ((5, 6, 3, 2), (6, 7, 4, 3), (4, 6, 5, 2))]
+    profile = {"microbatches": 6, "stages": stages, "links": [{"src": 1, "dst": 2, "latency_ms": 11}]}
     (tmp_path / "profile.json").write_text(json.dumps(profile))
     environment.run("adaptra plan profile.json --out plan.json --plot plan.png", tmp_path)
     assert json.loads((tmp_path / "plan.json").read_text())["ranks"]
