@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,44 +41,42 @@ import runpy
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-_NOT_FOR_IT = ("PYTHONPATH", "PYTHONWARNINGS", "PYTHONINSPECT", "PYTHONSTARTUP")
+_KEPT = frozenset(
+    {"PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE", "PYTHONHASHSEED"}
+    | {"PYTHONNOUSERSITE", "PYTHONUSERBASE", "PYTHONUTF8", "PYTHONCOERCECLOCALE"}
+)
 
 
 def start(module: str, *arguments: str, deaf: bool = False, **options: Any) -> subprocess.Popen[Any]:
     """Runs a module as `python -m` does. `deaf`: signals to the whole job (Ctrl-C, a scheduler's SIGTERM) are ignored from the
-    first moment on. `options`: of `Popen`; `env` starts from `environment()`.
+    first moment on. `options`: of `Popen`, whose `env` is `isolated_environment()` otherwise.
 
     Raises:
         OSError: no process can be started.
     """
-    options.setdefault("env", environment())
-    return subprocess.Popen(command((_DEAF if deaf else "") + _BOOT + _MODULE, module, *arguments), **options)
+    options.setdefault("env", isolated_environment())
+    command = isolated_command(_MODULE, module, *arguments)
+    if deaf:
+        command[command.index("-c") + 1] = _DEAF + command[command.index("-c") + 1]
+    return subprocess.Popen(command, **options)
 
 
-def run(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[Any]:
-    """Runs code as `python -c` does, to its end. `options`: of `subprocess.run`; `env` starts from `environment()`.
-
-    Raises:
-        OSError: no process can be started.
-        subprocess.TimeoutExpired: as `subprocess.run`.
-    """
-    options.setdefault("env", environment())
-    return subprocess.run(command(_BOOT + code, *arguments), **options)
-
-
-def environment(**changes: str) -> Mapping[str, str]:
-    """This process's environment for a helper, which is told its paths otherwise."""
-    return {name: value for name, value in os.environ.items() if name not in _NOT_FOR_IT} | changes
-
-
-def command(code: str, *arguments: str) -> list[str]:
+def isolated_command(code: str, *arguments: str) -> list[str]:
+    """The command that runs code as `python -c` does; `sys.argv[1:]` are the arguments there. Run it with
+    `isolated_environment`. Raises OSError."""
     if not sys.executable:
         raise OSError(errno.ENOENT, "this process does not know its Python (sys.executable is empty)")
     flags = {"-s": sys.flags.no_user_site, "-E": sys.flags.ignore_environment, "-B": sys.dont_write_bytecode}
     return [
         *(sys.executable, *(flag for flag, given in flags.items() if given)),
-        *("-S", "-c", code, *arguments, _HOME, json.dumps(search_path())),
+        *("-S", "-c", _BOOT + code, *arguments, _HOME, json.dumps(search_path())),
     ]
+
+
+def isolated_environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what changes how an interpreter starts, but for where its own files lie."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") or name in _KEPT}
+    return kept | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} | changes  # a helper that meets torch loads no plug-ins
 
 
 def search_path() -> list[str]:

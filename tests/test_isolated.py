@@ -48,7 +48,8 @@ def hostile(tmp_path, monkeypatch) -> Path:
 
 
 def ran(code: str, *arguments: str, **options) -> str:
-    done = isolated.run(code, *arguments, capture_output=True, text=True, timeout=60, **options)
+    command, environment = isolated.isolated_command(code, *arguments), isolated.isolated_environment()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adaptra_plugin import isolated
+from adaptra_plugin.isolated import isolated_command, isolated_environment
 
 CHILD_SECONDS = 120.0
 """Longest wait for a probe in a process of its own (s): importing torch from a cold network disk takes a minute."""
@@ -51,9 +51,12 @@ def run_child(code: str, *arguments: str) -> dict[str, Any]:
 
     The last line that the code prints is a JSON object. Raises RuntimeError: it ended otherwise, or too late.
     """
-    environment = isolated.environment(ADAPTRA_AUTOLOAD="0")
+    environment = isolated_environment(ADAPTRA_AUTOLOAD="0")
     try:
-        ended = isolated.run(code, *arguments, capture_output=True, text=True, timeout=CHILD_SECONDS, env=environment)
+        command = isolated_command(code, *arguments)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"no answer within {CHILD_SECONDS:.0f} s") from None
     except OSError as error:
