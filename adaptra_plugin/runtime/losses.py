@@ -102,10 +102,12 @@ class Losses:
             self._tell_all(departure.to_json(), departure.peer.rank)
         if self._watch is None and departure.peer.rank != self._me.rank:
             arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
-            self._watch = threading.Thread(
+            watch = threading.Thread(
                 target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
             )
-            if not begin(self._watch, f"{departure.peer} has left and is blamed at once"):
+            if begin(watch, f"{departure.peer} has left and is blamed at once"):
+                self._watch = watch
+            else:
                 self.lost(departure.peer, departure.why)
 
     def _lose(self, peer: PeerInfo, why: str) -> None:
