@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
-.PHONY: install demo test test-rdma lint benchmarks clean
+.PHONY: install demo test test-wheel test-rdma lint benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -20,7 +20,11 @@ demo: install
 	$(BIN)/python -m adaptra_plugin.launch.demo --config configs/demo.json --out demo-out
 
 test: install lint
-	$(BIN)/python -m pytest --ignore=tests/rdma
+	$(BIN)/python -m pytest --ignore=tests/rdma --ignore=tests/install
+
+# a wheel, installed as the README says into a clean environment for each host, trains two ranks (about 4 minutes)
+test-wheel: install
+	$(BIN)/python -m pytest tests/install
 
 # in a guest kernel with software RDMA devices; builds it (4 minutes, cached) unless ADAPTRA_GUEST_KERNEL names one
 test-rdma: install

@@ -24,6 +24,8 @@ CHECKS: tuple[Check, ...] = (
     limits.kernel,
     limits.processors,
     limits.open_files,
+    limits.processes,
+    limits.file_size,
     memory.staging_memory,
     memory.shared_memory,
     memory.memlock,

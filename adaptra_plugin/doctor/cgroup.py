@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import PurePosixPath
-
 from adaptra_plugin.doctor.machine import Machine
+from adaptra_plugin.shortage import groups
 
-BASE = "/sys/fs/cgroup"
 V1_UNLIMITED = 1 << 60
 """v1 writes a number near 2**63 where there is no limit."""
 
@@ -15,7 +12,7 @@ V1_UNLIMITED = 1 << 60
 def memory_free(machine: Machine) -> tuple[int, int] | None:
     """Limit and free bytes of the tightest group, page cache that can be given back counted as free; None: no limit."""
     found = []
-    for folder, version in _folders(machine, "memory"):
+    for folder, version in groups(machine.text, "memory"):
         top, used = (
             ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
@@ -30,7 +27,7 @@ def memory_free(machine: Machine) -> tuple[int, int] | None:
 def cpu_quota(machine: Machine) -> float | None:
     """CPUs that the tightest group may use; None: no limit."""
     found = []
-    for folder, version in _folders(machine, "cpu"):
+    for folder, version in groups(machine.text, "cpu"):
         if version == 2:
             words = (machine.text(f"{folder}/cpu.max") or "").split()
         else:
@@ -46,19 +43,3 @@ def _cache(machine: Machine, place: str, name: str) -> int:
         if key == name and value.isdigit():
             return int(value)
     return 0
-
-
-def _folders(machine: Machine, controller: str) -> Iterator[tuple[str, int]]:
-    """Folders of the group and of all above it. In a container the path may be the host's: only its top is seen then."""
-    for line in (machine.text("/proc/self/cgroup") or "").splitlines():
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if number == "0" and not names:
-            base, version = BASE, 2
-        elif controller in names.split(","):
-            base, version = f"{BASE}/{controller}", 1
-        else:
-            continue
-        inside = PurePosixPath("/" + path.strip("/"))
-        for place in (inside, *inside.parents):
-            yield f"{base}{place}".rstrip("/"), version

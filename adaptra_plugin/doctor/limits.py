@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from adaptra_plugin.doctor import cgroup
 from adaptra_plugin.doctor.machine import UNLIMITED, Machine
 from adaptra_plugin.doctor.needs import NEIGHBOURS, Needs
-from adaptra_plugin.doctor.rows import Row, Status
+from adaptra_plugin.doctor.rows import Row, Status, gib
+from adaptra_plugin.shortage import tasks
 
 CPUS_PER_RANK = 2
 """One for the training thread, one for the proxy."""
 OTHER_FILES = 256
 """Descriptors that torch, the host, its data loaders and W&B have open (a rank of the demo: about 120)."""
+TASKS_PER_RANK = 64
+"""Threads of torch, of its data loaders and of W&B, and the proxy: a guess on the safe side."""
 MANY_RANKS = 256
 """Rank 0 holds a connection with every rank; a limit that ends below so many ranks is worth a word."""
 SINCE = {"eventfd": "2.6.22", "memfd_create": "3.17", "pidfd_open": "5.3"}
@@ -73,6 +76,42 @@ def open_files(machine: Machine, needs: Needs) -> Iterator[Row]:
         status = Status.WARN if spare < MANY_RANKS else Status.OKAY
         found += f", rank 0 one more for every rank: enough for {spare} ranks"
         yield Row("open files", status, found, advice if status is Status.WARN else "")
+
+
+def processes(machine: Machine, needs: Needs) -> Iterator[Row]:
+    """Processes and threads: of the user (which root may exceed) and of the control group."""
+    soft, _ = machine.limit(resource.RLIMIT_NPROC)
+    group = tasks(machine.text)
+    needed = TASKS_PER_RANK * needs.ranks
+    found = "no limit of this user" if soft == UNLIMITED else f"this user may have {soft}"
+    found += (
+        "; no limit by a control group"
+        if group is None
+        else f"; the control group may have {group[0]} and has {group[1]}"
+    )
+    found += f"; {needs.ranks} rank{'s' if needs.ranks > 1 else ''} on this node: about {needed}"
+    left = min(
+        [
+            n
+            for n in (None if soft == UNLIMITED else soft, None if group is None else group[0] - group[1])
+            if n is not None
+        ],
+        default=needed,
+    )
+    advice = "raise it: `ulimit -u`, nproc in /etc/security/limits.conf; Docker: --pids-limit; Kubernetes: podPidsLimit"
+    yield Row("processes", Status.WARN, found, advice) if left < needed else Row("processes", Status.OKAY, found)
+
+
+def file_size(machine: Machine, needs: Needs) -> Iterator[Row]:
+    """Counts for shared memory too, which the staging rings are."""
+    soft, _ = machine.limit(resource.RLIMIT_FSIZE)
+    if soft == UNLIMITED:
+        yield Row("file size", Status.OKAY, "no limit")
+    elif soft < needs.ring_bytes:
+        found = f"{gib(soft)}, shared memory included; a staging ring has {gib(needs.ring_bytes)}"
+        yield Row("file size", Status.FAIL, found, "`ulimit -f unlimited`, fsize in /etc/security/limits.conf")
+    else:
+        yield Row("file size", Status.OKAY, f"{gib(soft)}; a staging ring has {gib(needs.ring_bytes)}")
 
 
 def _count(text: str | None) -> int:

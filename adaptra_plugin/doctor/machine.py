@@ -11,11 +11,12 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from adaptra_plugin.isolated import isolated_command, isolated_environment
 
 CHILD_SECONDS = 120.0
 """Longest wait for a probe in a process of its own (s): importing torch from a cold network disk takes a minute."""
@@ -50,16 +51,16 @@ def run_child(code: str, *arguments: str) -> dict[str, Any]:
 
     The last line that the code prints is a JSON object. Raises RuntimeError: it ended otherwise, or too late.
     """
-    # a folder of its own, so that nothing that lies where the command was started is imported
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", code, *arguments]
-        environment = {**os.environ, "ADAPTRA_AUTOLOAD": "0"}
-        try:
-            ended = subprocess.run(
-                command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False, cwd=folder, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"no answer within {CHILD_SECONDS:.0f} s") from None
+    environment = isolated_environment(ADAPTRA_AUTOLOAD="0")
+    try:
+        command = isolated_command(code, *arguments)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"no answer within {CHILD_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise RuntimeError(f"no process can be started: {error}") from None
     if ended.returncode:
         said = ended.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise RuntimeError(f"ended with code {ended.returncode}: {said[0]}")

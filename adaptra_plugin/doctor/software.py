@@ -12,7 +12,13 @@ from adaptra_plugin.doctor.rows import Row, Status
 OLDEST_PYTHON = (3, 10)
 ADAPTERS = ("deepspeed", "megatron-core")
 """Hosts that this version of the plug-in runs in."""
-SHOWN = ("deepspeed", "megatron-core", "torch", "xxhash", "wandb")
+WITHOUT = {
+    "numba": ("plans are made uncompiled, and later", "fast"),
+    "ortools": ("plans are not refined while they run (adaptra.refine_s)", "exact"),
+    "matplotlib": ("there are no pictures of plans", "plots"),
+}
+"""What is optional: how the plug-in does without, and the extra that brings it."""
+SHOWN = ("deepspeed", "megatron-core", "torch", "xxhash", "psutil", "wandb", *WITHOUT)
 REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?$")
 NVIDIA_APEX = ("optimizers", "normalization", "multi_tensor_apply")
 """Folders of NVIDIA's Apex; the product of that name on PyPI has none of them."""
@@ -48,6 +54,9 @@ def _package(name: str, version: str | None, supported: str, needed: bool, needs
         if name == "wandb" and needs.config.report.wandb == "on":
             found = 'not installed, but adaptra.report.wandb is "on": nothing will be sent'
             return Row(name, Status.WARN, found, f"{install}, or set adaptra.report.wandb to auto")
+        if name in WITHOUT:
+            how, extra = WITHOUT[name]
+            return Row(name, Status.OKAY, f"not installed: {how}; pip install 'adaptra-plugin[{extra}]'")
         return Row(name, Status.OKAY, "not installed, not needed")
     words = f"{version}, supported: {supported or 'any'}"
     if not _inside(version, supported):

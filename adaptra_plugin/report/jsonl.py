@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from io import FileIO
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.shortage import explain
 
 _MIB = 1 << 20
 _PAUSE_S = 1.0
@@ -48,7 +51,10 @@ class JsonlWriter:
             logger: for the one line about a failing disk.
         """
         self.path = Path(directory) / f"rank{rank:05d}.jsonl"
-        self._max_bytes = int(max_file_mib * _MIB)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[
+            0
+        ]  # rotating keeps the newest records, a file that is full the oldest
+        self._max_bytes = min(int(max_file_mib * _MIB), limit if limit != resource.RLIM_INFINITY else sys.maxsize)
         self._clock = clock
         self._monotonic = monotonic
         self._logger = logger or logging.getLogger("adaptra")
@@ -148,7 +154,7 @@ class JsonlWriter:
             self._logger.warning(
                 "report: cannot write %s (%s); training goes on, the file misses records until this is repaired",
                 self.path,
-                error,
+                explain(error),
             )
 
     def _finish(self) -> None:

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from adaptra_plugin.shortage import begin
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ class Worker(Generic[T]):
         self._closing = False
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._closing = not begin(self._thread, f"report: {name} cannot be started, and its records are lost")
 
     def put(self, record: T) -> None:
         """Queues a record; never blocks for longer than another thread needs to append or to take the whole queue."""
@@ -73,7 +75,8 @@ class Worker(Generic[T]):
         with self._news:
             self._closing = True
             self._news.notify()
-        self._thread.join(deadline_s)
+        if self._thread.ident is not None:
+            self._thread.join(deadline_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

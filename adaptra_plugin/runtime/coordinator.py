@@ -16,7 +16,7 @@ from typing import Any
 
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport, overview
-from adaptra_plugin.errors import PlanError
+from adaptra_plugin.errors import PlanError, TransportError
 from adaptra_plugin.report import StragglerEvent
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.plan import Plan
@@ -24,6 +24,7 @@ from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 from adaptra_plugin.schedule.refine import Refinement
 from adaptra_plugin.schedule.simulator import simulate
+from adaptra_plugin.shortage import told
 
 logger = logging.getLogger("adaptra")
 Refiner = Callable[[Profile, Plan], Refinement]
@@ -152,8 +153,10 @@ class Coordinator:
     # --- thread
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._serve, name="adaptra-coordinator", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._serve, name="adaptra-coordinator", daemon=True)
+        with told("the coordinator's thread cannot be started", TransportError):
+            thread.start()
+        self._thread = thread
 
     def post(self, rank: int, message: dict[str, Any]) -> None:
         """Takes a message from a rank; returns at once."""

@@ -15,6 +15,7 @@ from typing import Any
 from adaptra_plugin.errors import PeerLostError
 from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.shortage import begin
 from adaptra_plugin.transport import PeerInfo
 
 logger = logging.getLogger("adaptra")
@@ -101,13 +102,17 @@ class Losses:
         if self._me.rank == COORDINATOR:
             self._tell_all(departure.to_json(), departure.peer.rank)
         with self._lock:
-            if self._watch is None and departure.peer.rank != self._me.rank and not self._closed:
-                arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
-                watch = threading.Thread(
-                    target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
-                )
-                watch.start()
+            if self._watch is not None or departure.peer.rank == self._me.rank or self._closed:
+                return
+            arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
+            watch = threading.Thread(
+                target=self._departures.watch, args=arguments, name="adaptra-departures", daemon=True
+            )
+            started = begin(watch, f"{departure.peer} has left and is blamed at once")
+            if started:
                 self._watch = watch
+        if not started:
+            self.lost(departure.peer, departure.why)
 
     def _lose(self, peer: PeerInfo, why: str) -> None:
         error = PeerLostError(
@@ -123,7 +128,8 @@ class Losses:
         self._fail(error)
         logger.error("%s", error)
         self._report(peer, why)
-        threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True).start()
+        watch = threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True)
+        begin(watch, f"this rank is not ended after {self._exit_grace_s:g} s if it is stuck now")
 
     def _tell_all(self, message: dict[str, Any], about: int) -> None:
         for rank in range(self._topology.world_size):

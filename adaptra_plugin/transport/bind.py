@@ -7,10 +7,12 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import told
 
 ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 """Reserved for documentation: they ask the routing table for the way out, and nothing is sent."""
@@ -43,15 +45,12 @@ def local_address_towards(host: str) -> str:
     Raises:
         TransportError: if `host` cannot be resolved or there is no route.
     """
-    try:
+    otherwise = "set adaptra.transport.bind to the address to listen on"
+    with told(f"no local address leads to {host!r}", TransportError, otherwise):
         family, kind, _, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
-    except OSError as error:
-        raise TransportError(
-            f"no local address leads to {host!r} ({error}): set adaptra.transport.bind to the address to listen on"
-        ) from None
 
 
 def reachable_address(mine: Place, others: Iterable[Place]) -> str:
@@ -101,17 +100,12 @@ def listen(host: str, backlog: int) -> socket.socket:
     Raises:
         TransportError: if the address is not one of this host.
     """
-    listener: socket.socket | None = None
-    try:
+    otherwise = "set adaptra.transport.bind to an address of this host"
+    with told(f"cannot listen on {host!r}", TransportError, otherwise), ExitStack() as undo:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
         listener.bind(address)
         listener.listen(backlog)
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        raise TransportError(
-            f"cannot listen on {host!r} ({error}): set adaptra.transport.bind to an address of this host"
-        ) from None
-    listener.setblocking(False)
+        listener.setblocking(False)
+        undo.pop_all()
     return listener

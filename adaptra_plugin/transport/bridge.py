@@ -27,6 +27,7 @@ and from it, by `event`:
     rail            rank, rail, state, why, ... (a step in the life of a rail: for the report)
     stats           id, data
     log             level, text
+    failed          text (last words of a proxy that cannot go on)
     closed
 """
 
@@ -95,10 +96,13 @@ def unpacked_time(microseconds: int) -> float:
 
 def pairs() -> tuple[tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]:
     """(data, control), each (endpoint's end, proxy's end); blocking."""
-    return (
-        socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET),
-        socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM),
-    )
+    data = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        return data, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        for end in data:
+            end.close()
+        raise
 
 
 def encode(message: dict[str, Any], descriptors: int = 0) -> bytes:

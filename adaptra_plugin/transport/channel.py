@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bridge import Op, unpacked_time
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
@@ -58,8 +59,8 @@ class Link:
         except OSError as error:
             self.close()
             raise TransportError(
-                f"no shared memory of {capacity} bytes for a staging ring towards {info} ({error}): raise the limit of "
-                "open files (ulimit -n), or lower adaptra.transport.connections_per_direction or ring_mib"
+                f"no shared memory of {capacity} bytes for a staging ring towards {info} ({explain(error)}); or lower "
+                "adaptra.transport.connections_per_direction or ring_mib"
             ) from None
         for receiver in self.recv_lanes():
             receiver.pauses = self.pauses

@@ -9,11 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from adaptra_plugin import errors
 from adaptra_plugin.config import SimulateConfig, TransportConfig
 from adaptra_plugin.errors import HandshakeError, TransportError
+from adaptra_plugin.shortage import told
 from adaptra_plugin.transport.bind import choose_bind, is_loopback, is_wildcard
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, RECORD, Op
 from adaptra_plugin.transport.channel import Channel, Link
@@ -104,29 +106,35 @@ class Endpoint:
         self._close_lock = threading.Lock()
         self._closed = False
         self._said_closed = False
+        self._last_words = ""
         self._linger_s = 0.0
         host = choose_bind(config.bind, bind_host)
         cpus = proxy_cpus(config.cpus)
         self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
         spin = spin_s(config.spin_us)
-        self._mailbox = Mailbox(self._proxy.data, self._records, spin)
         slabs = Slabs(
             WINDOW_BYTES if config.ring_grows else config.ring_bytes
         )  # a ring full of messages may be on its way to be used
         self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
-        self._shared = Shared(
-            config,
-            self._fate,
-            self._mailbox,
-            slabs,
-            self._copier,
-            lambda: time.monotonic() + clock_offset_s,
-            Relief() if ring else None,
-        )
-        self._control = ControlStream(self._proxy.control, self._event, self._over, f"adaptra-control-{me.rank}")
-        self._thread = self._control.thread
+        with ExitStack() as undo, told(f"the endpoint of rank {me.rank} cannot be started", TransportError):
+            undo.callback(self._proxy.discard)
+            self._mailbox = Mailbox(self._proxy.data, self._records, spin)
+            undo.callback(self._mailbox.close)
+            self._shared = Shared(
+                config,
+                self._fate,
+                self._mailbox,
+                slabs,
+                self._copier,
+                lambda: time.monotonic() + clock_offset_s,
+                Relief() if ring else None,
+            )
+            self._control = ControlStream(self._proxy.control, self._event, self._over, f"adaptra-control-{me.rank}")
+            undo.callback(self._control.close)
+            self._thread = self._control.thread
+            self._control.start()
+            undo.pop_all()
         _live.add(self)
-        self._control.start()
         self._tell(
             "start",
             me={"rank": me.rank, "stage": me.stage, "host": me.host},
@@ -375,6 +383,8 @@ class Endpoint:
             log.log(int(event["level"]), "%s", event["text"])
         elif kind == "rail":  # the proxy has written a line
             self.on_rail(self._peers[event["rank"]], event["rail"], event["state"], event["why"])
+        elif kind == "failed":
+            self._last_words = f" ({event['text']})"
         elif kind == "closed":
             self._said_closed = True
             self._control.stop()
@@ -434,9 +444,10 @@ class Endpoint:
             self._tell("close", linger_s=0.0)
         elif not self._said_closed:
             self._proxy.join(_LAST_WORDS_S)
+            end = self._proxy.obituary() + self._last_words
             if not self._closed:
-                log.error("%s", self._proxy.obituary())
-            self.fail(TransportError(f"{self._proxy.obituary()}: look at the log of rank {self.me.rank}"))
+                log.error("%s", end)
+            self.fail(TransportError(f"{end}: look at the log of rank {self.me.rank}"))
         self.fail(TransportError(f"the endpoint of rank {self.me.rank} is closed"))
         self._mailbox.close()
         self._control.close()

@@ -59,7 +59,10 @@ def allowed_cpus() -> set[int]:
         found.update(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=look, name="adaptra-cpus", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # there is no room for one more thread: whoever really needs one will say so
+        return os.sched_getaffinity(0)
     thread.join()
     return found
 

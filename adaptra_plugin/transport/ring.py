@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import told
 from adaptra_plugin.transport.segment import Segment
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Memory:
         if self._tensor is None:
             if self.segment.fd < 0:
                 raise TransportError("the endpoint is closed, and its staging rings with it")
-            self._tensor = torch.frombuffer(self.segment.view, dtype=torch.uint8)
+            with told(f"a staging ring of {self.segment.capacity} bytes cannot be mapped", TransportError):
+                self._tensor = torch.frombuffer(self.segment.view, dtype=torch.uint8)
         return self._tensor
 
     def copy_in(self, position: int, data: torch.Tensor) -> None:

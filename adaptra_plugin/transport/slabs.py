@@ -15,6 +15,9 @@ from collections import deque
 
 import torch
 
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import told
+
 SLAB_FROM = 1 << 20
 """Tensors from this size on (bytes) are worth a slab."""
 _SIZES = 8
@@ -43,7 +46,8 @@ class Slabs:
         try:
             area = free.popleft()
         except IndexError:
-            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with told(f"no memory for a received tensor of {nbytes} bytes", TransportError):
+                area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel built without them
                     area.madvise(mmap.MADV_HUGEPAGE)

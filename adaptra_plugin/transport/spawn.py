@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 
+from adaptra_plugin import isolated
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import told
 from adaptra_plugin.transport.bridge import pairs
 from adaptra_plugin.transport.log import log
 
-_START = """
-import signal, sys
-for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
-sys.path[:] = [path for path in sys.path if path]
-from adaptra_plugin.transport.proxy.main import main
-main()
-"""
-# Signals to the whole job are the trainer's to handle (it may save a checkpoint first), from the first moment on; its end is
-# the proxy's. And nothing is imported from the working directory, which is the user's.
-_ROOT = Path(__file__).resolve().parents[2]
-"""Where the package lies."""
+_PROXY = "adaptra_plugin.transport.proxy.main"
+_DISCARD_S = 5.0
 
 
 class Running(ABC):
@@ -43,6 +33,13 @@ class Running(ABC):
     @abstractmethod
     def kill(self) -> None:
         """Ends it at once, as far as that is possible."""
+
+    def discard(self) -> None:
+        """Gives everything back; nobody has spoken to it yet."""
+        self.data.close()
+        self.control.close()
+        self.kill()
+        self.join(_DISCARD_S)
 
     @abstractmethod
     def obituary(self) -> str:
@@ -62,23 +59,23 @@ class ProxyProcess(Running):
 
     def __init__(self, rank: int) -> None:
         """Raises TransportError if no process can be started."""
-        (self.data, data), (self.control, control) = pairs()
+        what = f"the proxy process of rank {rank} cannot be started"
+        with told(what, TransportError):
+            (self.data, data), (self.control, control) = pairs()
         self._rank = rank
         try:
-            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [sys.executable, "-c", _START, str(data.fileno()), str(control.fileno())],
-                pass_fds=(data.fileno(), control.fileno()),
-                close_fds=True,
-                stdin=subprocess.DEVNULL,
-                env=_environment(),
-            )
-        except OSError as error:
+            # signals to the whole job are the trainer's to handle (it may save a checkpoint first); its end is the proxy's
+            with told(what, TransportError, 'set adaptra.transport.proxy to "thread" to do without'):
+                self._process: subprocess.Popen[bytes] | None = isolated.start(
+                    *(_PROXY, str(data.fileno()), str(control.fileno())),
+                    deaf=True,
+                    pass_fds=(data.fileno(), control.fileno()),
+                    stdin=subprocess.DEVNULL,
+                )
+        except BaseException:
             self.data.close()
             self.control.close()
-            raise TransportError(
-                f"the proxy process of rank {rank} cannot be started ({error}): set adaptra.transport.proxy to "
-                '"thread" to do without'
-            ) from None
+            raise
         finally:
             data.close()
             control.close()
@@ -117,15 +114,6 @@ class ProxyProcess(Running):
             process.returncode = 0  # it is not this process's child: nobody here may wait for it
 
 
-def _environment() -> dict[str, str]:
-    """The proxy finds the package where this process has found it, also if that is a checkout."""
-    environment = dict(os.environ)
-    if _ROOT.name not in ("site-packages", "dist-packages"):
-        paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), str(_ROOT)])
-    return environment
-
-
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -137,15 +125,23 @@ class ProxyThread(Running):
     """The same proxy in this process: no start-up time and nothing to reap, but it shares the interpreter lock."""
 
     def __init__(self, rank: int) -> None:
-        from adaptra_plugin.transport.proxy.server import Proxy
+        with ExitStack() as undo, told(f"the proxy thread of rank {rank} cannot be started", TransportError):
+            from adaptra_plugin.transport.proxy.server import Proxy
 
-        (self.data, data), (self.control, control) = pairs()
-        self._rank = rank
-        self._ends = (data, control)
-        self._proxy = Proxy(data, control)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"adaptra-proxy-{rank}", daemon=True)
-        self._thread.start()
+            (self.data, data), (self.control, control) = pairs()
+            self._rank = rank
+            self._ends = (data, control)
+            for end in (self.data, self.control, *self._ends):
+                undo.callback(end.close)
+            self._proxy = Proxy(data, control)
+            self._error: BaseException | None = None
+            self._thread = threading.Thread(target=self._run, name=f"adaptra-proxy-{rank}", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._proxy.abandon()
+                raise
+            undo.pop_all()
 
     def _run(self) -> None:
         try:

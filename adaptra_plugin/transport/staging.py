@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import torch
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import told
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.tensors import aligned, as_bytes, overlaps
@@ -209,8 +210,10 @@ class Worker:
             if self._stopped:
                 return  # the endpoint has failed or ended, and its tickets say why
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                with told(f"the thread {self._name} cannot be started", TransportError):
+                    thread.start()
+                self._thread = thread
             self._calls.append(call)
             self._changed.notify_all()
 

@@ -35,6 +35,8 @@ class Tree:
         self.limits = {
             resource.RLIMIT_MEMLOCK: (UNLIMITED, UNLIMITED),
             resource.RLIMIT_NOFILE: (65536, 65536),
+            resource.RLIMIT_NPROC: (UNLIMITED, UNLIMITED),
+            resource.RLIMIT_FSIZE: (UNLIMITED, UNLIMITED),
         }
         self.versions = {**VERSIONS, "pyverbs": "44.0"}
         self.requirements = REQUIREMENTS

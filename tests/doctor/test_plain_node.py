@@ -183,6 +183,41 @@ def test_versions(node, versions, check, status, words):
     assert (row.status, words in row.found) == (status, True), row.found
 
 
+@pytest.mark.parametrize(
+    ("soft", "group", "status"),
+    [
+        (UNLIMITED, None, Status.OKAY),
+        (1000, None, Status.OKAY),
+        (100, None, Status.WARN),
+        (UNLIMITED, ("1000", "100"), Status.OKAY),
+        (UNLIMITED, ("1000", "950"), Status.WARN),
+        (UNLIMITED, ("max", "950"), Status.OKAY),
+    ],
+)
+def test_processes(node, soft, group, status):
+    node.limits[resource.RLIMIT_NPROC] = (soft, UNLIMITED)
+    if group is not None:
+        node.file("/sys/fs/cgroup/pids.max", group[0])
+        node.file("/sys/fs/cgroup/pids.current", group[1])
+    row = node.rows()["processes"]
+    assert row.status is status and "2 ranks on this node: about 128" in row.found
+    assert bool(row.advice) is (status is Status.WARN)
+
+
+@pytest.mark.parametrize(("soft", "status"), [(UNLIMITED, Status.OKAY), (1 << 30, Status.OKAY), (4096, Status.FAIL)])
+def test_file_size(node, soft, status):
+    node.limits[resource.RLIMIT_FSIZE] = (soft, UNLIMITED)
+    assert node.rows()["file size"].status is status
+
+
+def test_how_the_plug_in_does_without_what_is_optional(node):
+    rows = node.rows()
+    for name, words in {"numba": "uncompiled", "ortools": "not refined", "matplotlib": "no pictures"}.items():
+        assert rows[name].status is Status.OKAY
+        assert rows[name].found.startswith("not installed: ") and words in rows[name].found
+        assert "pip install 'adaptra-plugin[" in rows[name].found
+
+
 def test_wandb_that_the_configuration_asks_for(node):
     needs = Needs(parse_config({"report": {"wandb": "on"}}))
     assert node.rows(needs)["wandb"].status is Status.WARN

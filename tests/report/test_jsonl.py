@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -133,6 +134,23 @@ def test_a_full_disk_is_logged_once_and_survived(
     assert len(caplog.records) == 1 and "No space left" in caplog.text
     lines = writer.path.read_text().splitlines()
     assert lines[-2:] == ['{"type":"dropped","time":5.0,"records":3}', '{"i":3}']
+
+
+def test_a_limit_of_file_sizes_rotates_sooner_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        writer = JsonlWriter(tmp_path, 0)
+        for n in range(200):
+            writer.write({"n": n, "filler": "x" * 40})
+        assert writer.close()
+        assert not caplog.records and json.loads(writer.path.read_text().splitlines()[-1])["n"] == 199
+        writer = JsonlWriter(tmp_path, 1)
+        writer.write({"filler": "x" * 5000})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "may have 4096 bytes (RLIMIT_FSIZE)" in caplog.text
 
 
 def test_pauses_grow(tmp_path: Path) -> None:

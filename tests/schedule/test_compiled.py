@@ -28,6 +28,8 @@ def test_where_nothing_can_be_cached_it_is_compiled_all_the_same(monkeypatch):
                 raise RuntimeError("cannot cache function: no locator available")
             return numba.njit(function)
 
+        config = numba.config
+
     monkeypatch.setattr(module, "numba", Uncached)
     assert module.compiled(double)(21) == 42
 

@@ -326,7 +326,7 @@ def test_a_proxy_that_cannot_start_says_why():
 
 
 def test_a_proxy_that_dies_while_it_starts_is_reported(monkeypatch):
-    monkeypatch.setattr(spawn, "_START", "import adaptra_plugin.no_such_module")
+    monkeypatch.setattr(spawn, "_PROXY", "adaptra_plugin.no_such_module")
     with pytest.raises(TransportError, match=r"the proxy process of rank 0 has ended with exit code 1"):
         endpoint(0, config(proxy="process"))
 

@@ -46,3 +46,7 @@ def main() -> None:
         except OSError:
             return  # the endpoint's process is gone already
     proxy.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer, packed_time
 from adaptra_plugin.transport.log import log
@@ -35,6 +38,7 @@ from adaptra_plugin.transport.types import Address, Card, Direction, PeerInfo
 _BACKLOG = 512
 _IDLE_TICK_S = 0.5
 FAREWELL_S = 0.5
+_LAST_WORDS_S = 1.0
 _PACKETS = 16
 """Packets of the endpoint before others get their turn."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -78,8 +82,17 @@ class Proxy:
         """Serves; gives back every descriptor at the end."""
         try:
             self.loop.run()
+        except Exception as error:
+            self._last_words(error)
+            raise
         finally:
             self._give_back()
+
+    def _last_words(self, error: Exception) -> None:
+        with contextlib.suppress(OSError):
+            self._control.settimeout(_LAST_WORDS_S)
+            self._tell("failed", text=f"{type(error).__name__}: {explain(error)}")
+            self._writer.flush()
 
     def stop(self) -> None:
         """The endpoint is gone: peers see connections that end without goodbye."""
@@ -151,7 +164,7 @@ class Proxy:
             self.ports.find(self.loop, self.settings)
             self.card = self._listen(str(message["bind"]), message.get("shown"))
         except (TransportError, OSError) as error:
-            self._tell("start_failed", text=str(error))
+            self._tell("start_failed", text=explain(error))
             return
         self.loop.pulse.stood = self._stood
         self._tell("ready", card=self.card.to_text())
@@ -210,10 +223,8 @@ class Proxy:
         if len(descriptors) < wanted:
             for fd in descriptors:
                 os.close(fd)
-            self._connect_failed(
-                "TransportError",
-                f"the proxy of rank {self.me.rank} has no room for the {wanted} descriptors of its rings: raise `ulimit -n`",
-            )
+            full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # the kernel has dropped what found no room
+            self._connect_failed("TransportError", f"the proxy cannot take {wanted} rings ({explain(full)})")
             return
         fds = iter(descriptors)
         for entry in message["peers"]:
