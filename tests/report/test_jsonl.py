@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -92,6 +93,21 @@ def test_closing_keeps_its_deadline() -> None:
     gate.set()
     assert worker.close(NEWS_S) and worker.close(0)
     worker.put(1)  # after the end: no error, no effect
+
+
+def test_a_forked_child_neither_waits_nor_writes(tmp_path: Path) -> None:
+    """Another thread may have held the lock when it was forked."""
+    writer = JsonlWriter(tmp_path, 0)
+    with writer._worker._news:
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            writer.write({"type": "child"})
+            os._exit(0 if writer.close(5.0) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    writer.write({"type": "parent"})
+    assert writer.close(NEWS_S)
+    assert [record["type"] for record in read(writer.path)] == ["parent"]
 
 
 class Disk:
