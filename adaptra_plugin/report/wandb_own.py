@@ -24,7 +24,7 @@ from typing import Any
 
 from adaptra_plugin.report.jsonl import encode
 
-_WORKER = Path(__file__).with_name("wandb_own_worker.py")
+_WORKER = Path(__file__).resolve().with_name("wandb_own_worker.py")  # now: a relative path does not outlive a chdir
 _PIPE_BYTES = 1 << 20
 _START_S = 60.0
 """Longest time for a run to be opened; W&B's own limit, below it, is the worker's."""
@@ -138,7 +138,7 @@ class OwnRun:
         directory = self._directory if self._directory is not None and Path(self._directory).is_dir() else None
         # Isolated: no name of the working directory or the user's paths takes the place of the standard library's.
         # W&B is found where this process finds it.
-        paths = [path for path in sys.path if isinstance(path, str) and Path(path).is_absolute()]
+        paths = [str(Path(self._directory or "/") / path) for path in sys.path if isinstance(path, str) and path]
         task = {"project": self._project, "mode": mode, "parent": os.getpid(), "paths": paths}
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(_WORKER), json.dumps(task)],
