@@ -17,8 +17,6 @@ from adaptra_plugin.errors import ConfigError
 if TYPE_CHECKING:
     from adaptra_plugin.runtime.session import Session
 
-ENVIRONMENT = "ADAPTRA_CONFIG"
-"""Variable with the path of a configuration, for hosts that have none of their own."""
 GATES = {
     _autoload.DEEPSPEED: "adaptra_plugin.patches.deepspeed_gate",
     _autoload.MEGATRON: "adaptra_plugin.patches.megatron_gate",
@@ -79,7 +77,7 @@ def open_gate(host: str) -> None:
 
 def asked() -> bool:
     """Whether somebody wants the plug-in in so many words, and not only has it installed."""
-    return _asked or bool(os.environ.get(ENVIRONMENT))
+    return _asked or bool(os.environ.get(_autoload.CONFIGURATION))
 
 
 def default_block() -> dict[str, Any] | None:
@@ -90,8 +88,8 @@ def default_block() -> dict[str, Any] | None:
     """
     if _default_block is not None:
         return _default_block
-    path = os.environ.get(ENVIRONMENT)
-    return _read_block(path) if path else None
+    path = _autoload.configuration()
+    return _read_block(path) if path is not None else None
 
 
 def add_session(session: Session) -> None:

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,29 @@ DEEPSPEED = "deepspeed"
 MEGATRON = "megatron.core.pipeline_parallel.schedules"
 HOSTS = (DEEPSPEED, MEGATRON)
 """The modules whose import opens a gate."""
+CONFIGURATION = "ADAPTRA_CONFIG"
+"""Variable with the path of a configuration, for hosts that have none of their own."""
 logger = logging.getLogger("adaptra")
+
+
+def _at_start() -> tuple[str, Path] | None:
+    given = os.environ.get(CONFIGURATION)
+    try:
+        return (given, Path(given).absolute()) if given else None
+    except OSError:  # there is no working directory
+        return None
+
+
+_given = _at_start()
+
+
+def configuration() -> Path | None:
+    """The file that `ADAPTRA_CONFIG` names. A relative path begins where the process began, whatever the working directory is
+    now; one that the script has set, where the process is."""
+    given = os.environ.get(CONFIGURATION)
+    if not given:
+        return None
+    return _given[1] if _given is not None and given == _given[0] else Path(given)
 
 
 def register() -> None:

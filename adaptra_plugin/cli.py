@@ -1,4 +1,4 @@
-"""The command ``adaptra``: plan, simulate, doctor. A further subcommand is one more function in COMMANDS."""
+"""The command ``adaptra``: plan, simulate, doctor, report. A further subcommand is one more function in COMMANDS."""
 
 from __future__ import annotations
 
@@ -95,7 +95,21 @@ def add_doctor(commands: Subparsers) -> None:
     parser.set_defaults(run=run_doctor)
 
 
-COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate, add_doctor]
+def add_report(commands: Subparsers) -> None:
+    """``adaptra report``."""
+    parser = commands.add_parser("report", help="what the runs of a report.directory have reported")
+    parser.add_argument(
+        "directory", nargs="?", default="adaptra-logs", metavar="DIRECTORY", help="default: %(default)s"
+    )
+    parser.add_argument("--run", dest="name", metavar="ID", help="default: the newest")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--list", action="store_true", help="all runs, the newest last")
+    shown.add_argument("--records", action="store_true", help="every record of the run, one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    parser.set_defaults(run=run_report)
+
+
+COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate, add_doctor, add_report]
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -196,6 +210,13 @@ def run_doctor(options: argparse.Namespace) -> int:
     if options.ranks is not None and not 1 <= options.ranks <= MOST_RANKS:
         raise ConfigError(f"--ranks {options.ranks}: expected a whole number from 1 to {MOST_RANKS}")
     return run(options.config, options.ranks, options.json)
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Prints a run, the list of runs, or records."""
+    from adaptra_plugin.report.command import run
+
+    return run(options.directory, options.name, listing=options.list, records=options.records, as_json=options.json)
 
 
 def _before_and_after(profile: Profile, found: Plan) -> list[tuple[str, Timeline]]:

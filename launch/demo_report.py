@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from adaptra_plugin.report.gantt import draw_gantt
+from adaptra_plugin.report.reading import by_rank
 from adaptra_plugin.schedule.actions import Action, Kind
 from adaptra_plugin.schedule.timeline import Span, Timeline, Transfer
 
@@ -43,9 +44,9 @@ def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summar
         healthy = runs[name.split("-")[0] + "-healthy"]["median_iteration_ms"]
         run["slowdown_vs_own_healthy"] = round(run["median_iteration_ms"] / healthy, 3)
     first = results["stock-healthy"]
-    records = _records(out / "adaptra-slow")
+    records = by_rank(out / "adaptra-slow" / "events")
     events = [r for r in records[0] if r["type"] == "event"]
-    quiet = [r for r in _records(out / "adaptra-healthy")[0] if r["type"] == "event"]
+    quiet = [r for r in by_rank(out / "adaptra-healthy" / "events")[0] if r["type"] == "event"]
     median = {name: run["median_iteration_ms"] for name, run in runs.items()}
     data = {
         "paced_compute": True,
@@ -138,11 +139,6 @@ def _transfers(spans: list[Span], delays: dict[str, float], stages: int) -> list
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "result").glob("rank*.json"))]
-
-
-def _records(folder: Path) -> list[list[dict[str, Any]]]:
-    files = sorted((folder / "events").glob("rank*.jsonl"))
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
 
 
 def _wandb_run(folder: Path) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -19,20 +22,24 @@ from adaptra_plugin.shortage import explain
 _MIB = 1 << 20
 _PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 300.0
+_TRIES = 10  # to lock a file that others rename at the same time
 
 
 class JsonlWriter:
     """Appends records to `{directory}/rank{rank:05d}.jsonl` on a thread of its own.
 
-    A file that would exceed its size is renamed to `.jsonl.1`, replacing the one before. Errors of the file system are
-    logged once; writing is tried again after a pause that doubles up to five minutes. Records that were lost (queue
-    full, disk full) are counted by a record `{"type": "dropped", "records": n}` in their place.
+    Nobody else writes to that file meanwhile: it is locked. Where another job or engine has it, or the file system knows no
+    locks, the file is `rank{rank:05d}-{run}.jsonl`. A file that would exceed its size is renamed to `.jsonl.1`, replacing the
+    one before; one that somebody has removed or renamed is begun anew. Errors of the file system are logged once; writing
+    is tried again after a pause that doubles up to five minutes. Records that were lost (queue full, disk full) are
+    counted by a record `{"type": "dropped", "records": n}` in their place.
     """
 
     def __init__(
         self,
         directory: str | Path,
         rank: int,
+        run: str,
         *,
         max_file_mib: float = 64,
         queue_records: int = 4096,
@@ -42,27 +49,35 @@ class JsonlWriter:
     ) -> None:
         """
         Args:
-            directory: folder of the files; made if missing.
+            directory: folder of the files; made if missing. Relative to the working directory of now.
             rank: world rank, names the file.
+            run: tells this run from all others.
             max_file_mib: size (MiB) at which the file is rotated.
             queue_records: records that may wait for the thread.
             clock: seconds since the epoch, for the records that the writer adds itself.
             monotonic: seconds, for the pauses after errors.
-            logger: for the one line about a failing disk.
+            logger: for the lines about a failing disk, and about others that meddle with the file.
         """
-        self.path = Path(directory) / f"rank{rank:05d}.jsonl"
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[
-            0
-        ]  # rotating keeps the newest records, a file that is full the oldest
+        folder = Path(directory)
+        with contextlib.suppress(OSError):  # the working directory is gone: an absolute path needs none
+            folder = folder.absolute()
+        self.path = folder / f"rank{rank:05d}.jsonl"
+        """The file that is written now."""
+        self._own = folder / f"rank{rank:05d}-{run}.jsonl"
+        self._marks = {"rank": rank, "run": run}
+        # rotating keeps the newest records, a file that is full the oldest
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         self._max_bytes = min(int(max_file_mib * _MIB), limit if limit != resource.RLIM_INFINITY else sys.maxsize)
         self._clock = clock
         self._monotonic = monotonic
         self._logger = logger or logging.getLogger("adaptra")
         self._file: FileIO | None = None
+        self._opened: list[Path] = []
         self._size = 0
         self._torn = False  # the file ends within a line
         self._lost = 0
         self._failed = False
+        self._missed = False
         self._pause_s = _PAUSE_S
         self._retry_at = float("-inf")
         self._worker: Worker[Mapping[str, Any]] = Worker(
@@ -74,8 +89,8 @@ class JsonlWriter:
         self._worker.put(record)
 
     def files(self) -> list[Path]:
-        """The files that exist, the oldest first."""
-        return [path for path in (self._rotated, self.path) if path.exists()]
+        """The files of this writer that exist, the oldest first."""
+        return [path for written in self._opened for path in (rotated(written), written) if path.exists()]
 
     def close(self, deadline_s: float = 10.0) -> bool:
         """Writes what is queued and closes the file.
@@ -84,10 +99,6 @@ class JsonlWriter:
             Whether that was done within `deadline_s`.
         """
         return self._worker.close(deadline_s)
-
-    @property
-    def _rotated(self) -> Path:
-        return self.path.with_name(self.path.name + ".1")
 
     def _write(self, batch: list[Mapping[str, Any]]) -> None:
         self._lost += self._worker.take_dropped()
@@ -98,8 +109,9 @@ class JsonlWriter:
             return
         done = 0
         try:
+            self._look()
             if self._lost:
-                self._append(encode({"type": "dropped", "time": self._clock(), "records": self._lost}))
+                self._append(encode(self._own_record("dropped", records=self._lost)))
                 self._lost = 0
             for record in batch:
                 self._append(self._encode(record))
@@ -115,14 +127,34 @@ class JsonlWriter:
             return encode(record)
         except Exception as error:  # noqa: BLE001 - a value's own __str__ or tolist may raise anything; it costs one record
             self._logger.warning("report: a record of type %r cannot be written (%s)", record.get("type"), error)
-            return encode({"type": "unwritable", "time": self._clock(), "error": type(error).__name__})
+            return encode(self._own_record("unwritable", error=type(error).__name__))
+
+    def _own_record(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"type": kind, "time": self._clock(), **self._marks, **fields}
+
+    def _look(self) -> None:
+        """Whether the file is still the one at its path. What is written to a file that has none is lost."""
+        if self._file is None:
+            return
+        here = os.fstat(self._file.fileno())
+        try:
+            there = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            there = None
+        if there is not None and os.path.samestat(here, there):
+            if here.st_size < self._size:  # cut short in place
+                self._size, self._torn = here.st_size, False
+            return
+        self._finish()
+        if not self._missed:
+            self._missed = True
+            self._logger.warning("report: somebody has removed or renamed %s; it is begun anew", self.path)
 
     def _append(self, line: bytes) -> None:
         file = self._file or self._open()
         if self._size and self._size + len(line) > self._max_bytes:
-            file.close()
-            self._file = None
-            self.path.replace(self._rotated)
+            self.path.replace(rotated(self.path))  # before the lock goes
+            self._finish()
             file = self._open()
         data = b"\n" + line if self._torn else line
         while data:
@@ -133,8 +165,16 @@ class JsonlWriter:
 
     def _open(self) -> FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: every batch is in the file when the next one is taken, also if the process is killed.
-        file = FileIO(self.path, "a+")
+        file = _locked(self.path)
+        if file is None and self.path != self._own:
+            self._logger.info(
+                "report: %s cannot be locked (another job or engine writes it, or the file system has no locks); this one writes %s",
+                self.path,
+                self._own,
+            )
+            self.path = self._own
+            file = _locked(self.path)
+        file = file or _unbuffered(self.path)
         self._size = file.seek(0, 2)
         if self._size:
             file.seek(-1, 2)
@@ -142,6 +182,8 @@ class JsonlWriter:
         else:
             self._torn = False
         self._file = file
+        if self.path not in self._opened:
+            self._opened.append(self.path)
         return file
 
     def _give_way(self, error: OSError) -> None:
@@ -159,11 +201,39 @@ class JsonlWriter:
 
     def _finish(self) -> None:
         if self._file is not None:
-            try:
+            with contextlib.suppress(OSError):  # reported when writing failed; there is nothing left to save
+                # a forked child has the file too, and the lock with it
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
                 self._file.close()
-            except OSError:
-                pass  # reported when writing failed; there is nothing left to save
             self._file = None
+
+
+def rotated(path: Path) -> Path:
+    """Where the older records go."""
+    return path.with_name(path.name + ".1")
+
+
+def _unbuffered(path: Path) -> FileIO:
+    """Every batch is in the file when the next one is taken, also if the process is killed."""
+    return FileIO(path, "a+")
+
+
+def _locked(path: Path) -> FileIO | None:
+    """The file, for this writer alone; None: somebody else has it, or the file system knows no locks."""
+    for _ in range(_TRIES):
+        file = _unbuffered(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass  # whoever had it has renamed it meanwhile, as below
+        except OSError:
+            file.close()
+            return None
+        file.close()
+    return None
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from typing import Any
 
 from adaptra_plugin.config import ReportConfig
@@ -13,10 +15,19 @@ from adaptra_plugin.report.jsonl import JsonlWriter
 from adaptra_plugin.report.wandb_sink import WandbSink
 
 
+def new_run(secret: bytes | None = None) -> str:
+    """Eight digits that tell a run from others.
+
+    Args:
+        secret: of the job, known to all its ranks: so they agree. It cannot be found from the run. None: by chance.
+    """
+    return sha256(b"adaptra report run" + (secret or secrets.token_bytes(32))).hexdigest()[:8]
+
+
 class Reporter:
     """Reports events and metrics of one rank. Nothing here blocks training or raises because a sink is broken.
 
-    Every JSONL record has `type`, `time` (seconds since the epoch) and `rank`; `iteration` and `pipeline` hold the
+    Every JSONL record has `type`, `time` (seconds since the epoch), `rank` and `run`; `iteration` and `pipeline` hold the
     metrics as given, `event` the fields of a `StragglerEvent`, any other type those of `message`.
     """
 
@@ -26,6 +37,7 @@ class Reporter:
         rank: int,
         *,
         wandb_here: bool,
+        run: str | None = None,
         clock: Callable[[], float] = time.time,
         logger: logging.Logger | None = None,
         at_exit: Callable[[], object] | None = None,
@@ -35,12 +47,14 @@ class Reporter:
             config: the `report` block.
             rank: world rank.
             wandb_here: whether this rank is the one that feeds W&B (the rank that owns the host's run).
+            run: tells this run from others that write into the same directory; the same on all ranks. None: a new one.
             clock: seconds since the epoch.
             logger: for lines that people read; `adaptra` by default.
             at_exit: ends the owner of this reporter, and the reporter with it; called before W&B's own exit handler.
         """
         self._config = config
-        self._rank = rank
+        run = run or new_run()
+        self._marks = {"rank": rank, "run": run}
         self._clock = clock
         self._logger = logger or logging.getLogger("adaptra")
         self._jsonl: JsonlWriter | None = None
@@ -49,6 +63,7 @@ class Reporter:
             self._jsonl = JsonlWriter(
                 config.directory,
                 rank,
+                run,
                 max_file_mib=config.max_file_mib,
                 queue_records=config.queue_records,
                 clock=clock,
@@ -123,5 +138,5 @@ class Reporter:
 
     def _record(self, kind: str, fields: Mapping[str, Any]) -> None:
         if self._jsonl is not None:
-            header = {"type": kind, "time": self._clock(), "rank": self._rank}
+            header = {"type": kind, "time": self._clock(), **self._marks}
             self._jsonl.write({**header, **fields, **header})  # first in the line, and not to be overwritten

@@ -6,6 +6,7 @@ is worth more than history, and memory stays bounded.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class Worker(Generic[T]):
-    """Hands batches of records to `handle` on a daemon thread."""
+    """Hands batches of records to `handle` on a daemon thread. In a forked child it takes nothing and has nothing to end."""
 
     def __init__(
         self,
@@ -43,11 +44,14 @@ class Worker(Generic[T]):
         self._dropped = 0
         self._closing = False
         self._news = threading.Condition()
+        self._process = os.getpid()  # a forked child has neither the thread nor, perhaps, a lock that works
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._closing = not begin(self._thread, f"report: {name} cannot be started, and its records are lost")
 
     def put(self, record: T) -> None:
         """Queues a record; never blocks for longer than another thread needs to append or to take the whole queue."""
+        if os.getpid() != self._process:
+            return
         with self._news:
             if self._closing:
                 return
@@ -72,6 +76,8 @@ class Worker(Generic[T]):
         Returns:
             Whether everything was consumed in time.
         """
+        if os.getpid() != self._process:
+            return True
         with self._news:
             self._closing = True
             self._news.notify()

@@ -19,6 +19,7 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import ConfigError, PlanError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
+from adaptra_plugin.report.reporter import new_run
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
@@ -115,19 +116,25 @@ class Session:
     def _start(self, store: Any, split: Callable[[WeightQueue], Split], undo: ExitStack) -> None:
         """Makes all that has to be given back; what `undo` holds does so if a step fails."""
         config, topology = self.config, self.topology
+        patience = patience_s(config.transport.connect_deadline_s)
+        rendezvous = self._rendezvous = Rendezvous(store, str(next(_numbers)), topology.rank, patience)
+        undo.push(rendezvous.tell_failure)
+        secret = rendezvous.secret(topology)
+        self.run = new_run(secret)
         self._reporter = Reporter(
-            config.report, topology.rank, wandb_here=topology.rank == self._wandb_rank, at_exit=self.close
+            config.report,
+            topology.rank,
+            wandb_here=topology.rank == self._wandb_rank,
+            run=self.run,
+            at_exit=self.close,
         )
         undo.callback(self._reporter.close, 1.0)
         host = self._me.host
         self._rails = RailWatch(topology, host)
-        patience = patience_s(config.transport.connect_deadline_s)
-        rendezvous = self._rendezvous = Rendezvous(store, str(next(_numbers)), topology.rank, patience)
-        undo.push(rendezvous.tell_failure)
         self._endpoint = Endpoint(
             self._me,
             config.transport,
-            rendezvous.secret(topology),
+            secret,
             simulate=config.simulate,
             bind_host=rendezvous.bind_host(topology, config.transport.bind),
             ring=topology.chunks > 1,
@@ -153,7 +160,7 @@ class Session:
                 logger.warning("rank %d: no linear layer can run a split backward; all run fused", topology.rank)
         if self._coordinator is not None:
             self._coordinator.start()
-            logger.info("effective configuration: %s", config.model_dump_json())
+            logger.info("effective configuration of run %s: %s", self.run, config.model_dump_json())
         self._reporter.message("session", **self.status())
         _activation.add_session(self)
         atexit.register(self.close)
@@ -442,6 +449,7 @@ class Session:
         split = self._split.report if self._split is not None else SplitReport(0, {})
         return {
             "rank": self.topology.rank,
+            "run": self.run,
             "stage": self.topology.position,
             "stages": self.topology.stages,
             "iteration": self._iteration,

@@ -49,6 +49,8 @@ def test_a_rail_that_dies_is_replaced_used_again_and_reported(tmp_path):
     for seen in run_ranks(loses_shared_memory, 2, tmp_path):
         assert seen[0] == "healthy" and seen[3] != "healthy" and seen[-1] == "healthy"
     records = [json.loads(line) for line in (tmp_path / "rank00000.jsonl").read_text().splitlines()]
+    others = [json.loads(line) for line in (tmp_path / "rank00001.jsonl").read_text().splitlines()]
+    assert len({record["run"] for record in records + others}) == 1, "both ranks name one run"
     events = [record for record in records if record["type"] == "event" and record["kind"] == "rail"]
     assert [event["state"] for event in events[:2]] == ["lost", "healed"]
     assert {(event["rail"], event["link"]) for event in events} == {("shm", "0-1")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from adaptra_plugin.report import WandbSink
@@ -26,3 +27,15 @@ def settle(sink: WandbSink) -> None:
         sink._worker._news.notify()
     assert done.wait(DEADLINE_S)
     sink._worker._handle = real
+
+
+def own_run_opened(sink: WandbSink) -> Any:
+    """Waits until the process of a run of our own says that it is open; the run."""
+    until = time.monotonic() + 60
+    while True:
+        settle(sink)
+        run = getattr(sink._feed, "run", None)
+        if run is not None and run.where is not None:
+            return run
+        assert time.monotonic() < until, "no run of our own is open"
+        time.sleep(0.05)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_one_file_per_rank_in_order(tmp_path: Path) -> None:
-    writer = JsonlWriter(tmp_path / "new" / "folder", 7)
+    writer = JsonlWriter(tmp_path / "new" / "folder", 7, "r1")
     for i in range(100):
         writer.write({"type": "iteration", "iteration": i})
     assert writer.close(NEWS_S)
@@ -44,7 +45,7 @@ def test_one_file_per_rank_in_order(tmp_path: Path) -> None:
 
 
 def test_records_are_in_the_file_without_close(tmp_path: Path) -> None:
-    writer = JsonlWriter(tmp_path, 0)
+    writer = JsonlWriter(tmp_path, 0, "r1")
     writer.write({"type": "event"})
     until(lambda: writer.path.exists() and writer.path.read_text() == '{"type":"event"}\n')
     writer.close(NEWS_S)
@@ -52,14 +53,14 @@ def test_records_are_in_the_file_without_close(tmp_path: Path) -> None:
 
 def test_a_restarted_job_appends_after_a_line_cut_short(tmp_path: Path) -> None:
     (tmp_path / "rank00000.jsonl").write_text('{"a":1}\n{"b":')
-    writer = JsonlWriter(tmp_path, 0)
+    writer = JsonlWriter(tmp_path, 0, "r1")
     writer.write({"c": 3})
     writer.close(NEWS_S)
     assert writer.path.read_text() == '{"a":1}\n{"b":\n{"c":3}\n'
 
 
 def test_rotation_keeps_one_older_file(tmp_path: Path) -> None:
-    writer = JsonlWriter(tmp_path, 0, max_file_mib=0.01)
+    writer = JsonlWriter(tmp_path, 0, "r1", max_file_mib=0.01)
     for i in range(1000):
         writer.write({"iteration": i, "text": "x" * 80})
     writer.close(NEWS_S)
@@ -95,6 +96,21 @@ def test_closing_keeps_its_deadline() -> None:
     worker.put(1)  # after the end: no error, no effect
 
 
+def test_a_forked_child_neither_waits_nor_writes(tmp_path: Path) -> None:
+    """Another thread may have held the lock when it was forked."""
+    writer = JsonlWriter(tmp_path, 0, "r1")
+    with writer._worker._news:
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            writer.write({"type": "child"})
+            os._exit(0 if writer.close(5.0) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    writer.write({"type": "parent"})
+    assert writer.close(NEWS_S)
+    assert [record["type"] for record in read(writer.path)] == ["parent"]
+
+
 class Disk:
     """Stands in for the file: full or not."""
 
@@ -122,7 +138,7 @@ def test_a_full_disk_is_logged_once_and_survived(
 
     monkeypatch.setattr(jsonl, "FileIO", Full)
     with caplog.at_level(logging.WARNING):
-        writer = JsonlWriter(tmp_path, 0, clock=lambda: 5.0, monotonic=lambda: now[0])
+        writer = JsonlWriter(tmp_path, 0, "r1", clock=lambda: 5.0, monotonic=lambda: now[0])
         for i in range(3):  # each within another pause: 1, 2, 4 s
             writer.write({"i": i})
             until(lambda pause=2.0 ** (i + 1): writer._pause_s == pause)
@@ -133,19 +149,19 @@ def test_a_full_disk_is_logged_once_and_survived(
         assert writer.close(NEWS_S)
     assert len(caplog.records) == 1 and "No space left" in caplog.text
     lines = writer.path.read_text().splitlines()
-    assert lines[-2:] == ['{"type":"dropped","time":5.0,"records":3}', '{"i":3}']
+    assert lines[-2:] == ['{"type":"dropped","time":5.0,"rank":0,"run":"r1","records":3}', '{"i":3}']
 
 
 def test_a_limit_of_file_sizes_rotates_sooner_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        writer = JsonlWriter(tmp_path, 0)
+        writer = JsonlWriter(tmp_path, 0, "r1")
         for n in range(200):
             writer.write({"n": n, "filler": "x" * 40})
         assert writer.close()
         assert not caplog.records and json.loads(writer.path.read_text().splitlines()[-1])["n"] == 199
-        writer = JsonlWriter(tmp_path, 1)
+        writer = JsonlWriter(tmp_path, 1, "r1")
         writer.write({"filler": "x" * 5000})
         writer.close()
     finally:
@@ -156,7 +172,7 @@ def test_a_limit_of_file_sizes_rotates_sooner_and_is_named(tmp_path: Path, caplo
 def test_pauses_grow(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     now = [0.0]
-    writer = JsonlWriter(tmp_path / "file" / "below", 0, monotonic=lambda: now[0])  # a folder that cannot be made
+    writer = JsonlWriter(tmp_path / "file" / "below", 0, "r1", monotonic=lambda: now[0])  # a folder that cannot be made
     writer.close(NEWS_S)  # from here on the test is the thread
     times = []
     for step in range(2000):
@@ -172,7 +188,7 @@ def test_pauses_grow(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    writer = JsonlWriter(tmp_path, 0)
+    writer = JsonlWriter(tmp_path, 0, "r1")
     writer.write({})
     assert writer.close(NEWS_S) and writer.files() == []
 
@@ -194,7 +210,7 @@ def test_a_record_that_cannot_be_written_costs_only_itself(tmp_path: Path, caplo
         def __str__(self) -> str:
             raise RuntimeError("no")
 
-    writer = JsonlWriter(tmp_path, 0)
+    writer = JsonlWriter(tmp_path, 0, "r1")
     writer.write({"type": "a", "value": Hostile()})
     writer.write({"type": "b"})
     writer.close(NEWS_S)

@@ -15,7 +15,7 @@ from tests.report.events import HEALED, SLOW
 
 def reporter(folder: Path | None, **config: object) -> Reporter:
     settings = ReportConfig(directory=str(folder) if folder else None, wandb="off", **config)  # type: ignore[arg-type]
-    return Reporter(settings, rank=3, wandb_here=False, clock=lambda: 12.5)
+    return Reporter(settings, rank=3, wandb_here=False, run="r1", clock=lambda: 12.5)
 
 
 def records(folder: Path) -> list[dict[str, object]]:
@@ -28,12 +28,12 @@ def test_records_carry_type_time_and_rank(tmp_path: Path, caplog: pytest.LogCapt
         report.iteration({"iteration": 0, "iteration_ms": 300.5, "bubble_ms": [1.0, 2.0]})
         report.event(SLOW)
         report.event(HEALED)
-        report.message("plan", "plan v2 runs from iteration 24", version=2, rank=99)
+        report.message("plan", "plan v2 runs from iteration 24", version=2, rank=99, run="x")
         report.message("ring_full", blocked_ms=120.0)
         report.close()
     got = records(tmp_path)
     assert [record["type"] for record in got] == ["iteration", "event", "event", "plan", "ring_full"]
-    assert {(record["time"], record["rank"]) for record in got} == {(12.5, 3)}
+    assert {(record["time"], record["rank"], record["run"]) for record in got} == {(12.5, 3, "r1")}
     assert got[0]["bubble_ms"] == [1.0, 2.0] and got[1]["text"] == SLOW.sentence() and got[1]["stages"] == [2, 3]
     assert report.files() == [str(tmp_path / "rank00003.jsonl")]
     lines = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]

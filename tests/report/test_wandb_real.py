@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.report.wandb_files import Run
+from tests.report.wandb_files import Run, all_runs
+from tests.report.wandb_process import run_script
 
 pytest.importorskip("wandb")
 
-PRELUDE = """
-import wandb
-from adaptra_plugin.config import ReportConfig
-from adaptra_plugin.report import Reporter
-from tests.report.events import HEALED, SLOW
-from tests.report.settle import settle
-
-def metrics(i):
-    return {"iteration": i, "iteration_ms": 300.0 + i, "bubble_ms": [1.0, 2.0], "link_delay_ms": {"2-3": 0.4}}
-
-def reporter(mode):
-    return Reporter(ReportConfig(directory=None, wandb=mode, wandb_alert_interval_s=0), 0, wandb_here=True)
-
-"""
-
 
 def train(folder: Path, script: str) -> Run:
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    code = PRELUDE + textwrap.dedent(script)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_script(folder, script)
+    assert done.code == 0, done.log
     return Run(folder)
 
 
@@ -82,39 +59,50 @@ def test_the_hosts_run_is_shared_and_neither_loses_a_value(tmp_path: Path) -> No
     assert [row[column] for row in table["data"]] == ["slow", "healed"]
 
 
-def test_a_run_of_our_own_has_every_iteration_and_is_finished(tmp_path: Path) -> None:
-    run = train(
+def test_each_run_of_the_host_has_its_own_rows_events_and_axes(tmp_path: Path) -> None:
+    done = run_script(
         tmp_path,
         """
         report = reporter("on")
-        for i in range(30):
+        for name, first in (("one", 0), ("two", 10)):
+            wandb.init(project=name)
+            for i in range(first, first + 5):
+                report.iteration(metrics(i))
+                settle(report._wandb)
+                wandb.log({"loss": i})
+            report.event(SLOW)
+            settle(report._wandb)
+            report.iteration(metrics(first + 5))
+            report.iteration(metrics(first + 6))  # one of the two finds no row
+            wandb.finish()
+            report.iteration(metrics(first + 7))
+        report.close()
+        """,
+    )
+    assert done.code == 0 and "report:" not in done.log, done.log
+    one, two = all_runs(tmp_path)
+    assert (one.project, two.project) == ("one", "two")
+    assert one.series("adaptra/iteration")[:5] == one.series("loss") == [0, 1, 2, 3, 4]
+    assert two.series("adaptra/iteration")[:5] == two.series("loss") == [10, 11, 12, 13, 14]
+    assert max(one.series("adaptra/iteration")) <= 6
+    for run in (one, two):
+        assert run.exited and len(run.alerts) == len(run.table("adaptra/events")["data"]) == 1
+        assert {metric.name or metric.glob_name for metric in run.metrics} == {"adaptra/iteration", "adaptra/*"}
+
+
+def test_a_disabled_run_of_the_host_disturbs_nobody(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        report = reporter("on")
+        run = wandb.init(project="host", mode="disabled")
+        for i in range(20):
             report.iteration(metrics(i))
-        settle(report._wandb)
-        assert report._wandb._own and wandb.run is None  # the name stays free for the host
+            wandb.log({"loss": i}, step=i)
         report.event(SLOW)
-        report.close(60)
+        report.close()
+        wandb.finish()
         """,
     )
-    assert run.series("adaptra/iteration_ms") == [300 + i for i in range(30)] and run.exited
-    # the last event came after the last iteration and belongs to it
-    assert run.series("adaptra/iteration") == [*range(30), 29]
-    assert run.series("adaptra/bubble_ms/1") == [2] * 30 and run.series("adaptra/link_delay_ms/2-3") == [0.4] * 30
-    assert len(run.alerts) == 1 and run.alerts[0].text.startswith("link 2-3 (rank 2 on n1")
-    assert run.table("adaptra/events")["data"][0][1:3] == ["link 2-3", "slow"]
-
-
-def test_what_comes_last_is_not_lost_at_the_exit_of_the_process(tmp_path: Path) -> None:
-    """W&B ends its own connection at exit; the reporter's handler, registered before W&B was loaded, would come too late."""
-    run = train(
-        tmp_path,
-        """
-        import atexit
-        report = reporter("on")
-        atexit.register(report.close)
-        report.iteration(metrics(0))
-        settle(report._wandb)
-        report.event(SLOW)
-        """,
-    )
-    assert run.exited and len(run.alerts) == 1
-    assert run.table("adaptra/events")["data"][0][1:3] == ["link 2-3", "slow"]
+    assert done.code == 0 and "report:" not in done.log, done.log
+    assert all_runs(tmp_path) == []

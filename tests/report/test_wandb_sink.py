@@ -13,7 +13,8 @@ import pytest
 
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report import WandbSink
-from adaptra_plugin.report.wandb_sink import EVENTS, MAX_EVENTS, flatten
+from adaptra_plugin.report.wandb_feed import MAX_EVENTS
+from adaptra_plugin.report.wandb_rows import EVENTS, flatten
 from tests.report.events import HEALED, SLOW
 from tests.report.settle import DEADLINE_S, settle
 
@@ -25,12 +26,14 @@ class Run:
         self.step = 0
         self.rows: dict[int, dict[str, Any]] = {}
         self.alerts: list[tuple[str, str, str]] = []
+        self.defined: list[str] = []
         self.finished = False
         self.broken: Exception | None = None
         self.lock = threading.Lock()
 
     def define_metric(self, name: str, **settings: Any) -> None:
         self._check()
+        self.defined.append(name)
 
     def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         self._check()
@@ -60,16 +63,7 @@ class Module(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb")
         self.run: Run | None = None
-        self.opened: list[dict[str, Any]] = []
-        self.online = True
-
-    def init(self, **arguments: Any) -> Run:
-        self.opened.append(arguments)
-        if not self.online and arguments.get("mode") != "offline":
-            raise RuntimeError("No API key configured")
-        return Run()
-
-    Settings = staticmethod(dict)
+        self.opened: list[str] = []  # projects of runs of our own, which are in another process (test_wandb_own)
 
     @staticmethod
     def Table(columns: list[str], data: list[list[Any]]) -> list[dict[str, Any]]:
@@ -80,6 +74,12 @@ class Module(types.ModuleType):
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Module:
     module = Module()
     monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def opened(project: str, *_: Any) -> None:
+        module.opened.append(project)
+        raise OSError("not in these tests")
+
+    monkeypatch.setattr("adaptra_plugin.report.wandb_sink.OwnRun", opened)
     return module
 
 
@@ -157,17 +157,6 @@ def test_on_uses_the_hosts_run_if_there_is_one(wandb: Module) -> None:
     assert wandb.opened == [] and wandb.run.rows and not wandb.run.finished
 
 
-def test_on_without_a_login_goes_offline(wandb: Module, caplog: pytest.LogCaptureFixture) -> None:
-    wandb.online = False
-    target = sink("on")
-    target.iteration({"iteration": 0})
-    settle(target)
-    run = target._run
-    target.close(DEADLINE_S)
-    assert [arguments.get("mode") for arguments in wandb.opened] == [None, "offline"] and run.finished
-    assert "No API key configured" in caplog.text
-
-
 def test_a_run_that_the_host_has_finished_is_let_go(wandb: Module, caplog: pytest.LogCaptureFixture) -> None:
     wandb.run = run = Run()
     target = sink("on")
@@ -194,6 +183,51 @@ def test_a_run_that_the_host_finishes_meanwhile_is_no_failure(wandb: Module, cap
     wandb.run = None
     target.close(DEADLINE_S)
     assert list(run.rows) == [0] and wandb.opened == [] and not caplog.records
+
+
+def test_each_run_of_the_host_gets_what_was_reported_while_it_was_open(wandb: Module) -> None:
+    """Rows of the first run that the host never made room for, and what came between the two, are in the JSONL file only."""
+    target = sink(interval_s=0)
+    target.iteration({"iteration": 0})  # before the first: it belongs there
+    wandb.run = first = Run()
+    for i in (1, 2, 3):
+        target.iteration({"iteration": i})
+    target.event(SLOW)
+    settle(target)
+    first.broken, wandb.run = RuntimeError("Run (x) is finished. The call to `log` will be ignored."), None
+    target.iteration({"iteration": 4})
+    target.event(SLOW)
+    wandb.run = second = Run()
+    target.iteration({"iteration": 5})
+    settle(target)
+    second.log({"loss": 1.0})
+    target.iteration({"iteration": 6})
+    target.event(HEALED)
+    assert target.close(DEADLINE_S)
+    assert [row.get("adaptra/iteration") for row in first.rows.values()] == [0]
+    assert [row.get("adaptra/iteration") for row in second.rows.values()] == [5, 6]
+    assert first.defined == second.defined == ["adaptra/iteration", "adaptra/*"]
+    assert [row["state"] for row in second.rows[1][EVENTS]] == ["healed"]
+    assert [title for title, _, _ in first.alerts + second.alerts] == [
+        "Adaptra: link 2-3 slow",
+        "Adaptra: link 2-3 healed",
+    ]
+
+
+def test_what_is_queued_when_the_run_changes_keeps_its_run(wandb: Module) -> None:
+    """The thread is behind: what it finds open is not what was open."""
+    gate = threading.Event()
+    wandb.run = first = Run()
+    real = first.log
+    first.log = lambda *a, **k: (gate.wait(DEADLINE_S), real(*a, **k))  # type: ignore[method-assign]
+    target = sink()
+    for i in range(3):
+        target.iteration({"iteration": i})
+    wandb.run = second = Run()
+    target.iteration({"iteration": 3})
+    gate.set()
+    assert target.close(DEADLINE_S)
+    assert [row.get("adaptra/iteration") for row in second.rows.values()] == [3]
 
 
 def test_a_missing_wandb_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,9 +21,10 @@ class Run:
     def __init__(self, directory: Path) -> None:
         """
         Args:
-            directory: `WANDB_DIR` of exactly one run.
+            directory: `WANDB_DIR` of exactly one run, or the folder of the run.
         """
         (self.path,) = directory.rglob("*.wandb")
+        self.project = ""
         self.rows: list[dict[str, Any]] = []
         self.alerts: list[Any] = []
         self.metrics: list[Any] = []
@@ -33,6 +34,8 @@ class Run:
             if kind == "history":
                 items = record.history.item
                 self.rows.append({"/".join([i.key, *i.nested_key]).strip("/"): json.loads(i.value_json) for i in items})
+            elif kind == "run" and record.run.project:
+                self.project = record.run.project
             elif kind == "alert":
                 self.alerts.append(record.alert)
             elif kind == "metric":
@@ -47,6 +50,13 @@ class Run:
         """The last table logged under a name."""
         path = self.series(f"{name}/path")[-1]
         return json.loads((self.path.parent / "files" / path).read_text())
+
+
+def all_runs(directory: Path) -> list[Run]:
+    """Every run below `WANDB_DIR`, in the order in which they were opened; folders of runs that could not be are left out."""
+    folders = {path.parent for path in directory.rglob("*.wandb") if path.parent.name != "latest-run"}
+    runs = [Run(folder) for folder in sorted(folders, key=lambda folder: folder.stat().st_ctime_ns)]
+    return [run for run in runs if run.project or run.rows]
 
 
 def _records(path: Path) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
 from pathlib import Path
@@ -72,3 +73,19 @@ def test_whatever_step_fails_everything_is_given_back(owner, name, monkeypatch, 
     session = start(tmp_path / "again", layer)
     assert session.status()["split_layers"] == 1
     session.close()
+
+
+def test_two_sessions_of_a_process_report_apart(tmp_path):
+    first, second = (start(tmp_path, torch.nn.Linear(4, 4)) for _ in range(2))
+    first.close()
+    third = start(tmp_path, torch.nn.Linear(4, 4))
+    names = {}
+    for session in (second, third):
+        session.close()
+    for session in (first, second, third):
+        (file,) = session.status()["files"]
+        records = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        own = [record for record in records if record["run"] == session.status()["run"]]
+        assert [record["type"] for record in own] == ["session"]
+        names[session.run] = Path(file).name
+    assert list(names.values()) == ["rank00000.jsonl", f"rank00000-{second.run}.jsonl", "rank00000.jsonl"]
