@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.patches import megatron_foreign as foreign
 from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
-from adaptra_plugin.runtime.session import Session
+from adaptra_plugin.runtime.session import Session, told_by_all
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
@@ -120,13 +121,12 @@ class Pipeline:
         UnsupportedError: the job cannot run with Adaptra; one line per reason.
     """
 
-    def __init__(self, config: AdaptraConfig, call: Call) -> None:
+    def __init__(self, config: AdaptraConfig, call: Call, meeting: Rendezvous) -> None:
         support.check_config(call.config, len(call.chunks))
         support.check_model(call.chunks, call.config)
         store = torch.distributed.distributed_c10d._get_default_store()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
-        meeting = Rendezvous(store, f"megatron-{next(_numbers)}", rank, patience_s(config.transport.connect_deadline_s))
         self.topology = Topology.of(rank, meeting.pipelines(world_size, mine), len(call.chunks))
         self.delayed = Delayed(call.chunks)
         self.session = Session(
@@ -179,9 +179,12 @@ class _Execution:
 
     def run(self) -> list[Any]:
         steps = {Kind.F: self._forward, Kind.I: self._backward, Kind.B: self._backward, Kind.W: self._weight}
+        unstepped = foreign.unstepped(self.call.chunks) if self.call.training and self.iteration.index == 0 else None
         with self._no_sync():
             for action in self.iteration.dispatch():
                 steps[action.kind](action)
+        if unstepped is not None:
+            unstepped.check()
         if self.call.training:
             self._finish()
         return self.results
@@ -352,20 +355,41 @@ def _device_of(chunks: list[nn.Module]) -> torch.device:
     return torch.device("cpu")
 
 
-_pipelines: weakref.WeakKeyDictionary[nn.Module, Pipeline] = weakref.WeakKeyDictionary()
+_pipelines: weakref.WeakKeyDictionary[nn.Module, Pipeline | None] = weakref.WeakKeyDictionary()
+"""None: runs as without the plug-in."""
 
 
 def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str, Any]) -> Any:
-    """One call of a schedule, for a job with the plug-in active; `stock` runs what needs no pipeline."""
+    """One call of a schedule, for a job with the plug-in active; `stock` runs what needs no pipeline.
+
+    Raises:
+        UnsupportedError: the job cannot run with Adaptra, or something has been replaced after its first iteration.
+    """
     call = Call.of(arguments)
     if call.pipeline_group().size() == 1:
         support.check_alone(call.config)
         return stock(**arguments)
     _check_shapes(call)
-    pipeline = _pipelines.get(call.chunks[0])
-    if pipeline is None or pipeline.session.closed:
-        pipeline = _pipelines[call.chunks[0]] = Pipeline(config, call)
-    return pipeline.run(call)
+    model = call.chunks[0]
+    found = foreign.reasons(stock, call.chunks)
+    pipeline = _pipelines.get(model)
+    if model not in _pipelines or (pipeline is not None and pipeline.session.closed):
+        pipeline = _pipelines[model] = _start(config, call, found)
+    elif pipeline is not None and found:
+        raise UnsupportedError(
+            f"replaced after training with Adaptra had begun: {'; '.join(found)}. Replace it before the first iteration, and "
+            "the job runs as without Adaptra"
+        )
+    return stock(**arguments) if pipeline is None else pipeline.run(call)
+
+
+def _start(config: AdaptraConfig, call: Call, found: list[str]) -> Pipeline | None:
+    """The pipeline of a model; None if a rank has found a reason why plans must not run it. All ranks decide alike."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    meeting = Rendezvous(store, f"megatron-{next(_numbers)}", rank, patience_s(config.transport.connect_deadline_s))
+    told = told_by_all(meeting.gather("reasons", found, world_size), rank)
+    return None if told else Pipeline(config, call, meeting)
 
 
 def forget() -> None:

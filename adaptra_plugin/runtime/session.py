@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -269,15 +269,11 @@ class Session:
             TransportError: a rank did not come to its first schedule.
         """
         told = self._rendezvous.gather("reasons", list(reasons), self.topology.world_size)
-        found = dict.fromkeys(reason for rank in sorted(told) for reason in told[rank])
-        if not found:
-            return True
-        ranks = [rank for rank in sorted(told) if told[rank]]
-        level = logging.WARNING if self.topology.rank == COORDINATOR else logging.INFO
-        logger.log(level, "this job runs as in stock, without Adaptra (ranks %s): %s", ranks, "; ".join(found))
-        self._reporter.message("stock", reasons=list(found), ranks=ranks)
-        self.close()
-        return False
+        found = told_by_all(told, self.topology.rank)
+        if found:
+            self._reporter.message("stock", reasons=found, ranks=[rank for rank in sorted(told) if told[rank]])
+            self.close()
+        return not found
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         if rank == self.topology.rank:
@@ -460,6 +456,16 @@ class Session:
             "files": self._reporter.files(),
             "failure": None if self.failure is None else str(self.failure),
         }
+
+
+def told_by_all(told: Mapping[int, Sequence[str]], rank: int) -> list[str]:
+    """Every reason of any rank why a job runs as without the plug-in, each once; rank 0 says so."""
+    found = list(dict.fromkeys(reason for other in sorted(told) for reason in told[other]))
+    if found:
+        ranks = [other for other in sorted(told) if told[other]]
+        level = logging.WARNING if rank == COORDINATOR else logging.INFO
+        logger.log(level, "this job runs as in stock, without Adaptra (ranks %s): %s", ranks, "; ".join(found))
+    return found
 
 
 def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:

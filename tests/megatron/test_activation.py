@@ -65,7 +65,7 @@ def test_deactivate_restores_every_name_also_where_a_caller_has_imported_the_get
     assert get_forward_backward_func(pp_size=2, vp_size=None).__wrapped__
     assert get_forward_backward_func(pp_size=2, vp_size=2) is forward_backward_pipelining_with_interleaving
     rows = {row["id"]: row["state"] for row in adaptra_plugin.status()["patches"]}
-    assert {rows[f"megatron.{name}"] for name in ("without", "with", "linear")} == {"applied"}
+    assert {rows[f"megatron.{name}"] for name in ("without", "with")} == {"applied"}
     adaptra_plugin.deactivate()
     assert changed(before) == set()
     assert get_forward_backward_func is schedules.get_forward_backward_func
