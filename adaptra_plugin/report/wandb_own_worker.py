@@ -84,8 +84,10 @@ def opened(task: dict[str, Any], say: Speaker) -> Any:
     """The run: online if that can be had, else offline."""
     wandb = importlib.import_module("wandb")
     mode, why = task["mode"], None
+    settings = wandb.setup().settings
+    if settings.mode == "disabled":
+        mode = settings.mode  # in whatever way it is started
     if mode == "auto":
-        settings = wandb.setup().settings
         mode = settings.mode
         if mode not in ("offline", "dryrun", "disabled"):
             mode, why = "online", unreachable(str(settings.base_url))

@@ -157,6 +157,8 @@ class WandbSink:
     def _open(self) -> None:
         self._may_open = False
         config = self._config
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return  # no process need be started to find that out
         run = OwnRun(config.wandb_project, self._directory, config.queue_records, self._logger)
         self._attach(OwnFeed(run, config.wandb_alert_interval_s, self._monotonic))
 

@@ -107,6 +107,7 @@ def test_two_at_once_have_files_of_their_own(tmp_path: Path, caplog: pytest.LogC
     first = JsonlWriter(tmp_path, 0, "aaaa", max_file_mib=0.01)
     write(first, 0)
     second = JsonlWriter(tmp_path, 0, "bbbb", max_file_mib=0.01)
+    write(second, 1000)  # each has its file before the first one is rotated, when its name is free for a moment
     for i in range(1, 400):
         first.write({"i": i, "text": "x" * 80})
         second.write({"i": 1000 + i, "text": "x" * 80})
@@ -180,7 +181,6 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
     if not child:
         code = 1
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
             now = [0.0]
             messages: list[str] = []
             logger = logging.Logger("test")
@@ -188,6 +188,8 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
             handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
             logger.addHandler(handler)
             writer = JsonlWriter(tmp_path, 0, "r1", monotonic=lambda: now[0], logger=logger)
+            # lowered later: a limit that is there from the start rotates the file before it is reached
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
             for i in range(10):
                 writer.write({"i": i, "text": "x" * 500})
                 time.sleep(0.01)
