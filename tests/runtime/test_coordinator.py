@@ -11,7 +11,8 @@ import pytest
 from adaptra_plugin.config import parse_config
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.runtime import coordinator as module
-from adaptra_plugin.runtime.coordinator import Coordinator, merge_profiles
+from adaptra_plugin.runtime.coordinator import Coordinator
+from adaptra_plugin.runtime.merging import merge_profiles
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule import planner
@@ -249,7 +250,7 @@ def test_the_exact_solver_improves_the_running_plan_in_the_background(monkeypatc
 
 def test_no_refinement_is_left_behind():
     world = World(config={**CONFIG, "refine_s": 0.0})
-    assert world.coordinator._refiner is None
+    assert world.coordinator._refining._refiner is None
     for i in range(5):
         world.iteration(i)
-    assert world.coordinator._refinement is None and len(world.plans) == 1
+    assert world.coordinator._refining._running is None and len(world.plans) == 1
