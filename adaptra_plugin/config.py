@@ -152,7 +152,7 @@ class DetectorConfig(_Block):
     min_delay_fraction: float = Field(0.25, ge=0, le=100)
     """... nor for less than this fraction of the mean forward time of a microbatch."""
     min_slowdown: float = Field(1.25, gt=1, le=100)
-    """A stage is called slow above this ratio of its compute time to its baseline."""
+    """A stage is called slow above this ratio of its share of the work to its usual one."""
     release: float = Field(0.5, gt=0, lt=1)
     """Healed below `baseline + release * (threshold - baseline)`: hysteresis against flapping."""
 

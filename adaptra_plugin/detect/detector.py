@@ -6,9 +6,9 @@ history is no yardstick:
 
 * A link that is slow from the start has a slow history. When every link has its first `min_history` samples, and there
   are at least `MIN_PEERS` links, each is compared once with the (lower) median of the others.
-* When the workload changes (longer sequences, a busy machine) most stages change by the same ratio. With at least
-  `MIN_PEERS` stages the common ratio is taken out of every stage's score, and once it has held for `confirm`
-  iterations the history of all stages is rescaled by it. Otherwise each stage would be blamed in turn.
+* When there is more to do (longer sequences, a busy machine) every stage takes longer. So stages are judged by their share of
+  the work of the iteration (`work`), not by their time; and links allow for longer messages (`monitor`). Only slowness counts:
+  where there is less to do, a stage that takes as long as ever is no slower than before.
 
 Scores relative to one's own past and to one's peers are the vocabulary of nvidia-resiliency-ext; what slow links do to
 a pipeline is the subject of arXiv 2504.19232, sec. 2.
@@ -16,17 +16,17 @@ a pipeline is the subject of arXiv 2504.19232, sec. 2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from adaptra_plugin.config import DetectorConfig
 from adaptra_plugin.detect.monitor import Finding, Key, Margin, Monitor
 from adaptra_plugin.detect.samples import IterationReport
-from adaptra_plugin.detect.window import Window, low_median, low_medians_of_others, median
+from adaptra_plugin.detect.window import Window, low_medians_of_others
+from adaptra_plugin.detect.work import Work
 
 MIN_PEERS = 3
-"""Links (or stages) needed before one is compared with the others."""
+"""Links needed before one is compared with the others."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class _Replica:
     """State of one pipeline replica."""
 
     window: int
+    work: Work
     seen: int = 0  # iterations observed, those of the warm-up included
     links: dict[Key, Monitor] = field(default_factory=dict)
     stages: dict[int, Monitor] = field(default_factory=dict)
     unscreened: set[Key] = field(default_factory=set)  # links not yet compared with the others
-    common: list[float] = field(default_factory=list)  # consecutive common ratios of the stages that call for rescaling
     forward: Window = field(init=False)  # mean forward time of a microbatch over the stages
 
     def __post_init__(self) -> None:
@@ -78,9 +78,12 @@ class Detector:
         if not reports:
             return []
         self._check(reports)
-        state = self._replicas.setdefault(reports[0].replica, _Replica(self._config.window))
+        config = self._config
+        state = self._replicas.setdefault(
+            reports[0].replica, _Replica(config.window, Work(config.window, config.min_slowdown))
+        )
         state.seen += 1
-        if state.seen <= self._config.warmup_iterations:
+        if state.seen <= config.warmup_iterations:
             return []
         margin = self._link_margin(state, reports)
         findings = [*self._observe_links(state, reports, margin), *self._observe_stages(state, reports)]
@@ -131,16 +134,19 @@ class Detector:
     def _observe_links(self, state: _Replica, reports: Sequence[IterationReport], margin: Margin) -> list[Finding]:
         replica, iteration = reports[0].replica, reports[0].iteration
         samples: dict[Key, dict[Key, float]] = {}
+        sizes: dict[Key, float] = {}
         for report in reports:
             for item in report.links:
                 if item.messages:
                     samples.setdefault(_link(item.src, item.dst), {})[item.src, item.dst] = item.delay_ms
+                    sizes[item.src, item.dst] = item.message_bytes
         findings = []
         for link, sample in sorted(samples.items()):
             if link not in state.links:
                 state.links[link] = Monitor("link", replica, link, self._config)
                 state.unscreened.add(link)
-            findings.append(state.links[link].observe(iteration, sample, margin))
+            known = {key: sizes[key] for key in sample if sizes[key] > 0}
+            findings.append(state.links[link].observe(iteration, sample, margin, sizes=known))
         if state.unscreened:
             findings += self._screen(state, margin)
         return [finding for finding in findings if finding]
@@ -176,60 +182,39 @@ class Detector:
         for report in reports:
             if report.stage not in state.stages:
                 state.stages[report.stage] = Monitor("stage", replica, (report.stage,), self._config)
-        pending = self._follow_workload(state, _ratios(state, reports))
-        ratios = _ratios(state, reports)  # again: the history may have been rescaled
-        others = low_medians_of_others(ratios) if len(ratios) >= MIN_PEERS else {}
-        overall = low_median(ratios.values()) if others else 1.0  # for a slow stage, which has no ratio itself
+        readings = {report.stage: reading for report in reports if (reading := _readings(state, report))}
+        work, measures = state.work.of(readings)
+        typical = state.work.typical or work
+        # two stages are compared with each other: their ratio has twice the spread of what each of them differs from the mean
+        spreads = self._config.spread_factor * (2 if len(readings) == 2 else 1)
         findings = []
         for report in sorted(reports, key=lambda report: report.stage):
-            # Only slowness is taken out: when the others got faster, a stage that did not is no slower than before.
-            common = max(1.0, others.get(report.stage, overall))
-            sample = {(report.stage, report.stage): report.times.total_ms}
-            monitor = state.stages[report.stage]
-            findings.append(monitor.observe(iteration, sample, self._stage_margin, common, learn=not pending))
+            measure = measures.get(report.stage, work)
+            slowdown = state.work.slowdown(measure)
+            findings.append(
+                state.stages[report.stage].observe(
+                    iteration,
+                    {(report.stage, report.stage): report.times.total_ms / measure},
+                    self._stage_margin(slowdown, spreads),
+                    ease=max(1.0, typical / measure),
+                    scale=measure,
+                )
+            )
+        state.work.add(work)
         return [finding for finding in findings if finding]
 
-    def _stage_margin(self, window: Window) -> float:
-        return max((self._config.min_slowdown - 1) * window.median, self._config.spread_factor * window.spread)
-
-    def _follow_workload(self, state: _Replica, ratios: dict[int, float]) -> bool:
-        """Rescales the stages' history once most of them have changed by the same ratio for `confirm` iterations.
-
-        Returns:
-            Whether such a change is suspected but not confirmed: then the iteration is no part of anybody's history.
-        """
-        if len(ratios) < MIN_PEERS:
-            return False
-        common = low_median(ratios.values())
-        changed = common > self._config.min_slowdown or common < 1 / self._config.min_slowdown
-        if not changed or (state.common and (common > 1) != (state.common[0] > 1)):
-            state.common.clear()
-        if changed:
-            state.common.append(common)
-        if len(state.common) < self._config.confirm:
-            return changed
-        factor = median(state.common[len(state.common) // 2 :])
-        state.common.clear()
-        for stage, monitor in state.stages.items():
-            if _nearer(ratios.get(stage, factor), factor):  # one without a ratio is slow already, and goes along
-                monitor.rescale(factor)
-        return False
+    @staticmethod
+    def _stage_margin(slowdown: float, spreads: float) -> Margin:
+        return lambda window: max((slowdown - 1) * window.median, spreads * window.spread)
 
 
-def _nearer(ratio: float, factor: float) -> bool:
-    """Whether a ratio of times is nearer to a factor than to no change."""
-    return ratio > 0 and abs(math.log(ratio / factor)) < abs(math.log(ratio))
-
-
-def _ratios(state: _Replica, reports: Sequence[IterationReport]) -> dict[int, float]:
-    """Compute time of each healthy stage relative to its baseline."""
-    ratios = {}
-    for report in reports:
-        monitor = state.stages[report.stage]
-        if monitor.mature and monitor.slow is None:
-            base = monitor.baseline[report.stage, report.stage].median
-            ratios[report.stage] = report.times.total_ms / base if base > 0 else 1.0
-    return ratios
+def _readings(state: _Replica, report: IterationReport) -> list[float]:
+    """Time of a stage over its usual share of the work: the work of the iteration as this stage knows it. Two readings if it
+    is slow: it is as slow as it was, or it heals in this very iteration."""
+    monitor, total = state.stages[report.stage], report.times.total_ms
+    key = (report.stage, report.stage)
+    window, slow = monitor.baseline.get(key), monitor.current(key) if monitor.slow else None
+    return [total / share for share in (window.median if window else None, slow) if share] if total > 0 else []
 
 
 def links_of(ranks: int, *, ring: bool) -> list[Key]:

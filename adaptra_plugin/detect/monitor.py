@@ -5,7 +5,8 @@ every key gets a score,
 
     score = (sample - baseline median) / (threshold - baseline median),
 
-so that 1 is the threshold and 0 the baseline; the worst key speaks for the subject.
+so that 1 is the threshold and 0 the baseline; the worst key speaks for the subject. A link's messages that are longer than
+those of its baseline may take longer in proportion; that is no part of the score.
 
 * healthy -> slow: `confirm` consecutive iterations with a score above 1.
 * slow -> healed: `heal` consecutive iterations with a score below `release`.
@@ -38,6 +39,8 @@ SPIKE_WINDOWS = 4
 """Spikes are remembered for this many windows."""
 SPIKE_RATIO = 2 / 3
 """A spike of this share of a present excess makes it suspect; higher changes are confirmed as quickly as ever."""
+MUTE_SHARE = 4
+"""Iterations that say nothing enter the baseline once they have lasted for this part of a window: then they are usual."""
 RELAPSE_WINDOWS = 2
 """Slow again within this many windows after healing counts as a relapse."""
 
@@ -60,8 +63,8 @@ class Finding:
     after_ms: float
     """The same now."""
     threshold_ms: float
-    """What `after_ms` exceeds (slow) or stays under (healed); for a stage, once a change common to most stages is taken
-    out of it."""
+    """What `after_ms` exceeds (slow) or stays under (healed). The three times of a stage are those that it would take for the
+    work of the iteration in which it was found."""
     directions: tuple[tuple[int, int, float], ...] = ()
     """Links only: (source stage, destination stage, delay now) of each direction."""
 
@@ -74,6 +77,8 @@ class Finding:
 Key = tuple[int, int]
 """(source, destination) stage of a direction; a stage's own series has the key (stage, stage)."""
 Samples = Mapping[Key, float]
+Seen = tuple[int, Samples, Samples]
+"""(iteration, samples, sizes)."""
 Margin = Callable[[Window], float]
 
 
@@ -92,11 +97,15 @@ class Monitor:
         self.iterations: deque[int] = deque(maxlen=config.window)
         """Iterations that the baseline holds."""
         self._config = config
+        self._sizes: dict[Key, Window] = {}  # of the messages that the baseline is made of
+        self._scale = 1.0  # ms of a sample's unit in this iteration
         self._level: dict[Key, Window] = {}  # samples at the present slow level
         self._margins: dict[Key, float] = {}  # threshold minus baseline median (ms); stays as it is while slow
-        self._reported = 0.0  # the level last reported (ms)
-        self._streak: list[tuple[int, Samples]] = []  # consecutive iterations that argue for a change of state
-        self._shift: list[tuple[int, Samples]] = []  # consecutive iterations that argue for another slow level
+        self._reported = 0.0  # the level last reported
+        self._streak: list[Seen] = []  # consecutive iterations that argue for a change of state
+        self._mute: list[Seen] = []  # iterations that said nothing, not yet part of the baseline
+        self._muted = 0  # ... in a row
+        self._shift: list[Seen] = []  # consecutive iterations that argue for another slow level
         self._shift_up = False
         self._heights: list[float] = []  # scores of the streak of a healthy subject
         self._spikes: deque[tuple[int, float]] = deque()  # (count of healthy iterations, score) of changes that passed
@@ -117,38 +126,58 @@ class Monitor:
         return window.median if window else None
 
     def observe(
-        self, iteration: int, samples: Samples, margin: Margin, common: float = 1.0, learn: bool = True
+        self,
+        iteration: int,
+        samples: Samples,
+        margin: Margin,
+        *,
+        sizes: Samples | None = None,
+        ease: float = 1.0,
+        scale: float = 1.0,
     ) -> Finding | None:
-        """Takes the samples (ms) of one iteration.
+        """Takes the samples of one iteration.
 
         Args:
             iteration: its number.
-            samples: one per key; a key without a message is left out.
-            margin: threshold minus median (ms) for a baseline window.
-            common: ratio by which all subjects of this kind are slower in this iteration; taken out of the score.
-            learn: whether the iteration may enter the baseline if it is healthy.
+            samples: one per key (ms / scale); a key without a message is left out.
+            margin: threshold minus median for a baseline window.
+            sizes: bytes of a message, per key, where known.
+            ease: samples of a healthy subject that are no longer over the threshold once they are divided by this (1 or
+                more) say nothing: they neither confirm a change nor end one that waits to be confirmed.
+            scale: findings give samples times this (ms).
 
         Returns:
             A finding if the state or the level changed with this iteration.
         """
         if not samples:
             return None
+        seen = (iteration, samples, sizes or {})
+        self._scale = scale
         if self.slow is not None:
-            return self._observe_slow(iteration, samples, common)
+            return self._observe_slow(seen)
         self._healthy_for += 1
         self._seen += 1
         self._set_margins(margin)
-        scores = self._scores(samples, common)
-        if not scores or max(scores.values()) <= 1:
+        scores = self._scores(seen)
+        over = bool(scores) and max(scores.values()) > 1
+        if not over:
             self._end_streak()
-            if learn:
-                self._learn(iteration, samples)
+            self._learn(*self._mute, seen)
+            self._mute, self._muted = [], 0
             return None
-        self._streak.append((iteration, samples))
+        if max(self._scores(seen, ease).values()) <= 1:
+            self._mute.append(seen)
+            self._muted += 1
+            if self._muted >= self._config.window // MUTE_SHARE:
+                self._learn(*self._mute)
+                self._mute = []
+            return None
+        self._muted = 0
+        self._streak.append(seen)
         self._heights.append(max(scores.values()))
         if len(self._streak) < self._needed():
             return None
-        streak, self._streak, self._heights = self._streak, [], []
+        streak, self._streak, self._heights, self._mute = self._streak, [], [], []
         relapse = self._healed_before and self._healthy_for <= RELAPSE_WINDOWS * self._config.window
         self._relapses = min(self._relapses + 1, MAX_RELAPSES) if relapse else 0
         before = {key: window.median for key, window in self.baseline.items() if window}
@@ -169,7 +198,7 @@ class Monitor:
             self._spikes.append((self._seen, max(self._heights)))
         if len(self._streak) == 1:
             # Median and MAD bear it, and a baseline without its own noise would find ever more iterations unusual.
-            self._learn(*self._streak[0])
+            self._learn(self._streak[0])
         self._streak.clear()
         self._heights.clear()
 
@@ -182,12 +211,12 @@ class Monitor:
             The finding; None while fewer than `confirm` of the latest samples are over the threshold.
         """
         history = {key: list(window) for key, window in self.baseline.items()}
-        streak: list[tuple[int, Samples]] = []
+        streak: list[Seen] = []
         for back, iteration in enumerate(reversed(self.iterations), start=1):
             sample = {key: values[-back] for key, values in history.items() if back <= len(values)}
             if all(value <= references[key] + margin(self.baseline[key]) for key, value in sample.items()):
                 break
-            streak.insert(0, (iteration, sample))
+            streak.insert(0, (iteration, sample, {}))
         streak += self._streak
         if len(streak) < self._config.confirm:
             return None
@@ -197,41 +226,45 @@ class Monitor:
         self._set_margins(margin)
         return self._turn_slow(streak, dict(references))
 
-    def rescale(self, factor: float) -> None:
-        """Multiplies all history: the workload changed, the subject did not."""
-        for window in (*self.baseline.values(), *self._level.values()):
-            window.scale(factor)
-        self._reported *= factor
-        self._margins = {key: value * factor for key, value in self._margins.items()}
-        self._streak = [(iteration, _scaled(sample, factor)) for iteration, sample in self._streak]
-        self._shift.clear()
-
-    def _learn(self, iteration: int, samples: Samples) -> None:
-        self.iterations.append(iteration)
-        for key, value in samples.items():
-            self.baseline.setdefault(key, Window(self._config.window)).add(value)
+    def _learn(self, *history: Seen) -> None:
+        for iteration, samples, sizes in history:
+            self.iterations.append(iteration)
+            for known, new in ((self.baseline, samples), (self._sizes, sizes)):
+                for key, value in new.items():
+                    known.setdefault(key, Window(self._config.window)).add(value)
 
     def _set_margins(self, margin: Margin) -> None:
         # Only while healthy: a threshold that moved with the rest of the pipeline could heal a link that has not changed.
         self._margins = {key: max(margin(window), 1e-9) for key, window in self.baseline.items()}
 
-    def _scores(self, samples: Samples, common: float) -> dict[Key, float]:
+    def _scores(self, seen: Seen, ease: float = 1.0) -> dict[Key, float]:
         """Score per key; a healthy subject's keys with too little history have none."""
+        _, samples, sizes = seen
         scores = {}
         for key, value in samples.items():
             window = self.baseline.get(key)
             if window is None or (self.slow is None and len(window) < self._config.min_history):
                 continue
-            centre = window.median
-            scores[key] = (value / common - centre) / self._margins[key]
+            longer = self._longer(key, sizes.get(key, 0.0))
+            scores[key] = (value / ease - longer - window.median) / self._margins[key]
         return scores
 
-    def _turn_slow(self, streak: Sequence[tuple[int, Samples]], before: Mapping[Key, float]) -> Finding:
+    def _longer(self, key: Key, size: float) -> float:
+        """What a message of this size may take (ms) beyond those of the baseline."""
+        known = self._sizes.get(key)
+        if known is None or size <= known.median or known.median <= 0:
+            return 0.0
+        # two clocks that differ show in both directions, with opposite signs: the mean of the two is free of that
+        medians = [window.median for window in self.baseline.values()]
+        usual = max(0.0, self.baseline[key].median, sum(medians) / len(medians))
+        return usual * (size / known.median - 1)
+
+    def _turn_slow(self, streak: Sequence[Seen], before: Mapping[Key, float]) -> Finding:
         # The first iteration of a change is often half in the old state: the later half of the streak tells the level.
-        keys = {key for _, sample in streak for key in sample}
+        keys = {key for _, sample, _ in streak for key in sample}
         for key in keys:
-            values = [sample[key] for _, sample in streak[len(streak) // 2 :] if key in sample]
-            values = values or [sample[key] for _, sample in streak if key in sample]
+            values = [sample[key] for _, sample, _ in streak[len(streak) // 2 :] if key in sample]
+            values = values or [sample[key] for _, sample, _ in streak if key in sample]
             self._level[key] = Window(self._config.window, values)
         self._shift.clear()
         return self._report_slow(streak[0][0], streak[-1][0], before.get(self._worst()))
@@ -245,23 +278,24 @@ class Monitor:
         self.slow = self._finding("slow", since, found, before, self._reported, limit, present)
         return self.slow
 
-    def _observe_slow(self, iteration: int, samples: Samples, common: float) -> Finding | None:
-        scores = self._scores(samples, common)
+    def _observe_slow(self, seen: Seen) -> Finding | None:
+        scores = self._scores(seen)
         if not scores:
             return None
         if max(scores.values()) < self._config.release:
             if self._worst() not in scores:
                 return None  # the other direction alone says nothing about the slow one
             self._shift.clear()
-            self._streak.append((iteration, samples))
+            self._streak.append(seen)
             return self._heal() if len(self._streak) >= self._config.heal << self._relapses else None
         self._streak.clear()
-        return self._observe_level(iteration, samples, common)
+        return self._observe_level(seen)
 
-    def _observe_level(self, iteration: int, samples: Samples, common: float) -> Finding | None:
+    def _observe_level(self, seen: Seen) -> Finding | None:
+        iteration, samples, _ = seen
         worst = self._worst()
         level, base = self._level[worst], self.baseline[worst]
-        present = max(samples[key] / common - self.baseline[key].median for key in samples if key in self.baseline)
+        present = max(samples[key] - self.baseline[key].median for key in samples if key in self.baseline)
         known = level.median - base.median
         noise = max(self._margins[worst], self._config.spread_factor * level.spread)
         up = present > known * LEVEL_RATIO and present - known > noise
@@ -274,7 +308,7 @@ class Monitor:
         if up != self._shift_up:
             self._shift.clear()
         self._shift_up = up
-        self._shift.append((iteration, samples))
+        self._shift.append(seen)
         if len(self._shift) < (self._config.confirm if up else self._config.heal):
             return None
         before = {key: window.median for key, window in self._level.items()}
@@ -298,15 +332,14 @@ class Monitor:
         before, base = self._level[worst].median, self.baseline[worst]
         streak, self._streak = self._streak, []
         present = {
-            key: median(sample[key] for _, sample in streak if key in sample)
-            for key in {key for _, sample in streak for key in sample}
+            key: median(sample[key] for _, sample, _ in streak if key in sample)
+            for key in {key for _, sample, _ in streak for key in sample}
         }
         limit = base.median + self._config.release * self._margins[worst]
         finding = self._finding(
             "healed", streak[0][0], streak[-1][0], before, present.get(worst, base.median), limit, present
         )
-        for iteration, sample in streak:
-            self._learn(iteration, sample)
+        self._learn(*streak)
         self.slow = None
         self._level.clear()
         self._healed_before, self._healthy_for = True, 0
@@ -339,12 +372,8 @@ class Monitor:
             state=state,
             since_iteration=since,
             found_iteration=found,
-            before_ms=before,
-            after_ms=after,
-            threshold_ms=threshold,
+            before_ms=before * self._scale,
+            after_ms=after * self._scale,
+            threshold_ms=threshold * self._scale,
             directions=tuple((src, dst, delay) for (src, dst), delay in directions),
         )
-
-
-def _scaled(sample: Samples, factor: float) -> Samples:
-    return {key: value * factor for key, value in sample.items()}

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 _MAX_MS = 1e9  # eleven days: longer than any deadline; larger numbers are garbage, not measurements
+_MAX_BYTES = 1e15
 _MAX_ENTRIES = 64
 
 
@@ -43,6 +44,8 @@ class LinkDelay:
     dst: int
     delay_ms: float
     messages: int
+    message_bytes: float = 0.0
+    """Median size of the messages; 0 if it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,15 @@ def _times(where: str, item: Any) -> StageTimes:
 
 def _link(number: int, item: Any, stage: int) -> LinkDelay:
     where = f"report.links[{number}]"
-    item = _table(where, item, {field.name for field in fields(LinkDelay)})
+    item = _table(where, item, {field.name for field in fields(LinkDelay)}, optional={"message_bytes"})
     link = LinkDelay(
         src=_integer(f"{where}.src", item["src"]),
         dst=_integer(f"{where}.dst", item["dst"]),
         delay_ms=_milliseconds(f"{where}.delay_ms", item["delay_ms"], least=-_MAX_MS),
         messages=_integer(f"{where}.messages", item["messages"]),
+        message_bytes=_number(
+            f"{where}.message_bytes", item.get("message_bytes", 0.0), 0.0, _MAX_BYTES, "a size in bytes"
+        ),
     )
     if link.src == link.dst or link.dst != stage:
         raise ValueError(f"{where}: {link.src} -> {link.dst} is not a link into stage {stage}, which reports it")
@@ -187,7 +193,11 @@ def _integer(where: str, value: Any, least: int = 0) -> int:
 
 
 def _milliseconds(where: str, value: Any, least: float = 0.0) -> float:
+    return _number(where, value, least, _MAX_MS, "a time in milliseconds")
+
+
+def _number(where: str, value: Any, least: float, most: float, what: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= value <= _MAX_MS:
-        raise ValueError(f"{where}: {value!r:.80} is not a time in milliseconds between {least:g} and {_MAX_MS:g}")
+    if not number or not math.isfinite(value) or not least <= value <= most:
+        raise ValueError(f"{where}: {value!r:.80} is not {what} between {least:g} and {most:g}")
     return float(value)

@@ -12,7 +12,7 @@ class StragglerEvent:
 
     time_unix: float
     """Seconds since the epoch at which it was found."""
-    kind: Literal["link", "stage", "peer", "rail"]
+    kind: Literal["link", "stage", "peer", "rail", "part"]
     state: Literal["slow", "healed", "lost"]
     replica: int
     """Pipeline replica (data-parallel index)."""
@@ -44,10 +44,14 @@ class StragglerEvent:
     """Plan in use once the action is done."""
     rail: str | None = None
     """`rdma0`, `tcp1`: the rail of `link` that was lost or works again."""
+    part: str | None = None
+    """`exact solver`: the part of Adaptra that fails on `ranks`, without harm to training, or works again."""
 
     @property
     def subject(self) -> str:
-        """Short name: `link 2-3`, `stage 2`, `peer rank 3`, `rail rdma0 of link 2-3`."""
+        """Short name: `link 2-3`, `stage 2`, `peer rank 3`, `rail rdma0 of link 2-3`, `exact solver`."""
+        if self.kind == "part":
+            return str(self.part)
         if self.kind == "rail":
             return f"rail {self.rail} of link {self.link}"
         if self.kind == "link":

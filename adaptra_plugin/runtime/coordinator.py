@@ -5,7 +5,6 @@ It works on a thread of its own. Everything it needs is passed in, so that tests
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import queue
 import threading
@@ -18,16 +17,19 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport, overview
 from adaptra_plugin.errors import PlanError, TransportError
 from adaptra_plugin.report import StragglerEvent
+from adaptra_plugin.runtime.events import finding_event, part_event, subject
+from adaptra_plugin.runtime.merging import merge_profiles
+from adaptra_plugin.runtime.messages import answer_from, report_from
+from adaptra_plugin.runtime.parts import Parts
+from adaptra_plugin.runtime.refining import Refiner, Refining, exact_refiner
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import plan
-from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
-from adaptra_plugin.schedule.refine import Refinement
+from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.schedule.simulator import simulate
 from adaptra_plugin.shortage import told
 
 logger = logging.getLogger("adaptra")
-Refiner = Callable[[Profile, Plan], Refinement]
 
 MARGIN = 2
 """Iterations between the newest one known to have begun and the first one of a new plan."""
@@ -39,37 +41,12 @@ REFRESH = 10
 """Iterations after which the running plan is compared with the best one for the newest profile, without any finding."""
 VOTE_DEADLINE_S = 30.0
 """Longest time (s) the ranks may take to answer a proposal."""
-REFINE_GAP = 0.005
-"""A plan further than this from its lower bound is given to the exact solver, and replaced by one better by as much."""
 REFRESH_WORTH = 0.03
 """... and replaced if that is predicted to be shorter by this ratio: estimates get better with time, and drift."""
-
-
-def merge_profiles(profiles: Sequence[Profile]) -> Profile:
-    """One profile for all replicas: the slowest of each stage and link.
-
-    Replicas wait for each other at the end of an iteration, and a plan made for a slower link costs a fast replica only memory.
-    """
-    first = profiles[0]
-    stages = tuple(
-        StageProfile(
-            max(s.forward_ms for s in same),
-            max(s.backward_input_ms for s in same),
-            max(s.backward_weight_ms for s in same),
-            same[0].max_activations,
-        )
-        for same in zip(*(p.stages for p in profiles), strict=True)
-    )
-    links = tuple(
-        LinkProfile(
-            link.src,
-            link.dst,
-            max(p.link(link.src, link.dst).latency_ms for p in profiles),
-            max(p.link(link.src, link.dst).transfer_ms for p in profiles),
-        )
-        for link in first.links
-    )
-    return replace(first, stages=stages, links=links)
+MOST_FAILURES = 10
+"""A part of the work that fails so often in a row is given up."""
+MOST_PENDING = 64
+"""Iterations that may wait for the reports of some ranks."""
 
 
 @dataclass
@@ -134,15 +111,16 @@ class Coordinator:
         self._clock = clock
         self._detector = Detector(config.detector, topology.length, ring=topology.chunks > 1)
         self._estimator = Estimator(config.detector, topology.length, topology.chunks)
-        self._reports: dict[int, dict[int, IterationReport]] = {}
+        self._reports: dict[int, dict[int, IterationReport | None]] = {}  # None: one that was refused
+        self._heard: dict[int, int] = {}  # newest iteration that each rank has reported
         self._newest = 0
         self._version = 0
         self._profiled = False
         self._considered = 0  # iteration in which the running plan was last compared with another
         self._owed: list[Finding] = []
         self._vote: _Vote | None = None
-        self._refiner = _exact_refiner(config) if refiner is None else refiner
-        self._refinement: tuple[Refinement, Profile, Plan] | None = None
+        self._parts = Parts(self._part_event)
+        self._refining = Refining(exact_refiner(config) if refiner is None else refiner, self._parts)
         self._committed: tuple[Profile, Plan] | None = None
         self._complete = -1  # newest iteration that all ranks have reported
         self._last_first = 0  # first iteration of the newest committed plan
@@ -171,7 +149,7 @@ class Coordinator:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join(deadline_s)
-        self._end_refinement()
+        self._refining.end()
 
     def _serve(self) -> None:
         while True:
@@ -182,128 +160,162 @@ class Coordinator:
                 pass  # nothing new: only the clock has moved
             if item is None:
                 return
+            done = self._complete
             try:
                 self.handle(*item)
                 self.tick()
-            except Exception:
-                # training goes on with the plan it has: it needs nothing of this thread
-                logger.exception("coordinator: replanning is off from now on; training goes on with the running plan")
-                self._give_up()
+            except Exception as error:  # noqa: BLE001  whatever it is, the next message may do
+                self._parts.lost("replanning", "one message is passed over", error)
+                if self._parts.failures("replanning") >= MOST_FAILURES:
+                    self._give_up("replanning")
+            else:
+                if self._complete > done:  # messages that lead to nothing prove nothing
+                    self._parts.works("replanning")
 
-    def _give_up(self) -> None:
-        """Nothing is planned any more, and nobody is left waiting for a verdict."""
+    def _give_up(self, part: str) -> None:
+        """Nothing is planned any more, and nobody is left waiting for a verdict. Training goes on with the plan it has: it
+        needs nothing of this thread."""
+        if self._stopped:
+            return
         self._stopped = True
         if self._vote is not None:
             self._verdict(commit=False)
-            self._vote = None
-        self._end_refinement()
+        self._refining.end()
+        text = f"it has failed {MOST_FAILURES} times in a row and is given up; training goes on with the running plan"
+        logger.error("coordinator: %s: %s", part, text)
+        self._parts.tell(part, "lost", text)
 
     # --- logic
 
     def handle(self, rank: int, message: dict[str, Any]) -> None:
         """One message of a rank: a report, or an answer to a proposal."""
-        if self._stopped:
+        if self._stopped or rank not in range(self._topology.world_size) or not isinstance(message, dict):
             return
         kind = message.get("type")
         if kind == "report":
-            try:
-                report = IterationReport.from_json(message["report"])
-            except ValueError as error:
-                logger.warning("coordinator: a report of rank %d is refused: %s", rank, error)
-                return
-            self._take(report)
+            self._hear(rank, message)
         elif kind == "answer":
-            self._answer(rank, int(message["version"]), bool(message["ok"]), int(message["begun"]))
+            try:
+                self._answer(rank, *answer_from(message, self._begun()))
+            except ValueError as error:
+                logger.warning("coordinator: an answer of rank %d is not understood, and counts as no: %s", rank, error)
+                if self._vote is not None:
+                    self._answer(rank, self._vote.version, ok=False, begun=-1)
 
     def tick(self) -> None:
         """Gives up a vote that has lasted too long; proposes what the exact solver has found."""
         if self._stopped:
             return
-        self._take_refinement()
         if self._vote is not None and self._clock() > self._vote.deadline:
-            missing = sorted(set(range(self._topology.world_size)) - set(self._vote.answers))
-            logger.warning("coordinator: plan v%d is dropped, ranks %s do not answer", self._vote.version, missing)
+            vote = self._vote
+            missing = sorted(set(range(self._topology.world_size)) - set(vote.answers))
+            logger.warning("coordinator: plan v%d is dropped, ranks %s do not answer", vote.version, missing)
             self._verdict(commit=False)
-            self._events(self._vote.findings, "none: ranks did not answer the proposal of a new plan")
-            self._vote = None
+            self._events(vote.findings, "none: ranks did not answer the proposal of a new plan")
+        better = self._refining.take() if self._vote is None else None
+        if better is not None:
+            profile, running, best = better
+            proof = "proven optimal" if best.optimal else f"within {best.gap:.1%} of the optimum"
+            self._offer(profile, best, [], running.makespan_ms, f"refined, {proof}")
 
-    def _take(self, report: IterationReport) -> None:
-        self._newest = max(self._newest, report.iteration)
-        together = self._reports.setdefault(report.iteration, {})
-        together[report.rank] = report
+    def _hear(self, rank: int, message: dict[str, Any]) -> None:
+        """A report, or what should be one: then the other ranks' of the same iteration count without it."""
+        part = f"measuring of rank {rank}"
+        report, iteration = None, max(self._heard.get(rank, -1), self._complete) + 1
+        try:
+            report = report_from(message, rank, self._topology, self._begun())
+        except ValueError as error:
+            if not self._parts.is_lost(part):
+                logger.warning("coordinator: a report of rank %d is refused: %s", rank, error)
+            self._parts.lost(
+                part, "its stage and the links into it are not judged, its reports are refused", str(error)
+            )
+        else:
+            self._parts.works(part)
+            iteration = report.iteration
+        self._heard[rank] = max(self._heard.get(rank, -1), iteration)
+        self._take(rank, iteration, report)
+
+    def _take(self, rank: int, iteration: int, report: IterationReport | None) -> None:
+        if iteration <= self._complete:
+            return
+        self._newest = max(self._newest, iteration)
+        together = self._reports.setdefault(iteration, {})
+        together[rank] = report or together.get(rank)
+        while len(self._reports) > MOST_PENDING:
+            del self._reports[min(self._reports)]
         if len(together) < self._topology.world_size:
             return
-        del self._reports[report.iteration]
-        for old in [i for i in self._reports if i < report.iteration]:
+        for old in [i for i in self._reports if i <= iteration]:
             del self._reports[old]
-        self._on_overview(overview(list(together.values())))
-        self._complete = report.iteration
-        for pipeline in self._topology.pipelines:
-            reports = [together[rank] for rank in pipeline]
-            self._owed += self._detector.observe(reports)
-            self._estimator.observe(reports)
-        if self._vote is None:
-            self._consider(report.iteration, report.microbatches)
+        self._complete = iteration
+        found = [report for report in together.values() if report is not None]
+        if len(found) == len(together):
+            with self._parts.guard("overview of the pipeline", "it is not reported"):
+                self._on_overview(overview(found))
+        with self._parts.guard("detection", "the iteration is passed over"):
+            for pipeline in self._topology.pipelines:
+                reports = [report for rank in pipeline if (report := together[rank]) is not None]
+                self._owed += self._detector.observe(reports)
+                self._estimator.observe(reports)
+        if self._parts.failures("detection") >= MOST_FAILURES:
+            self._give_up("detection")
+        elif self._vote is None and found:
+            self._consider(iteration, found[-1].microbatches)
 
     def _consider(self, iteration: int, microbatches: int) -> None:
         """Plans if something was found, when the profile is known for the first time, and every `REFRESH` iterations."""
         if not self._owed and self._profiled and iteration < self._considered + REFRESH:
             return
+        findings, self._owed = self._owed, []
+        if self._parts.failures("planning") >= MOST_FAILURES:
+            self._events(findings, f"none: planning has failed {MOST_FAILURES} times in a row and is given up")
+            return
+        before: list[float] = []
+        try:
+            why = self._decide(iteration, microbatches, findings, before)
+        except PlanError as error:
+            why = f"no plan ({error})"
+        except Exception as error:  # noqa: BLE001  whatever it is, events are due and the next profile may do
+            self._parts.lost("planning", "the running plan stays", error)
+            why = f"no plan ({type(error).__name__}: {error})"
+        else:
+            self._parts.works("planning")
+        if why is not None:
+            now = before[0] if before else None
+            self._events(findings, f"none: {why}", now, now)
+
+    def _decide(self, iteration: int, microbatches: int, findings: list[Finding], before: list[float]) -> str | None:
+        """Offers a new plan, or says why not. `before` gets the predicted time (ms) of the running plan."""
         profiles = [
             self._estimator.profile(microbatches, self._limits, replica)
             for replica in range(len(self._topology.pipelines))
         ]
         known = [profile for profile in profiles if profile is not None]
-        findings, self._owed = self._owed, []
         if len(known) < len(profiles):
-            self._events(findings, "none: the profile is not complete yet")
-            return
+            return "the profile is not complete yet"
         first_time, self._profiled = not self._profiled, True
         self._considered = iteration
         if self._config.schedule != "slack-adaptive":
-            self._events(findings, f"none: schedule {self._config.schedule} does not adapt")
-            return
+            return f"schedule {self._config.schedule} does not adapt"
         profile = merge_profiles(known)
         running = self._newest_plan(microbatches)
-        before = simulate(running.schedule, profile).makespan_ms
-        try:
-            found = plan(profile, schedule=self._config.schedule, current=running)
-        except PlanError as error:
-            self._events(findings, f"none: no plan ({error})", before, before)
-            return
+        before.append(simulate(running.schedule, profile).makespan_ms)
+        found = plan(profile, schedule=self._config.schedule, current=running)
         healed = any(finding.state == "healed" for finding in findings)
-        gain = before / found.makespan_ms - 1 if found.makespan_ms else 0.0
+        gain = before[0] / found.makespan_ms - 1 if found.makespan_ms else 0.0
         worth = WORTH if findings else REFRESH_WORTH
         if found.schedule == running.schedule or (gain < worth and not healed and not first_time):
-            self._events(findings, "none: the running plan is within 1 % of the best", before, before)
-            return
-        self._offer(profile, found, findings, before, "newer profile")
+            return "the running plan is within 1 % of the best"
+        self._offer(profile, found, findings, before[0], "newer profile")
+        return None
 
     def _offer(self, profile: Profile, found: Plan, findings: list[Finding], before_ms: float, reason: str) -> None:
         """Opens the vote on a plan."""
-        self._end_refinement()
+        self._refining.end()
         self._version += 1
         first, deadline = self._next_iteration(MARGIN), self._vote_deadline()
         self._propose(_Vote(self._version, profile, found, first, findings, before_ms, reason, 1, deadline))
-
-    def _refine(self, profile: Profile, found: Plan) -> None:
-        if self._refiner is not None and found.gap > REFINE_GAP and not found.optimal:
-            self._refinement = (self._refiner(profile, found), profile, found)
-
-    def _take_refinement(self) -> None:
-        if self._refinement is None or self._vote is not None or not self._refinement[0].done:
-            return
-        refinement, profile, running = self._refinement
-        self._refinement = None
-        best = refinement.result()
-        if best.makespan_ms < running.makespan_ms * (1 - REFINE_GAP):
-            proof = "proven optimal" if best.optimal else f"within {best.gap:.1%} of the optimum"
-            self._offer(profile, best, [], running.makespan_ms, f"refined, {proof}")
-
-    def _end_refinement(self) -> None:
-        if self._refinement is not None:
-            self._refinement[0].cancel()
-            self._refinement = None
 
     def _newest_plan(self, microbatches: int) -> Plan:
         """The newest committed plan, whether it has begun or not: what a new one would replace."""
@@ -323,16 +335,15 @@ class Coordinator:
         return self._clock() + min(VOTE_DEADLINE_S, self._config.transport.deadline_s / 4)
 
     def _propose(self, vote: _Vote) -> None:
+        message = {
+            "type": "propose",
+            "version": vote.version,
+            "first_iteration": vote.first_iteration,
+            "profile": vote.profile.to_json(),
+            "plan": vote.plan.to_json(),
+        }
         self._vote = vote
-        self._broadcast(
-            {
-                "type": "propose",
-                "version": vote.version,
-                "first_iteration": vote.first_iteration,
-                "profile": vote.profile.to_json(),
-                "plan": vote.plan.to_json(),
-            }
-        )
+        self._broadcast(message)
 
     def _answer(self, rank: int, version: int, ok: bool, begun: int) -> None:
         vote = self._vote
@@ -344,18 +355,17 @@ class Coordinator:
             return
         if all(ok for ok, _ in vote.answers.values()):
             self._verdict(commit=True)
-            self._vote = None
             self._last_first = vote.first_iteration
             self._committed = (vote.profile, vote.plan)
-            self._refine(vote.profile, vote.plan)
             reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or vote.reason
-            self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
+            with self._parts.guard("report of plans", "the plan runs all the same"):
+                self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
             warmups = " ".join(map(str, vote.plan.warmup))
             action = f"replan v{vote.version} from iteration {vote.first_iteration} (warm-ups {warmups})"
             self._events(vote.findings, action, vote.predicted_before_ms, vote.plan.makespan_ms, vote.version)
+            self._refining.begin(vote.profile, vote.plan)
             return
         self._verdict(commit=False)
-        self._vote = None
         if vote.tries >= MAX_TRIES:
             self._events(vote.findings, f"none: {vote.tries} proposals came too late", vote.predicted_before_ms)
             return
@@ -374,12 +384,16 @@ class Coordinator:
         )
 
     def _verdict(self, *, commit: bool) -> None:
-        assert self._vote is not None
-        self._broadcast({"type": "decide", "version": self._vote.version, "commit": commit})
+        """Ends the vote, here before anywhere else."""
+        vote, self._vote = self._vote, None
+        assert vote is not None
+        self._broadcast({"type": "decide", "version": vote.version, "commit": commit})
 
     def _broadcast(self, message: dict[str, Any]) -> None:
         for rank in range(self._topology.world_size):
-            self._send(rank, message)
+            # whatever one rank does not get, the others need: a verdict holds for all
+            with self._parts.guard(f"messages to rank {rank}", "it did not get one"):
+                self._send(rank, message)
 
     def _events(
         self,
@@ -389,38 +403,13 @@ class Coordinator:
         after_ms: float | None = None,
         version: int | None = None,
     ) -> None:
+        version = self._version if version is None else version
         for finding in findings:
-            ranks = tuple(self._topology.pipelines[finding.replica][stage] for stage in finding.stages)
-            gain = before_ms / after_ms if before_ms is not None and after_ms else None
-            self._on_event(
-                StragglerEvent(
-                    time_unix=time.time(),
-                    kind=finding.kind,
-                    state=finding.state,
-                    replica=finding.replica,
-                    link="-".join(map(str, finding.stages)) if finding.kind == "link" else None,
-                    stages=finding.stages,
-                    ranks=ranks,
-                    hosts=tuple(self._hosts[rank] for rank in ranks),
-                    since_iteration=finding.since_iteration,
-                    found_iteration=finding.found_iteration,
-                    delay_before_ms=finding.before_ms,
-                    delay_after_ms=finding.after_ms,
-                    action=action,
-                    predicted_iteration_ms_before=before_ms,
-                    predicted_iteration_ms_after=after_ms,
-                    predicted_gain=gain,
-                    plan_version=self._version if version is None else version,
+            with self._parts.guard("report of events", "one is not reported"):
+                self._on_event(
+                    finding_event(finding, self._topology, self._hosts, action, before_ms, after_ms, version)
                 )
-            )
 
-
-def _exact_refiner(config: AdaptraConfig) -> Refiner | None:
-    if config.refine_s <= 0 or importlib.util.find_spec("ortools") is None:
-        return None
-    return lambda profile, found: Refinement(profile, found, seconds=config.refine_s, workers=1)
-
-
-def subject(finding: Finding) -> str:
-    """`link 2-3 slow`, `stage 1 healed`."""
-    return f"{finding.kind} {'-'.join(map(str, finding.stages))} {finding.state}"
+    def _part_event(self, part: str, state: Any, text: str) -> None:
+        iteration = max(self._complete, 0)
+        self._on_event(part_event(part, state, text, iteration, self._version, self._topology.rank, self._hosts))

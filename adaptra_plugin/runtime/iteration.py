@@ -67,6 +67,7 @@ class Iteration:
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
     _delays: dict[tuple[int, int], list[tuple[float, float]]] = field(default_factory=dict)  # (delay, when it came)
     _pauses: dict[tuple[int, int], Pauses | None] = field(default_factory=dict)
+    _sizes: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # bytes
 
     def __post_init__(self) -> None:
         # all receives at once: what arrives early finds its place
@@ -125,6 +126,7 @@ class Iteration:
         ends = (source % self.topology.length, action.stage % self.topology.length)
         self._delays.setdefault(ends, []).append((message.delay_ms, message.came_s))
         self._pauses[ends] = message.pauses
+        self._sizes.setdefault(ends, []).append(sum(tensor.nbytes for tensor in message.tensors))
         if message.tag >> 1 != self.version:
             raise TransportError(
                 f"iteration {self.index}: this rank ({self.topology.rank}) runs plan v{self.version}, "
@@ -197,7 +199,8 @@ class Iteration:
             pauses = self._pauses[src, dst]
             values = [delay for delay, _ in samples] if pauses is None else pauses.undisturbed(samples)
             if values:
-                found.append(LinkDelay(src=src, dst=dst, delay_ms=statistics.median(values), messages=len(values)))
+                delay, size = statistics.median(values), statistics.median(self._sizes[src, dst])
+                found.append(LinkDelay(src, dst, delay, messages=len(values), message_bytes=size))
         return tuple(found)
 
     def _key(self, direction: Direction, stage: int, microbatch: int) -> Key:

@@ -14,6 +14,7 @@ from typing import Any
 
 from adaptra_plugin.errors import PeerLostError
 from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
+from adaptra_plugin.runtime.messages import loss_from
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.shortage import begin
 from adaptra_plugin.transport import PeerInfo
@@ -85,14 +86,14 @@ class Losses:
     def heard(self, sender: int, message: Mapping[str, Any]) -> None:
         """News of a peer (on the control thread)."""
         try:
+            peer, why = loss_from(message, self._topology)
             if message["type"] == "departed":
                 departure = Departure.from_json(message)
                 if departure.peer.rank != sender != COORDINATOR:
                     raise ValueError(f"it says that rank {departure.peer.rank} has left")
                 self._add(departure)
             else:
-                peer = PeerInfo(int(message["rank"]), int(message["stage"]), str(message["host"]))
-                self._lose(peer, str(message["why"]))
+                self._lose(peer, why)
         except (KeyError, TypeError, ValueError) as error:
             logger.warning("what rank %d says of a rank that is gone is not understood: %s", sender, error)
 

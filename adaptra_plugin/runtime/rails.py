@@ -64,16 +64,18 @@ class RailWatch:
         }
 
 
-def event_from(fields: dict[str, Any]) -> StragglerEvent:
+def event_from(fields: Any) -> StragglerEvent:
     """The event behind the fields that another rank has sent.
 
     Raises:
-        ValueError: they are not those of an event.
+        ValueError: they are not those of an event that can be reported.
     """
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
     try:
-        return StragglerEvent(**values)
-    except TypeError as error:
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        event = StragglerEvent(**values)
+        event.sentence()  # what cannot be put into words has a field of another kind than it should
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"no event: {error}") from None
+    return event

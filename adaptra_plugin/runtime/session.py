@@ -16,7 +16,7 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.errors import ConfigError, PlanError, TransportError
+from adaptra_plugin.errors import ConfigError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
@@ -24,8 +24,9 @@ from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.losses import COORDINATOR, Losses
+from adaptra_plugin.runtime.messages import proposal_from, verdict_from, version_from
 from adaptra_plugin.runtime.pacing import Pacer
-from adaptra_plugin.runtime.plans import PlanBook, Proposal
+from adaptra_plugin.runtime.plans import PlanBook
 from adaptra_plugin.runtime.rails import RailWatch, event_from
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.split import Split, SplitReport
@@ -78,6 +79,7 @@ class Session:
         self.device = device
         self.queue = WeightQueue()
         self._wandb_rank = wandb_rank
+        self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
         self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
         self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=socket.gethostname())
         self._losses = Losses(
@@ -288,23 +290,37 @@ class Session:
             logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
 
     def _control(self, sender: int, message: dict[str, Any]) -> None:
-        """A control message has arrived (on the control thread, or on the caller's for messages to oneself)."""
+        """A control message has arrived (on the control thread, or on the caller's for messages to oneself). One that makes
+        no sense does nothing."""
+        try:
+            self._obey(sender, message)
+        except Exception as error:
+            kind = message.get("type") if isinstance(message, dict) else None
+            known = (sender, str(kind)[:40])
+            level = logging.DEBUG if known in self._misunderstood else logging.WARNING
+            self._misunderstood.add(known)
+            trace = None if isinstance(error, ValueError) else error
+            logger.log(level, "control message %.40r of rank %d: %s", kind, sender, error, exc_info=trace)
+
+    def _obey(self, sender: int, message: dict[str, Any]) -> None:
         kind = message.get("type")
         if kind in ("report", "answer"):
             if self._coordinator is not None:
                 self._coordinator.post(sender, message)
         elif kind == "rail":
-            self._report_rail(sender, message)
+            self._event(event_from(message.get("event")))
         elif kind == "show" and sender == COORDINATOR:
             self._show(message)
         elif kind in ("lost", "departed"):
             self._losses.heard(sender, message)
         elif sender != COORDINATOR:
-            logger.warning("control message %r of rank %d ignored: only the coordinator may send it", kind, sender)
+            raise ValueError("ignored, only the coordinator may send it")
         elif kind == "propose":
             self._answer(message)
         elif kind == "decide":
-            self._book.decide(int(message["version"]), bool(message["commit"]))
+            self._book.decide(*verdict_from(message))
+        else:
+            raise ValueError("ignored, its type is unknown")
 
     def _event(self, event: StragglerEvent) -> None:
         """An event that this rank, the coordinator, tells everybody of."""
@@ -319,14 +335,11 @@ class Session:
 
     def _show(self, message: dict[str, Any]) -> None:
         """What the coordinator reports, for the W&B run that this rank owns."""
-        try:
-            if "event" in message:
-                self._reporter.show_event(event_from(message["event"]))
-            else:
-                self._reporter.show_pipeline(message["pipeline"])
-                self._shown = int(message["pipeline"]["iteration"])
-        except (KeyError, TypeError, ValueError) as error:
-            logger.warning("what rank 0 says for W&B is not understood: %s", error)
+        if "event" in message:
+            self._reporter.show_event(event_from(message["event"]))
+        else:
+            self._reporter.show_pipeline(message["pipeline"])
+            self._shown = int(message["pipeline"]["iteration"])
 
     def _await_overview(self, patience_s: float = 5.0) -> None:
         """The coordinator's view of the last iteration is on its way to the W&B run of this rank."""
@@ -335,16 +348,10 @@ class Session:
             time.sleep(0.01)
 
     def _answer(self, message: dict[str, Any]) -> None:
-        version = int(message["version"])
+        version = version_from(message)
         try:
-            proposal = Proposal(
-                version=version,
-                profile=Profile.from_json(message["profile"]),
-                plan=Plan.from_json(message["plan"]),
-                first_iteration=int(message["first_iteration"]),
-            )
-            ok = self._book.propose(proposal)
-        except (PlanError, KeyError, TypeError, ValueError) as error:
+            ok = self._book.propose(proposal_from(message, self.topology))
+        except Exception as error:  # noqa: BLE001  whatever is wrong with it, the others wait for the answer
             logger.warning("plan v%d is refused: %s", version, error)
             ok = False
         self._send(COORDINATOR, {"type": "answer", "version": version, "ok": ok, "begun": self._book.begun})
@@ -365,19 +372,18 @@ class Session:
     # --- failures
 
     def _rail(self, peer: PeerInfo, rail: str, state: str, why: str) -> None:
-        """A step in the life of a rail (on the control thread). After the loss of a peer there are no rails to speak of."""
+        """A step in the life of a rail (on the control thread, which does not end because it cannot be reported). After the
+        loss of a peer there are no rails to speak of."""
         if self.failure is not None:
             return
-        self._reporter.message("rail", peer=peer.rank, rail=rail, state=state, why=why, iteration=self._iteration)
-        event = self._rails.step(peer, rail, state, why, iteration=self._iteration, version=self._book.version)
+        try:
+            self._reporter.message("rail", peer=peer.rank, rail=rail, state=state, why=why, iteration=self._iteration)
+            event = self._rails.step(peer, rail, state, why, iteration=self._iteration, version=self._book.version)
+        except Exception:
+            logger.exception("rail %s of %s is %s (%s), which cannot be reported", rail, peer, state, why)
+            return
         if event is not None:
             self._send(COORDINATOR, {"type": "rail", "event": event})
-
-    def _report_rail(self, sender: int, message: dict[str, Any]) -> None:
-        try:
-            self._event(event_from(message["event"]))
-        except (KeyError, ValueError) as error:
-            logger.warning("what rank %d says of a rail is not understood: %s", sender, error)
 
     def _report_loss(self, peer: PeerInfo, why: str) -> None:
         self._reporter.event(

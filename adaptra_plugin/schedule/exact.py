@@ -47,7 +47,9 @@ class Model:
         try:
             from ortools.sat.python import cp_model
         except ImportError as error:
-            raise UnsupportedError("exact planning needs OR-tools: pip install 'adaptra-plugin[exact]'") from error
+            raise UnsupportedError(
+                f"exact planning needs OR-tools, which cannot be imported ({error}): pip install 'adaptra-plugin[exact]'"
+            ) from error
         self.tables = tables
         self.cp = cp_model
         self.model = cp_model.CpModel()

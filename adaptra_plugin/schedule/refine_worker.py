@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-if __name__ == "__main__":
-    os.nice(19)  # before the other imports: they are work too
-
 import json
+import os
 import sys
 import threading
 import time
@@ -72,7 +68,3 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

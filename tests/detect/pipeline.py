@@ -24,6 +24,7 @@ class Pipeline:
     only: int = 0  # 1: the extra delay hits forward messages only; -1: backward ones only
     factor: Factor = lambda stage, iteration: 1.0
     microbatches: Callable[[int], int] = lambda iteration: 8
+    message_bytes: Callable[[int], float] = lambda iteration: 0.0
     replica: int = 0
     seed: int = 0
     random: random.Random = field(init=False)
@@ -42,7 +43,7 @@ class Pipeline:
                 delay = self.base_delay_ms + abs(self.random.gauss(0, self.noise_ms))
                 if not self.only or (stage - src) == self.only:
                     delay += self.extra(min(src, stage), iteration)
-                links.append(LinkDelay(src, stage, delay, microbatches))
+                links.append(LinkDelay(src, stage, delay, microbatches, self.message_bytes(iteration)))
         pace = self.forward_ms * self.factor(stage, iteration) * (1 + abs(self.random.gauss(0, self.noise_compute)))
         times = StageTimes(pace, pace, 0.8 * pace)
         return IterationReport(

@@ -14,6 +14,7 @@ import adaptra_plugin
 from adaptra_plugin.launch.megatron_cpu import install
 from adaptra_plugin.launch.megatron_gpt import VOCABULARY, GptJob, GptTrainer
 from tests.forked import run_ranks
+from tests.switching import plans_follow
 
 QUIET = {"report": {"directory": None, "wandb": "off"}, "transport": {"bind": "127.0.0.1"}}
 STEPS = (8, 8, 6, 8)
@@ -40,9 +41,11 @@ def run(
     arguments: dict[str, Any] | None = None,
     lengths: tuple[int, ...] = (),
     during: Callable[[GptTrainer, int], None] | None = None,
+    plans_after: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """One rank. `block`: Adaptra's configuration; None: stock."""
+    """One rank. `block`: Adaptra's configuration; None: stock. `plans_after`: iterations that a new plan comes from."""
     install()
+    wait = plans_follow(block, plans_after) if block and plans_after else None
     dist.init_process_group("gloo", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     trainer = GptTrainer(job)
     if block is not None:
@@ -64,8 +67,9 @@ def run(
         skipped.append(found["skipped"])
         if step in evaluate_after:
             evaluations.append(trainer.evaluate(data, count, **(evaluation or {})))
-        if during is not None:
-            during(trainer, step)
+        for act in (wait, during):
+            if act is not None:
+                act(trainer, step)
     result = {
         "losses": losses,
         "norms": norms,

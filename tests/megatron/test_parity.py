@@ -10,6 +10,7 @@ from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.layers import delayed_te_spec, gathered_spec, spread_spec, te_spec
 from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, both, loaded, run
+from tests.switching import CAUSED, FIRST
 
 loaded()
 pytestmark = pytest.mark.multiprocess
@@ -44,13 +45,13 @@ def test_healthy(name):
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = SHAPES[name]
     block = {
-        "detector": {"warmup_iterations": 1, "min_history": 2},
+        **CAUSED,
         "simulate": {
             "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
             "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
         },
     }
-    stock, ours = both(job, world, block, steps=(8,) * 13)
+    stock, ours = both(job, world, block, steps=(8,) * 10, plans_after=(FIRST, 5))
     assert_same(stock, ours)
     versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
     assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"

@@ -53,3 +53,24 @@ def test_json_is_plain_and_complete() -> None:
     data = json.loads(json.dumps(SLOW.to_json()))
     assert data["ranks"] == [2, 3] and data["hosts"] == ["n1", "n2"] and data["link"] == "2-3"
     assert set(data) == set(SLOW.__dataclass_fields__)
+
+
+def test_a_part_that_fails_without_harm_to_training() -> None:
+    event = replace(
+        SLOW,
+        kind="part",
+        state="lost",
+        part="exact solver",
+        link=None,
+        stages=(),
+        ranks=(0,),
+        hosts=("n0",),
+        action="plans run as they are first made: the worker was killed by SIGKILL",
+        predicted_iteration_ms_before=None,
+        predicted_iteration_ms_after=None,
+        predicted_gain=None,
+    )
+    assert event.sentence() == (
+        "exact solver (rank 0 on n0) is lost since iteration 20; "
+        "plans run as they are first made: the worker was killed by SIGKILL"
+    )

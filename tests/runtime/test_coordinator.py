@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from adaptra_plugin.config import parse_config
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.runtime import coordinator as module
-from adaptra_plugin.runtime.coordinator import Coordinator, merge_profiles
+from adaptra_plugin.runtime.coordinator import Coordinator
+from adaptra_plugin.runtime.merging import merge_profiles
 from adaptra_plugin.runtime.plans import PlanBook, Proposal
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule import planner
@@ -63,8 +65,11 @@ class World:
         elif message["type"] == "decide":
             book.decide(message["version"], message["commit"])
 
-    def iteration(self, index: int, delays: dict[tuple[int, int, int], float] | None = None) -> list[int]:
-        """Runs one iteration on all ranks; `delays` by (replica, low, high) stage. Versions that ran."""
+    def iteration(
+        self, index: int, delays: dict[tuple[int, int, int], float] | None = None, work: Sequence[float] = ()
+    ) -> list[int]:
+        """Runs one iteration on all ranks; `delays` by (replica, low, high) stage, `work`: ratio of each stage's times to the
+        usual ones. Versions that ran."""
         versions = []
         for rank, book in enumerate(self.books):
             replica, stage = self.topology.place(rank)
@@ -75,6 +80,7 @@ class World:
                 if 0 <= other < self.topology.stages:
                     pair = (replica, min(stage, other), max(stage, other))
                     links.append(LinkDelay(other, stage, (delays or {}).get(pair, 0.5), 8))
+            ratio = work[stage] if work else 1.0
             report = IterationReport(
                 replica=replica,
                 stage=stage,
@@ -84,7 +90,7 @@ class World:
                 microbatches=8,
                 iteration_ms=300.0,
                 plan_version=version,
-                chunks=(StageTimes(10.0, 10.0, 6.0),),
+                chunks=(StageTimes(10.0 * ratio, 10.0 * ratio, 6.0 * ratio),),
                 links=tuple(links),
             )
             self.queue.append((rank, {"type": "report", "report": report.to_json()}))
@@ -185,6 +191,24 @@ def test_a_rank_that_does_not_answer_blocks_nobody():
     assert world.iteration(6) == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("stages", [2, 4])
+def test_sequences_that_grow_raise_no_event_and_change_no_plan(stages):
+    """From 64 to 256 tokens; the last stage grows less. What is really slow afterwards is found."""
+    world = World(stages=stages)
+    for i in range(8):
+        world.iteration(i)
+    plans = len(world.plans)
+    for i in range(8, 60):
+        ratio = 1 + 3 * min(1.0, (i - 8) / 30)
+        ran = world.iteration(i, work=[ratio * (1 + ratio / 10)] * (stages - 1) + [ratio])
+    assert world.events == [] and len(world.plans) == plans and len(set(ran)) == 1
+    grown = [4 * 1.4] * (stages - 1) + [4.0]
+    for i in range(60, 64):
+        world.iteration(i, work=[2 * grown[0], *grown[1:]])
+    assert [(event.subject, event.state, event.since_iteration) for event in world.events] == [("stage 0", "slow", 60)]
+    assert world.events[0].delay_before_ms == pytest.approx(26 * 5.6)
+
+
 def test_the_plan_follows_the_profile_without_any_finding(monkeypatch):
     monkeypatch.setattr(module, "REFRESH", 3)
     world = World()
@@ -249,7 +273,7 @@ def test_the_exact_solver_improves_the_running_plan_in_the_background(monkeypatc
 
 def test_no_refinement_is_left_behind():
     world = World(config={**CONFIG, "refine_s": 0.0})
-    assert world.coordinator._refiner is None
+    assert world.coordinator._refining._refiner is None
     for i in range(5):
         world.iteration(i)
-    assert world.coordinator._refinement is None and len(world.plans) == 1
+    assert world.coordinator._refining._running is None and len(world.plans) == 1
