@@ -33,11 +33,11 @@ from adaptra_plugin.runtime.weights import WeightQueue
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 33)
 USES = ("once", "once", "once", "once", "twice", "chained", "embedding", "product", "sliced", "penalty")
-AROUND = ("plain", "plain", "plain", "checkpoint", "reentrant", "autocast", "offload")
+AROUND = (*["plain"] * 12, "checkpoint", "reentrant", "autocast", "offload")
 AFTER = ("nothing", "nothing", "relu_", "add_", "view", "transpose", "slice")
 GRADIENTS = ("dense", "dense", "expanded", "permuted", "sliced", "sum")
 LAYOUTS = ("contiguous", "permuted", "sliced", "strided", "expanded", "offset", "flipped")
-ITERATIONS = (2, 8, 8, 8)
+ITERATIONS = (2, 8, 8, 8, 8, 8)
 """Microbatches of each iteration; in the first one weights are observed."""
 
 

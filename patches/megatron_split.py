@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from adaptra_plugin.runtime.census import State
 from adaptra_plugin.runtime.split import Rebinding, SplitLayers, SplitReport
-from adaptra_plugin.runtime.weights import Formula, Gradient, WeightQueue
+from adaptra_plugin.runtime.weights import Formula, Product, WeightQueue
 
 logger = logging.getLogger("adaptra")
 NAME = "LinearWithGradAccumulationAndAsyncCommunication"
@@ -99,7 +99,7 @@ def _split_function(stock: Any) -> Any:
             ctx: Any,
             x: Tensor,
             weight: Tensor,
-            box: tuple[WeightQueue, nn.Parameter, Gradient],
+            box: tuple[WeightQueue, nn.Parameter, Product],
             anchor: Tensor,
             allreduce_dgrad: bool,
             sequence_parallel: bool,
@@ -150,7 +150,7 @@ def _operands(x: Tensor, grad_y: Tensor, gather: Any) -> tuple[Tensor, Tensor]:
     return grad_y, x
 
 
-def _plain_gradient(gather: Any) -> Gradient:
+def _plain_gradient(gather: Any) -> Product:
     def gradient(x: Tensor, grad_y: Tensor) -> Tensor:
         grad_y, x = _operands(x, grad_y, gather)
         return grad_y.t().matmul(x)
@@ -158,7 +158,7 @@ def _plain_gradient(gather: Any) -> Gradient:
     return gradient
 
 
-def _fused_gradient(weight: nn.Parameter, gather: Any) -> Gradient:
+def _fused_gradient(weight: nn.Parameter, gather: Any) -> Product:
     """`gradient_accumulation_fusion`: added to `main_grad` by one kernel; hooks see a tensor that they must not read."""
 
     def gradient(x: Tensor, grad_y: Tensor) -> Tensor | None:

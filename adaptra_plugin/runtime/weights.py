@@ -19,9 +19,14 @@ from torch.autograd.graph import GradientEdge
 
 from adaptra_plugin.errors import UnsupportedError
 
-Gradient = Callable[[Tensor, Tensor], Tensor | None]
+Product = Callable[[Tensor, Tensor], Tensor | None]
 """Of a weight, from the layer's input x and the gradient of its output y. None: it has been accumulated already; hooks find no
 gradient then."""
+
+
+def linear_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
+    """`grad_y^T x`, of shape (outputs, inputs), for two-dimensional arguments."""
+    return grad_y.t().mm(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,18 @@ class GraphRest:
     Attributes:
         output: where the gradient of the layer's output enters the graph.
         grad_y: that gradient.
+        weight: where the graph leaves towards the parameter: no hook of the parameter fires there.
         held: what the graph has saved; given back after W.
     """
 
     output: GradientEdge
     grad_y: Tensor
+    weight: GradientEdge
     held: list[Tensor]
+
+    def gradient(self) -> Tensor:
+        (gradient,) = torch.autograd.grad(self.output, self.weight, self.grad_y, retain_graph=True)
+        return gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,15 @@ class Formula:
 
     x: Tensor
     grad_y: Tensor
-    gradient: Gradient
+    product: Product
+
+    @property
+    def held(self) -> list[Tensor]:
+        return [self.x]
+
+    def gradient(self) -> Tensor | None:
+        with torch.no_grad():
+            return self.product(self.x, self.grad_y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +75,8 @@ class _Deferred:
     use: GraphRest | Formula
     task: int
     """The call of autograd in which it came up: one for each `backward()`, nested ones included."""
+    versions: tuple[int, ...]
+    """Of the tensors that W needs: how often they had been changed in place when I ran."""
 
 
 class WeightQueue:
@@ -103,10 +124,14 @@ class WeightQueue:
                 "did not do for this layer in the first iterations: its backward was to be split and cannot be; "
                 'set "adaptra": {"split_backward": false}'
             )
-        self._collecting.append(_Deferred(weight, use, torch._C._current_graph_task_id()))
+        self._collecting.append(_Deferred(weight, use, torch._C._current_graph_task_id(), _versions(use)))
 
     def run(self, microbatch: Hashable) -> None:
-        """Computes and accumulates the weight gradients of `microbatch` (action W)."""
+        """Computes and accumulates the weight gradients of `microbatch` (action W).
+
+        Raises:
+            UnsupportedError: what they need has been changed in place since their I.
+        """
         _run(self._waiting.pop(microbatch))
 
     def flush(self, weight: nn.Parameter) -> None:
@@ -128,7 +153,16 @@ class WeightQueue:
         self._collecting = None
 
 
+def _versions(use: GraphRest | Formula) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in (*use.held, use.grad_y))
+
+
 def _run(deferred: Sequence[_Deferred]) -> None:
+    if any(item.versions != _versions(item.use) for item in deferred):
+        raise UnsupportedError(
+            "the input of a linear layer, its weight or the gradient of its output has been changed in place between the backward of "
+            'a microbatch and its weight gradients: set "adaptra": {"split_backward": false}'
+        )
     for items in _rounds(deferred):
         _accumulate(items)
     for item in deferred:
@@ -170,27 +204,26 @@ def _rounds(items: Sequence[_Deferred]) -> list[list[_Deferred]]:
 
 
 def _accumulate(items: Sequence[_Deferred]) -> None:
-    """One call of autograd for all weights. It takes uses of a weight in the order of the whole backward: the newest first."""
+    """One call of autograd for all weights, each of which has one call of its own among the items."""
+    uses: dict[int, list[_Deferred]] = {}
+    for item in items:
+        uses.setdefault(id(item.weight), []).append(item)
     roots: list[Any] = []
     gradients: list[Tensor] = []
-    totals: dict[int, tuple[nn.Parameter, Tensor | None]] = {}
-    weights: dict[int, nn.Parameter] = {}
-    with torch.no_grad():
-        for item in items:
-            if isinstance(item.use, GraphRest):
-                roots.append(item.use.output)
-                gradients.append(item.use.grad_y)
-                weights[id(item.weight)] = item.weight
-                continue
-            gradient = item.use.gradient(item.use.x, item.use.grad_y)
-            _, seen = totals.get(id(item.weight), (None, None))
-            total = gradient if seen is None or gradient is None else seen + gradient
-            totals[id(item.weight)] = (item.weight, total)
-    for weight, total in totals.values():
+    for first, *others in uses.values():
+        if isinstance(first.use, GraphRest) and not others:
+            roots.append(first.use.output)
+            gradients.append(first.use.grad_y)
+            continue
+        # summed in the order in which autograd would have met the uses, before they are accumulated: for the same bits
+        total = first.use.gradient()
+        for item in others:
+            gradient = item.use.gradient()
+            total = None if total is None or gradient is None else total + gradient
         with torch.enable_grad():
-            roots.append(_Nothing.apply(weight) if total is None else weight.expand_as(weight))
+            roots.append(_Nothing.apply(first.weight) if total is None else first.weight.expand_as(first.weight))
         gradients.append(torch.zeros_like(roots[-1]) if total is None else total)
-        weights[id(weight)] = weight
     if roots:
         # retained: two outputs of a stage may have been differentiated one by one through the same layer
-        torch.autograd.backward(roots, gradients, retain_graph=True, inputs=list(weights.values()))
+        weights = [first.weight for (first, *_) in uses.values()]
+        torch.autograd.backward(roots, gradients, retain_graph=True, inputs=weights)

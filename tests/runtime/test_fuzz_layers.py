@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.fuzz_layers import ITERATIONS, Kind, difference
 
-KINDS = 200
+KINDS = 140
 
 
 @pytest.fixture(autouse=True)
