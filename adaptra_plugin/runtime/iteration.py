@@ -192,8 +192,8 @@ class Iteration:
         )
 
     def link_delays(self) -> tuple[LinkDelay, ...]:
-        """Median one-way delay of the transfers that this rank received, per directed link. Those during which a proxy stood
-        still do not count, and a link without any other is left out."""
+        """Median one-way delay and size of the transfers that this rank received, per directed link. Those during which a
+        proxy stood still do not count, and a link without any other is left out."""
         found = []
         for (src, dst), samples in self._delays.items():
             pauses = self._pauses[src, dst]

@@ -125,6 +125,7 @@ def test_a_solver_that_cannot_be_started_loses_no_event_and_no_report_of_a_plan(
 
 def test_or_tools_that_cannot_be_imported(gpipe, tmp_path, monkeypatch):
     (tmp_path / "ortools").mkdir()
+    (tmp_path / "ortools-9.99.dist-info").mkdir()
     (tmp_path / "ortools" / "__init__.py").write_text("raise ImportError('GLIBC_2.99 not found')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     world = solving()

@@ -77,7 +77,7 @@ def test_an_answer_from_the_far_future_is_none():
         answer_from({"version": 2, "ok": False, "begun": 900}, 4)
 
 
-KINDS = ["report", "answer", "rail", "show", "lost", "propose", "decide", "nonsense"]
+KINDS = ["report", "answer", "rail", "show", "lost", "departed", "propose", "decide", "nonsense"]
 NAMES = ["rank", "stage", "host", "why", "version", "commit", "event", "pipeline", "report", "first_iteration", "plan"]
 
 
@@ -94,7 +94,7 @@ def session(tmp_path_factory):
 )
 def test_no_message_ends_a_session(session, sender, kind, fields):
     message: Any = {**fields, "type": kind}
-    if kind == "lost":
+    if kind in ("lost", "departed"):
         try:
             loss_from(message, session.topology)
         except ValueError:
@@ -109,9 +109,9 @@ def test_no_message_ends_a_session(session, sender, kind, fields):
 
 def test_a_message_is_complained_of_once(session, caplog):
     for _ in range(3):
-        session._control(5, {"type": "lost", "rank": "one"})
+        session._control(5, {"type": "decide", "version": 1, "commit": True})
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "of rank 5" in r.getMessage()]
-    assert warned == ["control message 'lost' of rank 5: rank: 'one' is not a whole number from 0 to 0"]
+    assert warned == ["control message 'decide' of rank 5: ignored, only the coordinator may send it"]
 
 
 def test_a_proposal_that_is_not_understood_is_answered_with_no(session, monkeypatch):

@@ -107,6 +107,7 @@ def test_whatever_the_worker_says(before, said, monkeypatch):
 
 def test_or_tools_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
     (tmp_path / "ortools").mkdir()
+    (tmp_path / "ortools-9.99.dist-info").mkdir()
     (tmp_path / "ortools" / "__init__.py").write_text("raise ImportError('GLIBC_2.99 not found')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(PlanError, match=r"GLIBC_2\.99 not found"):
