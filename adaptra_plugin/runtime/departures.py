@@ -166,6 +166,14 @@ class Departures:
         found = [departure for departure, _ in self._known if departure.concerns(epoch)]
         return min(found, key=lambda departure: departure.epoch, default=None)
 
+    def cause(self, epoch: int) -> Departure | None:
+        """Of whose departure the end of another rank may be a mere consequence."""
+        found = self.blamed(epoch)
+        return found if found is not None and (found.broken or self._is_related(found)) else None
+
+    def _is_related(self, departure: Departure) -> bool:
+        return self._replica(departure.peer.rank) == self._own
+
     def due(self) -> Departure | None:
         """The one without which this rank is stuck, now."""
         presence, epoch = self._presence, self._presence.epoch
@@ -173,7 +181,7 @@ class Departures:
             return None
         now, waiting_since = presence.clock(), presence.waiting_since
         for departure, heard in sorted(self._known, key=lambda item: item[0].epoch):
-            related = self._replica(departure.peer.rank) == self._own
+            related = self._is_related(departure)
             if not departure.concerns(epoch) or not (related or departure.broken):
                 continue
             if related and waiting_since is not None and now - max(heard, waiting_since) >= STUCK_S:

@@ -78,7 +78,10 @@ class Losses:
     # --- what others say
 
     def lost(self, peer: PeerInfo, why: str) -> None:
-        """A peer is gone: the transport has noticed, or nothing goes on without it. Everybody hears of it."""
+        """A peer is gone: the transport has noticed, or nothing goes on without it. Everybody hears of it. If another rank
+        had left this schedule before, that is what the peer has ended of."""
+        if (cause := self._departures.cause(self.presence.current)) is not None:
+            peer, why = cause.peer, cause.why
         if self._me.rank != COORDINATOR and peer.rank != COORDINATOR and self.failure is None and not self._closed:
             self._send(COORDINATOR, _loss_message(peer, why))
         self._lose(peer, why)

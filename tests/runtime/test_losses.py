@@ -170,6 +170,22 @@ def test_without_any_news_the_rank_that_closed_its_connections_is_blamed(job, mo
         assert str(error).startswith(f"rank 3 (stage 3, host n3) is lost: {ENDED}.")
 
 
+@pytest.mark.parametrize(
+    ("pipelines", "left", "broken", "blamed"),
+    [([[0, 1, 2, 3]], 0, False, 0), ([[0, 1], [2, 3]], 0, True, 0), ([[0, 1], [2, 3]], 0, False, 2)],
+)
+def test_a_process_that_is_gone_after_another_rank_has_left_is_no_cause(job, pipelines, left, broken, blamed):
+    """Those that end because of a rank that left may close their connections without a word. A rank of another pipeline that
+    has left in good order is no cause."""
+    ranks = job(*pipelines)
+    ranks.enter(1)
+    mine = ranks.ranks[3]
+    mine.heard(0, Departure(info(left), 1, final=False, broken=broken, why="it left").to_json())
+    mine.lost(info(2), "its connection was closed")
+    why = "it left" if blamed == left else "its connection was closed"
+    assert str(mine.failure).startswith(f"rank {blamed} (stage {blamed}, host n{blamed}) is lost: {why}.")
+
+
 def test_an_error_that_nobody_explains_is_raised_and_told(job, monkeypatch):
     monkeypatch.setattr(losses, "PATIENCE_S", 0.1)
     ranks = job()
