@@ -91,7 +91,11 @@ def search_path() -> list[str]:
 
 
 def _is_installation(folder: str) -> bool:
+    """A folder into which things are installed. That of a project which is installed in place is none, though it has an
+    `.egg-info`: the user's own files lie there."""
+    if os.path.basename(folder) in ("site-packages", "dist-packages") or folder.endswith(".egg"):  # noqa: PTH119
+        return True
     try:
-        return any(name.endswith((".dist-info", ".egg-info")) for name in os.listdir(folder))  # noqa: PTH208
+        return any(name.endswith(".dist-info") for name in os.listdir(folder))  # noqa: PTH208
     except OSError:
-        return folder.endswith(".egg")
+        return False

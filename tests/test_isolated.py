@@ -41,6 +41,7 @@ def hostile(tmp_path, monkeypatch) -> Path:
     """A folder full of such files: the working directory, on PYTHONPATH, and the first one of this process's path."""
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the user was imported')\n")
+    (tmp_path / "me.egg-info").mkdir()  # as a project that is installed in place
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])

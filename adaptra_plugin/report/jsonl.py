@@ -153,7 +153,7 @@ class JsonlWriter:
     def _append(self, line: bytes) -> None:
         file = self._file or self._open()
         if self._size and self._size + len(line) > self._max_bytes:
-            self.path.replace(rotated(self.path))  # before the lock goes
+            self._rotate(file)  # before the lock goes
             self._finish()
             file = self._open()
         data = b"\n" + line if self._torn else line
@@ -162,6 +162,13 @@ class JsonlWriter:
             self._size += count
             self._torn = count < len(data)
             data = data[count:]
+
+    def _rotate(self, file: FileIO) -> None:
+        try:
+            self.path.replace(rotated(self.path))
+        except OSError as error:  # a folder of that name, say: the newest records are worth more than the oldest
+            self._logger.warning("report: %s cannot be renamed (%s); it is begun anew", self.path, explain(error))
+            file.truncate(0)
 
     def _open(self) -> FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.errors import ConfigError
 
+logger = logging.getLogger("adaptra")
 UNKNOWN = "-"
 """The run of records that name none."""
 
@@ -61,19 +63,27 @@ def read(directory: str | Path) -> Iterator[dict[str, Any]]:
         ConfigError: there are no files.
     """
     files = sorted(
-        Path(directory).glob("rank*.jsonl*"), key=lambda path: (path.name.split(".")[0], path.suffix != ".1")
+        (path for name in ("rank*.jsonl", "rank*.jsonl.1") for path in Path(directory).glob(name) if path.is_file()),
+        key=lambda path: (path.name.split(".")[0], path.suffix != ".1"),
     )
     if not files:
         raise ConfigError(f"{directory}: no rank*.jsonl there: expected the job's report.directory")
     for path in files:
-        with path.open("rb") as lines:
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("time"), int | float):
-                    yield {"run": UNKNOWN, **record}
+        try:
+            with path.open("rb") as lines:
+                yield from _records(lines)
+        except OSError as error:  # renamed meanwhile by the job that writes it, or not for us
+            logger.warning("%s cannot be read and is left out: %s", path, error.strerror)
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("time"), int | float):
+            yield {"run": UNKNOWN, **record}
 
 
 def runs(directory: str | Path) -> list[RunSummary]:

@@ -16,6 +16,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -37,6 +38,11 @@ _NOT_OURS = (
     *("WANDB_SWEEP_PARAM_PATH", "WANDB_LAUNCH", "WANDB_REINIT"),
 )
 """Environment variables that mean the run of the user's script: ours must not resume it, or live in its service."""
+
+
+def _somewhere() -> str | None:
+    """Where the files of a run can lie if its folder is gone: None: here."""
+    return None if os.path.isdir(".") and os.access(".", os.W_OK) else tempfile.gettempdir()  # noqa: PTH112
 
 
 class OwnRun:
@@ -135,7 +141,7 @@ class OwnRun:
 
     def _start(self, mode: str) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS}
-        directory = self._directory if self._directory is not None and Path(self._directory).is_dir() else None
+        directory = self._directory if self._directory is not None and Path(self._directory).is_dir() else _somewhere()
         # Isolated: no name of the working directory or the user's paths takes the place of the standard library's.
         # W&B is found where this process finds it.
         paths = [str(Path(self._directory or "/") / path) for path in sys.path if isinstance(path, str) and path]

@@ -33,7 +33,7 @@ ENDED = "it has ended and closed its connections"
 _COLLECTIVES = re.compile(
     r"torch/distributed/(distributed_c10d|c10d_logger|_functional_collectives)\.py|deepspeed/comm/"
 )
-_COLLECTIVE_TEXT = re.compile(r"gloo/|NCCL|ProcessGroup|c10d|RCCL|MPI_")
+_COLLECTIVE_TEXT = re.compile(r"gloo/|NCCL error|nccl\w+Error|RCCL error|ProcessGroup(NCCL|Gloo|UCC|MPI)|c10d::")
 
 
 def is_foreign(error: BaseException) -> bool:

@@ -137,6 +137,9 @@ class Rendezvous:
             TransportError: names who has not come within the deadline, or which rank has failed to start, and why.
         """
         found: dict[int, str] = {}
+        # the patience of each meeting is its own: the first batch may come long after the start
+        self._started = self._told_at = time.monotonic()
+        self._pause_s = REMIND_S
         for rank in ranks:
             key = self._key(name(rank))
             try:

@@ -22,10 +22,18 @@ def extent_of(chunk_bytes: int, *, grows: bool) -> int | None:
     return max(EXTENT_BYTES, chunk_bytes) if grows else None
 
 
+ADDRESS_SHARE = 64
+"""A ring takes at most such a part of the addresses that a process may have: with two neighbours it has a dozen or more."""
+
+
 def growth_limit(wanted: int) -> int:
-    """How long a ring may be that takes its memory as it grows: no memory file may be longer than RLIMIT_FSIZE, used or not."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return wanted if soft == resource.RLIM_INFINITY else max(RING_UNIT, min(wanted, soft // RING_UNIT * RING_UNIT))
+    """How long a ring may be that takes its memory as it grows: no memory file may be longer than RLIMIT_FSIZE, used or not, and
+    all that are mapped count for RLIMIT_AS."""
+    for limit, share in ((resource.RLIMIT_FSIZE, 1), (resource.RLIMIT_AS, ADDRESS_SHARE)):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            wanted = max(RING_UNIT, min(wanted, soft // share // RING_UNIT * RING_UNIT))
+    return wanted
 
 
 class Segment:

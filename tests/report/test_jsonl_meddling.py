@@ -200,3 +200,13 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
     lines = (tmp_path / "rank00000.jsonl").read_text().splitlines()
     assert [json.loads(line)["i"] for line in lines[:3]] == [0, 1, 2]
+
+
+def test_a_name_that_is_taken_costs_the_oldest_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = JsonlWriter(tmp_path, 0, "r1", max_file_mib=0.01)
+    module.rotated(writer.path).mkdir(parents=True)
+    for i in range(400):
+        writer.write({"i": i, "text": "x" * 80})
+    assert writer.close(NEWS_S)
+    found = numbers(writer.path)
+    assert found[-1] == 399 and found == list(range(found[0], 400)) and "cannot be renamed" in caplog.text

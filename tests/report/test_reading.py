@@ -104,3 +104,10 @@ def test_ranks_agree_on_a_run_that_says_nothing_of_the_secret() -> None:
     assert new_run(secret) == new_run(secret) != new_run(b"t" * 32) and len(new_run(secret)) == 8
     assert new_run() != new_run()
     assert new_run(secret) not in secret.hex()
+
+
+def test_what_cannot_be_read_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report(tmp_path, "aaaa", 100.0, 3, ranks=1)
+    (tmp_path / "rank00001.jsonl").mkdir()
+    (tmp_path / "rank00002.jsonl.gz").write_bytes(b"no text")
+    assert [run.run for run in runs(tmp_path)] == ["aaaa"]

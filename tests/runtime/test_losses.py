@@ -90,6 +90,7 @@ OWN = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
     RuntimeError("DataLoader worker (pid 4) exited unexpectedly"),
+    RuntimeError("no ProcessGroup config for c10d and MPI_COMM_WORLD here"),
     OSError("the disk is gone"),
 ]
 

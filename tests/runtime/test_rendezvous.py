@@ -184,3 +184,15 @@ def test_a_session_that_fails_to_start_tells_those_that_wait_for_it(monkeypatch)
         start(1)
     assert [str(error) for error in told] == ["x"]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("adaptra-control")]
+
+
+def test_each_meeting_has_its_own_patience(quick):
+    """The first batch may come long after the start, which is no time that a rank has been waited for."""
+    first, second = (Rendezvous(store, "7", rank, 2.0) for rank, store in enumerate(tcp_stores(2)))
+    first._started -= 60.0  # a minute ago
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(first.gather, "reasons", [], 2)
+        time.sleep(0.3)
+        assert not waiting.done()
+        second.gather("reasons", ["late"], 2)
+        assert waiting.result(20) == {0: [], 1: ["late"]}

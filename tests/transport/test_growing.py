@@ -266,3 +266,11 @@ def test_messages_of_a_growing_ring_never_overlap_and_stay_in_its_window(steps, 
             position = sorted(held)[which % len(held)]
             book.consume(position)
             del held[position]
+
+
+def test_a_limit_of_addresses_limits_how_far_rings_grow(monkeypatch):
+    limits = {resource.RLIMIT_FSIZE: resource.RLIM_INFINITY, resource.RLIMIT_AS: 8 << 30}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], resource.RLIM_INFINITY))
+    assert segment.growth_limit(1 << 30) == 128 << 20
+    limits[resource.RLIMIT_AS] = resource.RLIM_INFINITY
+    assert segment.growth_limit(1 << 30) == 1 << 30
