@@ -102,7 +102,7 @@ def test_what_a_rank_raises_itself_is_raised_at_once_and_told_to_everybody(job, 
     ranks.enter(1)
     begun = time.monotonic()
     assert ranks.leave(who, error) is error
-    assert time.monotonic() - begun < 0.3
+    assert time.monotonic() - begun < losses.PATIENCE_S / 2
     with ThreadPoolExecutor(3) as pool:
         failures = list(pool.map(ranks.wait, {0, 1, 2, 3} - {who}))
     for failure in failures:
@@ -184,7 +184,7 @@ def test_a_process_that_is_gone_after_another_rank_has_left_is_no_cause(job, pip
     mine.heard(0, Departure(info(left), 1, final=False, broken=broken, why="it left").to_json())
     mine.lost(info(2), "its connection was closed")
     why = "it left" if blamed == left else "its connection was closed"
-    assert str(mine.failure).startswith(f"rank {blamed} (stage {blamed}, host n{blamed}) is lost: {why}.")
+    assert str(mine.failure).startswith(f"rank {blamed} (") and f"host n{blamed}) is lost: {why}." in str(mine.failure)
 
 
 def test_an_error_that_nobody_explains_is_raised_and_told(job, monkeypatch):
