@@ -258,9 +258,9 @@ def test_the_exact_solver_improves_the_running_plan_in_the_background(monkeypatc
     """The real solver; the heuristic is made to answer with GPipe, so that there is something to find."""
     slow = {(0, 1, 2): 25.0}
     monkeypatch.setattr(module, "plan", lambda profile, **_: planner.plan(profile, schedule="gpipe"))
-    world = World(config={**CONFIG, "refine_s": 20.0})
+    world = World(config={**CONFIG, "refine_s": 300.0})
     ran = [world.iteration(i, slow) for i in range(5)]
-    until = time.monotonic() + 40
+    until = time.monotonic() + 100  # the solver runs at the lowest priority
     while len(world.plans) < 2 and time.monotonic() < until:
         time.sleep(0.05)
         world.deliver()

@@ -54,7 +54,8 @@ def gpipe(monkeypatch):
     monkeypatch.setattr(module, "plan", plan)
 
 
-def until(world: World, condition, deadline_s: float = 60.0) -> None:
+def until(world: World, condition, deadline_s: float = 100.0) -> None:
+    """The solver runs at the lowest priority: on a busy machine it comes to its turn late."""
     end = time.monotonic() + deadline_s
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -95,7 +96,7 @@ def test_a_solver_that_is_killed_costs_its_plan_and_nothing_else(gpipe, monkeypa
 
 def test_a_solver_that_works_again_is_news_too(gpipe, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    world = solving(20.0)
+    world = solving()
     assert parts(world) == [("exact solver", "lost")]
     monkeypatch.setattr(subprocess, "Popen", POPEN)
     profile, found = world.coordinator._committed

@@ -43,7 +43,7 @@ def test_a_user_s_modules_named_like_the_standard_library_s(where, tmp_path, mon
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     else:
         monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert refine(UNEVEN, plan(UNEVEN), seconds=30).optimal
+    assert refine(UNEVEN, plan(UNEVEN), seconds=90).optimal
 
 
 def test_what_changes_an_interpreter_is_not_passed_on(monkeypatch):
@@ -54,7 +54,7 @@ def test_what_changes_an_interpreter_is_not_passed_on(monkeypatch):
     names = {name for name in isolated_environment() if name.startswith("PYTHON")}
     assert names <= {"PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPYCACHEPREFIX"}
     assert "PYTHONHASHSEED" in names
-    assert refine(UNEVEN, plan(UNEVEN), seconds=30).optimal
+    assert refine(UNEVEN, plan(UNEVEN), seconds=90).optimal
 
 
 def test_arguments_and_the_package_reach_isolated_code():
@@ -99,10 +99,10 @@ def test_a_stopped_worker_is_given_up(monkeypatch):
 def test_whatever_the_worker_says(before, said, monkeypatch):
     monkeypatch.setattr(module, "_WORKER", before + "\n" + module._WORKER)
     if said is None:
-        assert refine(UNEVEN, plan(UNEVEN), seconds=30).optimal
+        assert refine(UNEVEN, plan(UNEVEN), seconds=90).optimal
         return
     with pytest.raises(PlanError, match=said):
-        refine(UNEVEN, plan(UNEVEN), seconds=30)
+        refine(UNEVEN, plan(UNEVEN), seconds=90)
 
 
 def test_or_tools_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_or_tools_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
     (tmp_path / "ortools" / "__init__.py").write_text("raise ImportError('GLIBC_2.99 not found')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(PlanError, match=r"GLIBC_2\.99 not found"):
-        refine(UNEVEN, plan(UNEVEN), seconds=30)
+        refine(UNEVEN, plan(UNEVEN), seconds=90)
 
 
 def test_no_process_can_be_started(monkeypatch):
