@@ -392,7 +392,7 @@ MESSAGES = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages=st.lists(st.tuples(st.integers(-1, 5), MESSAGES | JSON), max_size=12), data=st.data())
 def test_no_message_whatever_it_says_ends_detection(messages, data):
     world = World()
