@@ -12,6 +12,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import deepspeed
@@ -28,7 +29,7 @@ from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.split import SplitLinears
-from adaptra_plugin.runtime.stepping import Unstepped
+from adaptra_plugin.runtime.stepping import SCHEDULES, Unstepped
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
@@ -128,6 +129,9 @@ class AdaptraPipelineEngine(PipelineEngine):
     _decided = False  # whether this job runs by plans
     _warned = False  # of a schedule that is not known
     _INSTRUCTION_MAP: dict[type, Callable[..., None]]
+    _stock_instructions: dict[type, Callable[..., None]]
+    """What executes instructions without Adaptra: DeepSpeed's own functions, or those that users have put there."""
+    _unstepped: Unstepped | None = None
     grad_layer: Any
     loss: Any
 
@@ -194,15 +198,20 @@ class AdaptraPipelineEngine(PipelineEngine):
         microbatches = pipe_schedule.micro_batches
         training = type(pipe_schedule) is stock.TrainSchedule
         iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
-        unstepped = Unstepped(self.module.named_parameters()) if training and iteration.index == 0 else None
-        before_step = nothing if unstepped is None else unstepped.check
+        watched = training and iteration.index < SCHEDULES
+        self._unstepped = Unstepped(self.module.named_parameters()) if watched else None
+        before_step = self._unstepped.check if self._unstepped is not None else nothing
         plan = PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id, before_step)
         self._running = iteration
+        users = vars(self).get("_INSTRUCTION_MAP")  # somebody's, of this engine alone
+        self._stock_instructions = self._INSTRUCTION_MAP
         self._INSTRUCTION_MAP = {**self._stock_instructions, **self._INSTRUCTIONS}
         try:
             super()._exec_schedule(plan)
         finally:
             del self._INSTRUCTION_MAP
+            if users is not None:
+                self._INSTRUCTION_MAP = users
             self._running = None
             self._losses.clear()
             self.grad_layer = None
@@ -213,11 +222,6 @@ class AdaptraPipelineEngine(PipelineEngine):
                 slots[:] = [None] * len(slots)  # another plan may have fewer: nothing must stay alive in the others
             session.queue.clear()
         session.end(iteration)
-
-    @property
-    def _stock_instructions(self) -> dict[type, Callable[..., None]]:
-        """What executes instructions without Adaptra: DeepSpeed's own functions, or those that users have put there."""
-        return type(self)._INSTRUCTION_MAP
 
     def _session_for(self, schedule: Any) -> Session | None:
         """The session, if it runs the schedule by a plan.
@@ -252,7 +256,8 @@ class AdaptraPipelineEngine(PipelineEngine):
     def _adaptra_forward(self, buffer_id: int, action: Action) -> None:
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
-        with iteration.compute(action), session.recording(iteration):
+        watched = nullcontext() if self._unstepped is None or not iteration.training else self._unstepped.forward()
+        with iteration.compute(action), watched, session.recording(iteration):
             self._stock_instructions[stock.ForwardPass](self, buffer_id)
         if iteration.training and self.is_last_stage():
             # the stock engine has one slot for the loss; here several forwards may run before the first backward

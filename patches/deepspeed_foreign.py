@@ -16,7 +16,8 @@ from deepspeed.runtime.pipe import schedule as stock
 from adaptra_plugin.patches.genuine import is_genuine, name_of
 from adaptra_plugin.runtime.stepping import foreign_hooks
 
-TRANSFERS = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad)
+REPLACED = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad, stock.BackwardPass)
+"""Instructions that a plan executes in its own way; of a backward, another function may look at gradients that come later here."""
 METHODS = ("_exec_schedule", "_send_tensor_meta", "_recv_tensor_meta")
 P2P = ("send", "recv")
 LAST = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
@@ -33,16 +34,16 @@ def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
     home = engine_module.__name__
     found = [
         f"the instruction {kind.__name__} is executed by {name_of(function)}"
-        for kind in TRANSFERS
-        if not is_genuine(function := stock_class._INSTRUCTION_MAP.get(kind), home)  # type: ignore[attr-defined]
+        for kind in REPLACED
+        if not is_genuine(function := engine._INSTRUCTION_MAP.get(kind), home)
     ]
     for name in METHODS:
-        method = getattr(stock_class, name, None)
+        method = vars(engine).get(name) or getattr(stock_class, name, None)
         if method is not None and not is_genuine(method, home):
             found.append(f"PipelineEngine.{name} is {name_of(method)}")
     for name in P2P:
-        if not is_genuine(getattr(p2p, name), p2p.__name__):
-            found.append(f"deepspeed.runtime.pipe.p2p.{name} is {name_of(getattr(p2p, name))}")
+        if not is_genuine(function := getattr(engine_module.p2p, name, None), p2p.__name__):
+            found.append(f"deepspeed.runtime.pipe.p2p.{name} is {name_of(function)}")
     if not _keeps_the_order(schedule):
         found.append(
             f"the steps of {type(schedule).__name__} are those of {name_of(type(schedule).steps)}, in another order"
@@ -60,11 +61,25 @@ def _keeps_the_order(schedule: Any) -> bool:
     names = {name for cls in kind.__mro__[:-1] for name, value in vars(cls).items() if callable(value)}
     if all(is_genuine(getattr(kind, name), stock.__name__) for name in names):
         return True
+    key = (kind, kind.steps, schedule.micro_batches, schedule.stages, schedule.stage_id)
+    if key not in _judged:
+        _judged[key] = _steps_keep_order(schedule)
+    return _judged[key]
+
+
+_judged: dict[Any, bool] = {}
+
+
+def _steps_keep_order(schedule: Any) -> bool:
     try:
-        instructions = [type(instruction).__name__ for step in schedule.steps() for instruction in step]
+        instructions = [instruction for step in schedule.steps() for instruction in step]
     except Exception:  # noqa: BLE001 - a generator of somebody else's, which may need what only a run has
         return False
-    return names_keep_order(instructions, schedule)
+    if any(
+        type(it) is not getattr(stock, type(it).__name__, None) or set(it.kwargs) - {"buffer_id"} for it in instructions
+    ):
+        return False
+    return names_keep_order([type(instruction).__name__ for instruction in instructions], schedule)
 
 
 def names_keep_order(names: Sequence[str], schedule: Any) -> bool:

@@ -34,6 +34,7 @@ from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.session import Session, told_by_all
+from adaptra_plugin.runtime.stepping import SCHEDULES
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
@@ -179,7 +180,8 @@ class _Execution:
 
     def run(self) -> list[Any]:
         steps = {Kind.F: self._forward, Kind.I: self._backward, Kind.B: self._backward, Kind.W: self._weight}
-        unstepped = foreign.unstepped(self.call.chunks) if self.call.training and self.iteration.index == 0 else None
+        watched = self.call.training and self.iteration.index < SCHEDULES
+        unstepped = self._unstepped = foreign.unstepped(self.call.chunks) if watched else None
         with self._no_sync():
             for action in self.iteration.dispatch():
                 steps[action.kind](action)
@@ -199,7 +201,8 @@ class _Execution:
             tensor.requires_grad_(tensor.is_floating_point())
         self._synchronise_parameters(chunk)
         first = call.first_val_step is None or call.training or bool(call.first_val_step)
-        with iteration.compute(action), self.session.recording(iteration):
+        watched = nullcontext() if self._unstepped is None else self._unstepped.forward()
+        with iteration.compute(action), watched, self.session.recording(iteration):
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.iterators[chunk],
@@ -371,7 +374,7 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
         return stock(**arguments)
     _check_shapes(call)
     model = call.chunks[0]
-    found = foreign.reasons(stock, call.chunks)
+    found = foreign.reasons(stock, call.chunks, call.p2p_communicator)
     pipeline = _pipelines.get(model)
     if model not in _pipelines or (pipeline is not None and pipeline.session.closed):
         pipeline = _pipelines[model] = _start(config, call, found)

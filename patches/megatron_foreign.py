@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 from megatron.core.pipeline_parallel import p2p_communication, schedules
@@ -12,21 +13,34 @@ from adaptra_plugin.patches.genuine import is_genuine, name_of
 from adaptra_plugin.runtime.stepping import Unstepped, foreign_hooks
 
 FUNCTIONS = ("_p2p_ops", "_batched_p2p_ops", "_communicate", "_communicate_shapes")
+STEPS = ("forward_step", "backward_step", "custom_backward")
+"""What the stock schedules compute with. Another backward may look at gradients that come later in a plan."""
 
 
-def reasons(stock: Callable[..., Any], chunks: Sequence[nn.Module]) -> list[str]:
+def reasons(stock: Callable[..., Any], chunks: Sequence[nn.Module], communicator: Any = None) -> list[str]:
     """Why a model runs without plans, one line each; none: it runs by plans.
 
     Args:
         stock: the schedule that has been replaced by Adaptra's.
         chunks: the model.
+        communicator: that the caller has given, if any.
     """
-    found = []
+    found = [
+        f"schedules.{name} is {name_of(getattr(schedules, name))}"
+        for name in STEPS
+        if not is_genuine(getattr(schedules, name), schedules.__name__)
+    ]
     if not is_genuine(stock, schedules.__name__):
         found.append(f"the schedule is {name_of(stock)}")
-    communicator = getattr(p2p_communication, "P2PCommunicator", None)
+    kind = getattr(p2p_communication, "P2PCommunicator", None)
+    if getattr(schedules, "P2PCommunicator", kind) is not kind or (
+        communicator is not None and type(communicator) is not kind
+    ):
+        found.append("p2p goes through another class than Megatron's P2PCommunicator")
     parts = {name: getattr(p2p_communication, name, None) for name in FUNCTIONS}
-    parts |= {name: value for name, value in vars(communicator or object).items() if callable(value) and name[0] != "_"}
+    parts |= {
+        name: value for name, value in vars(kind or object).items() if isinstance(value, FunctionType | staticmethod)
+    }
     found += [
         f"p2p_communication's {name} is {name_of(part)}"
         for name, part in parts.items()

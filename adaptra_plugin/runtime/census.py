@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from adaptra_plugin.runtime.weights import WeightQueue
 
@@ -34,26 +35,35 @@ class State(Enum):
 class _Weight:
     """What is known of one weight."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weakref.ref(weight)
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        # by its owner: `torch.utils.swap_tensors` (`Module.to`, `load_state_dict`) takes no parameter that has a weak reference
+        self._owner, self._name = weakref.ref(owner), name
         self.state = State.OBSERVED
         self.used = False
         self.otherwise = False  # something else than the observed calls takes part in its gradient
         self.given: dict[int, list[Tensor | None]] = {}  # by observed calls, in each call of autograd
         self.hook: Any = None
 
+    def weight(self) -> nn.Parameter | None:
+        owner = self._owner()
+        return None if owner is None else owner._parameters.get(self._name)
+
 
 class Census:
     """The weights of a rank's part of the model, and what may be done with them. Does not keep the model alive.
 
     Args:
-        parameters: of the model.
+        modules: of the model, parents and children.
         queue: knows whether a backward pass is the schedule's.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], queue: WeightQueue) -> None:
+    def __init__(self, modules: Iterable[nn.Module], queue: WeightQueue) -> None:
         self._queue = queue
-        self._weights = {id(p): _Weight(p) for p in parameters if p.numel()}
+        self._weights: dict[int, _Weight] = {}
+        for module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not is_lazy(parameter) and parameter.numel():
+                    self._weights.setdefault(id(parameter), _Weight(module, name))
 
     def state(self, weight: Any) -> State | None:
         """Of a weight in a forward that records; None: not one of the model, or frozen."""
@@ -92,7 +102,7 @@ class Census:
                 won += 1
                 known.state = State.SPLIT
                 self._unregister(known)
-                known.hook = _first_hook(weight, lambda _, known=known: self._accumulates(known))
+                known.hook = _first_hook(weight, lambda grad, known=known: self._accumulates(known, grad))
         if lost:
             logger.warning(
                 "%d weights are used by a linear layer and elsewhere in the same stage, or differentiated inside its forward: "
@@ -125,13 +135,16 @@ class Census:
         if not (self._queue.collecting and _is_sum(total, given)):
             known.otherwise = True
 
-    def _accumulates(self, known: _Weight) -> None:
+    def _accumulates(self, known: _Weight, gradient: Tensor) -> Tensor | None:
         """A weight that is split is about to be accumulated to; in I that is another use's doing, or a call's that could not be
-        split this once. Microbatches keep their order."""
+        split this once. Microbatches keep their order, and what this one has left already belongs to the same sum."""
         weight = known.weight()
-        if self._queue.collecting and weight is not None:
-            known.otherwise = True
-            self._queue.flush(weight)
+        if not self._queue.collecting or weight is None:
+            return None
+        known.otherwise = True
+        self._queue.flush(weight)
+        left = self._queue.claim(weight)
+        return None if left is None else left + gradient
 
     @staticmethod
     def _unregister(known: _Weight) -> None:

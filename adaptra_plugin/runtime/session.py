@@ -191,6 +191,8 @@ class Session:
         """
         self._enter()
         self._endpoint.set_iteration(self._iteration)
+        if self._split is not None:
+            self._split.begin()
         with self._losses.presence.waiting():  # for a verdict
             version, plan = self._book.begin(self._iteration, microbatches)
         return self._begin(version, plan.schedule.ranks[self.topology.position], microbatches, training=True)

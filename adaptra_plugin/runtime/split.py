@@ -11,6 +11,7 @@ computes for stock, whatever way torch chooses for the layout at hand.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack
@@ -53,6 +55,9 @@ class Split(Protocol):
 
     @property
     def report(self) -> SplitReport: ...
+
+    def begin(self) -> None:
+        """An iteration begins."""
 
     def recording(self) -> AbstractContextManager[None]:
         """Forwards inside run split."""
@@ -153,6 +158,8 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         torch.is_autocast_enabled(x.device.type)  # casts are kept for the whole forward, and shared between layers
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()
         or (
             torch._C._len_torch_function_stack() > 0
             and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
@@ -210,6 +217,7 @@ class _SplitProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor, call: _Call) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, call.weight)
         ctx.call, ctx.bias_shape = call, None if bias is None else bias.shape
         return _LINEAR(x, call.weight, bias)
@@ -218,6 +226,8 @@ class _SplitProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
+        if grad_y is None:
+            return None, None, None, None  # as in stock: no gradient is not a gradient of zeros
         x, weight = ctx.saved_tensors
         ctx.call.queue.defer(ctx.call.weight, Formula(x.detach(), grad_y, linear_gradient))
         grad_x = grad_y.mm(weight) if ctx.needs_input_grad[0] else None
@@ -249,6 +259,7 @@ class _SplitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor, call: _Call) -> Tensor:
+        ctx.set_materialize_grads(False)
         saved: list[Tensor] = []
         held: list[Tensor] = []  # the same again, while they are needed
 
@@ -275,6 +286,8 @@ class _SplitLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
+        if grad_y is None:
+            return None, None, None, None
         ctx.held[:] = ctx.saved_tensors
         ctx.call.queue.defer(ctx.call.weight, GraphRest(ctx.output, grad_y, ctx.weight, ctx.held))
         found: list[Tensor | None] = [None, None]
@@ -307,10 +320,11 @@ class SplitLayers:
     ) -> None:
         found = list(modules)
         self.queue = queue
-        self.census = Census((p for module in found for p in module._parameters.values() if p is not None), queue)
+        self.census = Census(found, queue)
         self._modules = [weakref.ref(module) for module in found]
         self._rebinding = rebinding
         self._likely = likely
+        self._hooked = False
         self._anchors: dict[torch.device, Tensor] = {}
         rebinding.look()
 
@@ -320,10 +334,19 @@ class SplitLayers:
             self._anchors[device] = torch.zeros(1, device=device, requires_grad=True)
         return self._anchors[device]
 
+    def begin(self) -> None:
+        """An iteration begins. Hooks on the backward of modules may look at gradients, or change them: with such hooks no backward
+        is split, so that they find what they find in stock."""
+        self._hooked = any(
+            module._backward_hooks or module._backward_pre_hooks
+            for found in self._modules
+            if (module := found()) is not None
+        )
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Forwards inside run split."""
-        with self._rebinding.to(self):
+        with contextlib.nullcontext() if self._hooked else self._rebinding.to(self):
             yield
 
     def counts(self, layer: nn.Module) -> bool:
@@ -367,7 +390,10 @@ class SplitLinears(SplitLayers):
         def likely(layer: nn.Module) -> bool:
             weight = layer._parameters.get("weight")
             return (
-                isinstance(layer, nn.Linear) and weight is not None and weight.requires_grad and uses[id(weight)] == 1
+                isinstance(layer, nn.Linear)
+                and weight is not None
+                and weight.requires_grad
+                and uses.get(id(weight), 1) == 1
             )
 
         super().__init__(module.modules(), queue, _REBINDING, likely)

@@ -7,7 +7,8 @@ Some release each gradient at once: a hook on the parameter steps and clears it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def foreign_hooks(parameters: Iterable[nn.Parameter], known: Collection[str] = H
     """Names of functions that run when a gradient has been accumulated and belong to none of the packages `known`."""
     found: dict[str, None] = {}
     for parameter in parameters:
+        if getattr(parameter, "_in_backward_optimizers", None):
+            found["torch.distributed.optim._apply_optimizer_in_backward"] = None
         hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
         for hook in hooks.values() if hooks else ():
             home, name = _origin(hook)
@@ -33,21 +36,33 @@ def foreign_hooks(parameters: Iterable[nn.Parameter], known: Collection[str] = H
 
 
 def _origin(hook: Any) -> tuple[str, str]:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
+    while isinstance(hook, functools.partial) or hasattr(hook, "__wrapped__"):
+        hook = hook.func if isinstance(hook, functools.partial) else hook.__wrapped__
     hook = getattr(hook, "__func__", hook)
     home = getattr(hook, "__globals__", {}).get("__name__") or type(hook).__module__
     return str(home), str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
+SCHEDULES = 3
+"""In so many schedules at the beginning it is looked at whether parameters change; the first steps of a warm-up may do nothing."""
+
+
 class Unstepped:
-    """The trainable parameters at the beginning of a schedule, to see that they are the same at its end.
+    """The trainable parameters at the beginning of a schedule, to see that they are the same at its end. Forwards may change them
+    (`max_norm` of embeddings, values that are set by the first batch): they run in the same order in every plan.
 
     By their bits: whoever steps inside a schedule goes around autograd's own count of versions (`parameter.data`).
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self._parameters = [(name, p) for name, p in parameters if p.requires_grad]
+        self._before = self._sums()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Changes inside are the model's own."""
+        self.check()
+        yield
         self._before = self._sums()
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ ZeRO, BF16 optimizer) fires exactly as in a fused backward, once per microbatch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def linear_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
     return grad_y.t().mm(x)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GraphRest:
     """A use of a weight whose W is what autograd would do: the rest of the layer's own graph, from its output to the weight.
 
@@ -50,7 +51,7 @@ class GraphRest:
         return gradient
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Formula:
     """A use of a weight whose gradient is computed by a function, without autograd."""
 
@@ -67,7 +68,7 @@ class Formula:
             return self.product(self.x, self.grad_y)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Deferred:
     """One use of one weight in one microbatch."""
 
@@ -146,6 +147,15 @@ class WeightQueue:
                     _run(due)
         finally:
             self._collecting = collecting
+
+    def claim(self, weight: nn.Parameter) -> Tensor | None:
+        """The sum of what the present call of autograd has left of a weight so far, which is not deferred any more; None: nothing."""
+        assert self._collecting is not None
+        task = torch._C._current_graph_task_id()
+        due = [item for item in self._collecting if item.weight is weight and item.task == task]
+        self._collecting = [item for item in self._collecting if item not in due] if due else self._collecting
+        parts = [gradient for item in due if (gradient := item.use.gradient()) is not None]
+        return functools.reduce(torch.add, parts) if parts else None
 
     def clear(self) -> None:
         """Forgets everything that waits (after a failed iteration)."""

@@ -46,6 +46,7 @@ def split_of(weight, run):
     queue.run("observed")
     split.settle()
     weight.grad = None
+    split.model = chunk  # which nothing else keeps
     return queue, split
 
 

@@ -307,3 +307,46 @@ def steps_in_tensor_hooks(rank):
 
 def test_parameters_that_change_inside_the_schedule_are_refused():
     run_ranks(steps_in_tensor_hooks, 2)
+
+
+def clipped_backward(self, buffer_id):
+    """Works on gradients as soon as a microbatch has them."""
+    STOCK_BACKWARD(self, buffer_id)
+    torch.nn.utils.clip_grad_norm_(self.module.parameters(), 0.05)
+
+
+def other_backward(rank):
+    PipelineEngine._INSTRUCTION_MAP[stock_schedule.BackwardPass] = clipped_backward
+
+
+def test_a_replaced_backward_runs_as_it_is():
+    run(other_backward, by_plan=False, heard="the instruction BackwardPass is executed by")
+
+
+def of_this_engine(rank):
+    def prepare(engine):
+        engine._INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, stock_schedule.SendGrad: halved_gradients}
+
+    return {"prepare": prepare}
+
+
+def test_instructions_of_one_engine_are_looked_at():
+    run(of_this_engine, by_plan=False, heard="the instruction SendGrad is executed by")
+
+
+class ForwardPass(stock_schedule.BufferOpInstruction):
+    """Only its name is DeepSpeed's."""
+
+
+def other_instruction(self):
+    for step in in_order(self, load_first=False):
+        yield [ForwardPass(it.buffer_id) if type(it) is stock_schedule.ForwardPass else it for it in step]
+
+
+def named_alike(rank):
+    stock_schedule.TrainSchedule.steps = other_instruction
+    PipelineEngine._INSTRUCTION_MAP[ForwardPass] = scaled_forward
+
+
+def test_an_instruction_of_the_same_name_is_another_one():
+    run(named_alike, by_plan=False, heard="the steps of TrainSchedule are those of")

@@ -473,3 +473,96 @@ def test_misuse_is_an_error():
         pass
     with pytest.raises(RuntimeError, match="microbatch 0 already waits"), queue.collect(0):
         pass
+
+
+class Stop(torch.autograd.Function):
+    """Hands no gradient on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+class Chain(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(4, 4), nn.Linear(4, 4), between
+
+    def forward(self, x):
+        return self.b(self.between(torch.tanh(self.a(x))))
+
+
+def test_no_gradient_is_none_and_not_zeros():
+    on = [False]
+    module = Chain(lambda x: Stop.apply(x) if on[0] else x)
+    queue, split = prepared(module, torch.randn(3, 4))
+    on[0] = True
+    for x in (torch.randn(3, 4), torch.randn(4, 3).t()):  # both ways of splitting
+        with split.recording():
+            y = module(x)
+        with queue.collect(0):
+            y.sum().backward()
+        queue.run(0)
+    assert module.a.weight.grad is None and module.a.bias.grad is None and module.b.weight.grad is not None
+
+
+def test_a_penalty_that_begins_later_gives_the_bits_of_stock():
+    """If its backward comes after the layer's; before it, autograd would already have accumulated (see README's known gaps)."""
+
+    def run(split):
+        torch.manual_seed(10)
+        module, queue = nn.Linear(4, 4), WeightQueue()
+        layers = SplitLinears(module, queue)
+        for m in range(8):
+            with layers.recording() if split else contextlib.nullcontext():
+                penalty = module.weight.square().sum() if m >= 4 else 0.0
+                y = module(torch.randn(5, 4)).square().sum() + penalty
+            with queue.collect(m):
+                y.backward()
+            if m % 2:
+                queue.run(m - 1)
+                queue.run(m)
+                layers.settle()
+        return [p.grad for p in module.parameters()]
+
+    assert same(run(split=True), run(split=False))
+
+
+def test_hooks_on_modules_find_the_gradients_of_stock():
+    def run(split):
+        torch.manual_seed(11)
+        module, queue, seen = Chain(lambda x: x), WeightQueue(), []
+        layers = SplitLinears(module, queue)
+        module.a.register_full_backward_hook(lambda m, gi, go: seen.append(module.b.weight.grad.clone()))
+        for m in range(6):
+            layers.begin()
+            with layers.recording() if split else contextlib.nullcontext():
+                y = module(torch.randn(5, 4))
+            with queue.collect(m):
+                y.sum().backward()
+            queue.run(m)
+            layers.settle()
+        return seen
+
+    assert same(run(split=True), run(split=False))
+
+
+def test_parameters_can_be_swapped_replaced_and_differentiated_forwards():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    _, split = prepared(module, torch.randn(2, 4))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    module[0].weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+    assert split.report.split + sum(split.report.fused.values()) == 2
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with split.recording(), torch.autograd.forward_ad.dual_level():
+        module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with split.recording(), torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        module(torch.randn(4, 2, dtype=torch.float64).t())
