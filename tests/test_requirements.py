@@ -70,7 +70,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
                 if not child.level:
                     yield child.lineno, str(child.module).partition(".")[0], guarded
             else:
-                if isinstance(child, ast.Call) and IMPORTING.search(ast.unparse(child)):
+                if isinstance(child, ast.Call) and child.args and IMPORTING.search(ast.unparse(child)):
                     yield child.lineno, child.args[0].value.partition(".")[0], guarded
                 deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Try)
                 typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
