@@ -30,7 +30,10 @@ setup(
         "rdma": [
             "pyverbs"
         ],  # must match rdma-core; better from the system (Debian: python3-pyverbs), where it is found too
-        "wandb": ["wandb>=0.27", "requests>=2.28"],  # the end of an upload can be limited, and leaves everything on the disk
+        "wandb": [
+            "wandb>=0.27",
+            "requests>=2.28",
+        ],  # the end of an upload can be limited, and leaves everything on the disk
         "plots": ["matplotlib>=3.7"],
         "exact": ["ortools>=9.10"],  # CP-SAT, the exact planner
         "fast": ["numba>=0.60"],  # compiled simulator
