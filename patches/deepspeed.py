@@ -257,7 +257,7 @@ class AdaptraPipelineEngine(PipelineEngine):
         iteration, session = self._running, self._session
         assert iteration is not None and session is not None
         watched = nullcontext() if self._unstepped is None or not iteration.training else self._unstepped.forward()
-        with iteration.compute(action), watched, session.recording(iteration):
+        with watched, iteration.compute(action), session.recording(iteration):
             self._stock_instructions[stock.ForwardPass](self, buffer_id)
         if iteration.training and self.is_last_stage():
             # the stock engine has one slot for the loss; here several forwards may run before the first backward

@@ -202,7 +202,7 @@ class _Execution:
         self._synchronise_parameters(chunk)
         first = call.first_val_step is None or call.training or bool(call.first_val_step)
         watched = nullcontext() if self._unstepped is None else self._unstepped.forward()
-        with iteration.compute(action), watched, self.session.recording(iteration):
+        with watched, iteration.compute(action), self.session.recording(iteration):
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.iterators[chunk],

@@ -82,7 +82,8 @@ class Unstepped:
     def _sums(self) -> list[int]:
         with torch.no_grad():
             sums = [_sum(parameter) for _, parameter in self._parameters]
-            return torch.stack([s.cpu() for s in sums]).tolist() if sums else []
+            # one wait for the device, not one for each parameter
+            return torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
 
 
 def _sum(tensor: Tensor) -> Tensor:
