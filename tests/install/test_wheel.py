@@ -102,7 +102,7 @@ def records(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 def check(folder: Path, said: str) -> None:
     """Both ranks trained all iterations with the plug-in."""
-    assert "connected: rank 1" in said and "effective configuration: " in said
+    assert "connected: rank 1" in said and "effective configuration of run " in said
     assert f"adaptra-progress {ITERATIONS} " in said
     for rank in range(2):
         found = records(folder, rank)
