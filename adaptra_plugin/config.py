@@ -49,8 +49,8 @@ class TransportConfig(_Block):
     longest one, at most `ring_max_mib`. Memory is taken as it is needed. A full ring blocks the producer."""
     ring_max_mib: int = Field(1024, ge=1, le=65536)
     """How far a ring may grow with `ring_mib` `auto` (MiB); a longer message is refused."""
-    chunk_kib: int = Field(1024, ge=64, le=65536)
-    """A message travels in pieces of this size (KiB), so that several rails can carry it."""
+    segment_kib: int = Field(1024, ge=64, le=65536)
+    """A message travels in segments of this size (KiB), so that several rails can carry it."""
     deadline_s: float = Field(300.0, gt=0, le=86400)
     """Longest wait for one transfer; past it the rank ends with an error that names the peer."""
     connect_deadline_s: Literal["auto"] | float = "auto"

@@ -1,6 +1,6 @@
 """What this machine allows: transfers between two processes with nothing in them but copies, a bell, or a socket.
 
-No protocol, no acknowledgements, no checksums, no Python per chunk. What a transport that hands its bytes to somebody else
+No protocol, no acknowledgements, no checksums, no Python per segment. What a transport that hands its bytes to somebody else
 does at least:
 
     staged    sender copies into shared memory, receiver copies out: the bare form of the shared memory rail
@@ -32,14 +32,14 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     memcpy(target.data_ptr(), source.data_ptr(), source.numel())
 
 
-class Meeting:
+class HandshakeConnection:
     """What both processes inherit: `SLOTS` slots of shared memory (few: they stay in the caches), a bell, a TCP connection."""
 
     def __init__(self, largest: int) -> None:
         self.shared = mmap.mmap(-1, SLOTS * largest)
         self.bells = socket.socketpair()
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.ends = (socket.create_connection(listener.getsockname()), listener.accept()[0])
+        with socket.create_server(("127.0.0.1", 0)) as acceptor:
+            self.ends = (socket.create_connection(acceptor.getsockname()), acceptor.accept()[0])
         for end in self.ends:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for end in (*self.ends, *self.bells):
@@ -49,12 +49,12 @@ class Meeting:
 class Bare:
     """One of the two processes: rank 0 sends, rank 1 receives into few buffers."""
 
-    def __init__(self, rank: int, meeting: Meeting, largest: int) -> None:
+    def __init__(self, rank: int, connection: HandshakeConnection, largest: int) -> None:
         self._sends = rank == 0
-        self._meeting = meeting
-        self._sock = meeting.ends[rank]
-        self._bell = meeting.bells[rank]
-        for ends in (meeting.ends, meeting.bells):
+        self._connection = connection
+        self._sock = connection.ends[rank]
+        self._bell = connection.bells[rank]
+        for ends in (connection.ends, connection.bells):
             ends[1 - rank].close()  # or the end of the other process would not be seen
         self._ring = mmap.mmap(-1, SLOTS * largest)
         self._targets: dict[int, torch.Tensor] = {}
@@ -74,7 +74,7 @@ class Bare:
         return torch.frombuffer(area, dtype=torch.uint8, count=size, offset=start)
 
     def staged(self, data: torch.Tensor, count: int) -> None:
-        size, shared = data.numel(), self._meeting.shared
+        size, shared = data.numel(), self._connection.shared
         if self._sends:
             for number in range(count):
                 if number >= SLOTS:

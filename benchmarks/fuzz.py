@@ -60,7 +60,7 @@ class Failure(AssertionError):
 @contextlib.contextmanager
 def sorts() -> Iterator[dict[str, Sort]]:
     """All sorts of cases, with what they share."""
-    frames, listener = fuzz_frames.Frames(), fuzz_handshake.ListenerCase()
+    frames, acceptor = fuzz_frames.Frames(), fuzz_handshake.ListenerCase()
     undo = fuzz_frames.instrument()
     secrets, level, propagate = handshake.secrets, log.level, log.propagate
     handler = _Formatting()
@@ -70,9 +70,9 @@ def sorts() -> Iterator[dict[str, Sort]]:
     try:
         yield {
             "handshake": Sort(fuzz_handshake.in_memory, 0.40),
-            "listener": Sort(listener, 0.08),
+            "acceptor": Sort(acceptor, 0.08),
             "frames": Sort(frames, 0.42),
-            "card": Sort(fuzz_texts.card, 0.05),
+            "endpoint_info": Sort(fuzz_texts.endpoint_info, 0.05),
             "bridge": Sort(fuzz_texts.bridge_reader, 0.05),
         }
     finally:
@@ -81,7 +81,7 @@ def sorts() -> Iterator[dict[str, Sort]]:
         log.setLevel(level)
         handshake.secrets = secrets
         undo()
-        listener.close()
+        acceptor.close()
         frames.close()
 
 

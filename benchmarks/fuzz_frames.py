@@ -10,21 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptra_plugin.transport.bridge import Writer
-from adaptra_plugin.transport.proxy import vigil
+from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.proxy import peer_prober
 from adaptra_plugin.transport.proxy.control import checksum_of
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose
 from adaptra_plugin.transport.proxy.link import LaneKey, Rings
 from adaptra_plugin.transport.proxy.loop import READ, Timer
 from adaptra_plugin.transport.proxy.peer import Neighbour, Peer
+from adaptra_plugin.transport.proxy.rail_connection import MAX_HOLES
 from adaptra_plugin.transport.proxy.rails import stream
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.server import Proxy
 from adaptra_plugin.transport.proxy.settings import ProxySettings
-from adaptra_plugin.transport.proxy.tracks import MAX_HOLES
 from adaptra_plugin.transport.proxy.wire import MAX_BODY_BYTES, POSITIONS, RANGE, TIMES, UNIT, Flag, FrameKind, Header
-from adaptra_plugin.transport.segment import Segment
-from adaptra_plugin.transport.types import Address, Card, Direction, PeerInfo
+from adaptra_plugin.transport.types import Address, Direction, EndpointInfo, PeerInfo
 from benchmarks.fuzz_inputs import TIMES as ODD_TIMES
 from benchmarks.fuzz_inputs import mutated, number, odd_json
 
@@ -66,7 +66,7 @@ class Traffic:
 
     def stop(self) -> None: ...
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         for _ in range(100):
             if not self._posted:
                 return
@@ -80,7 +80,7 @@ class Traffic:
             if handler is None or (self._at >= len(self.incoming) and not self.ended):
                 return
             handler(READ)
-            self.settle()
+            self.complete()
         raise AssertionError("bytes are not taken")
 
     # --- the socket
@@ -132,16 +132,16 @@ class Owner(Proxy):
 
     def __init__(self, loop: Traffic) -> None:
         self.loop = loop  # type: ignore[assignment]
-        self.settings = ProxySettings(ring_mib=1, chunk_kib=8)
+        self.settings = ProxySettings(ring_mib=1, segment_kib=8)
         self.me = PeerInfo(0, 0, "a")
-        self.card = CARD
+        self.endpoint_info = ENDPOINT_INFO
         self.secret = b"x" * 32
         self._records = deque()
         self._writer = Writer(_Pipe())  # type: ignore[arg-type]
         self._peers = {}
         self._connecting = self._closing = None
         self._orphaned = False
-        self._listeners = []
+        self._acceptors = []
 
     def wrap(self, rail: Rail, peer: Peer) -> Rail:
         return rail
@@ -150,7 +150,7 @@ class Owner(Proxy):
         self._writer.flush()
 
 
-CARD = Card((Address("127.0.0.1", 1),), 1 << 20, LANES, boot="b", unix="u")
+ENDPOINT_INFO = EndpointInfo((Address("127.0.0.1", 1),), 1 << 20, LANES, boot="b", unix="u")
 
 
 class Frames:
@@ -158,14 +158,12 @@ class Frames:
 
     def __init__(self) -> None:
         keys = [(direction, lane) for direction in Direction for lane in range(LANES)]
-        self._rings: dict[LaneKey, Rings] = {
-            key: Rings(Segment.create(CAPACITY), Segment.create(CAPACITY)) for key in keys
-        }
+        self._rings: dict[LaneKey, Rings] = {key: Rings(Memfd.create(CAPACITY), Memfd.create(CAPACITY)) for key in keys}
 
     def close(self) -> None:
         for rings in self._rings.values():
             rings.ring.close()
-            rings.mirror.close()
+            rings.receive_ring.close()
 
     def _peer(self, rng: random.Random, traffic: Traffic) -> Peer:
         near = rng.random() < 0.95
@@ -173,7 +171,7 @@ class Frames:
         found = Peer(
             owner,
             PeerInfo(1, 1, "b"),
-            CARD,
+            ENDPOINT_INFO,
             Neighbour(self._rings, CAPACITY) if near else None,
             dials=False,
         )
@@ -197,14 +195,14 @@ class Frames:
         position = dict.fromkeys(self._rings, 0)
         strange = rng.choice((0.0, 0.05, 0.3, 1.0))
         for _ in range(rng.choice((1, 2, 4, 8, 16))):
-            kind = rng.choice(list(FrameKind)) if rng.random() < 0.5 else FrameKind.CHUNK
+            kind = rng.choice(list(FrameKind)) if rng.random() < 0.5 else FrameKind.SEGMENT
             key = rng.choice(list(self._rings))
             header, body = Header(kind, direction=key[0], lane=key[1]), b""
             if kind not in (FrameKind.ACK, FrameKind.PING, FrameKind.PONG):
                 sequence += 1
                 header.sequence = sequence
                 header.behind = rng.randrange(sequence)
-            if kind is FrameKind.CHUNK:
+            if kind is FrameKind.SEGMENT:
                 header.message, header.sent = position[key], 99.0
                 header.total = header.length = rng.choice((1, 64, 200, 3000, 5000))
                 position[key] += -(-header.total // UNIT) * UNIT
@@ -236,15 +234,15 @@ class Frames:
             elif kind is FrameKind.PONG:
                 header.sent = 99.0
                 body = TIMES.pack(*(rng.choice(ODD_TIMES) if rng.random() < strange else 99.0 for _ in range(2)))
-            header.length = header.length if kind is FrameKind.CHUNK else len(body)
-            if kind is not FrameKind.CHUNK and rng.random() < 0.1:
+            header.length = header.length if kind is FrameKind.SEGMENT else len(body)
+            if kind is not FrameKind.SEGMENT and rng.random() < 0.1:
                 body, header.length = self._resized(rng, body)
-            if body and (kind is not FrameKind.CHUNK or rng.random() < 0.3):
+            if body and (kind is not FrameKind.SEGMENT or rng.random() < 0.3):
                 header.flags |= Flag.VERIFIED
                 header.checksum = checksum_of([memoryview(body)])
             if rng.random() < strange * 0.5:
                 self._spoil(rng, header)
-                if kind is FrameKind.CHUNK and rng.random() < 0.8:
+                if kind is FrameKind.SEGMENT and rng.random() < 0.8:
                     # as many bytes as it announces, so that the frame is complete
                     body = bytes(header.body_bytes) if header.length <= CAPACITY else body
             found.append((header, body))
@@ -266,7 +264,7 @@ class Frames:
                 header.kind = rng.choice((*FrameKind, 0, 10, 255))  # type: ignore[assignment]
             elif name == "sent":
                 header.sent = rng.choice(ODD_TIMES)
-            elif header.kind is not FrameKind.CHUNK and rng.random() < 0.2:
+            elif header.kind is not FrameKind.SEGMENT and rng.random() < 0.2:
                 header.length = number(rng, 64, header.length)
             else:
                 value = number(rng, _BITS.get(name, 64), int(getattr(header, name)))
@@ -279,8 +277,8 @@ class Frames:
     def __call__(self, rng: random.Random) -> str:
         traffic = Traffic()
         other = self._peer(rng, traffic)
-        track = next(iter(other.link.tracks.values()))
-        frames = self.headers(rng, by_reference=track.rail.by_reference, sent=track.sequence)
+        connection = next(iter(other.link.connections.values()))
+        frames = self.headers(rng, by_reference=connection.rail.by_reference, sent=connection.sequence)
         raw = b"".join(header.pack() + body for header, body in frames)
         if rng.random() < 0.2:
             raw = mutated(rng, raw, [header.pack() for header, _ in frames])
@@ -293,9 +291,9 @@ class Frames:
             other.link.flush()
             traffic.now += rng.choice((0.1, 1.0, 10.0))
             other.link.tick()
-            traffic.settle()
+            traffic.complete()
             other.stats()
-        failed = not other.link.tracks
+        failed = not other.link.connections
         bounded(other)
         other.close()
         return "refused" if failed else "taken"
@@ -313,11 +311,11 @@ def bounded(other: Peer) -> None:
     """What a peer can make this side remember is limited by the ring, the window and the number of lanes."""
     link = other.link
     for inbox in link._inboxes.values():
-        room = inbox.mirror.capacity // UNIT
+        room = inbox.receive_ring.capacity // UNIT
         assert len(inbox.messages) <= room + 1 and len(inbox.gone) <= room + 1, "more messages than the ring can hold"
-    for track in link.tracks.values():
-        assert len(track.ranges) <= MAX_HOLES + 1
-        assert len(track.placed) <= 1, "a stream is in the middle of one chunk at most"
+    for connection in link.connections.values():
+        assert len(connection.ranges) <= MAX_HOLES + 1
+        assert len(connection.placed) <= 1, "a stream is in the middle of one segment at most"
     assert len(other.skipped) <= 64, f"{len(other.skipped)} rails given up, which do not exist"
 
 
@@ -334,16 +332,16 @@ def flood(rng: random.Random, frames: Frames, count: int, kind: str) -> Peer:
     for index in range(1, count + 1):
         header, body = Header(FrameKind.PING, sent=1.0), b""
         if kind == "acks":
-            header = Header(FrameKind.CHUNK, index, message=0, total=64, at=index % 64, length=1, sent=1.0)
+            header = Header(FrameKind.SEGMENT, index, message=0, total=64, at=index % 64, length=1, sent=1.0)
             body = b"x"
         elif kind == "holes":
             header = Header(FrameKind.STUCK, 2 * index, message=index, behind=2 * index - 1)
         elif kind == "positions":
-            header = Header(FrameKind.CHUNK, index, message=index * UNIT, total=64, length=1, sent=1.0)
+            header = Header(FrameKind.SEGMENT, index, message=index * UNIT, total=64, length=1, sent=1.0)
             body = b"x"
         elif kind == "floors":
             at = index * UNIT
-            header = Header(FrameKind.CHUNK, index, message=at, total=64, length=1, floor=at, sent=1.0)
+            header = Header(FrameKind.SEGMENT, index, message=at, total=64, length=1, floor=at, sent=1.0)
             body = b"x"
         elif kind == "controls":
             body = b'{"a":"%s"}' % (b"x" * 60_000)
@@ -353,14 +351,14 @@ def flood(rng: random.Random, frames: Frames, count: int, kind: str) -> Peer:
             header = Header(FrameKind.RAIL, length=len(body))
         elif kind == "stuck":
             header = Header(FrameKind.STUCK, index, message=index)
-        if body and header.kind is not FrameKind.CHUNK:
+        if body and header.kind is not FrameKind.SEGMENT:
             header.flags, header.checksum = int(Flag.VERIFIED), checksum_of([memoryview(body)])
         traffic.incoming = header.pack() + body
         traffic._at = 0
         traffic.run()
         if index % 16 == 0 and not other.gone:
             other.link.flush()
-        if not other.link.tracks:
+        if not other.link.connections:
             break
     return other
 
@@ -377,11 +375,11 @@ def instrument() -> Callable[[], None]:
 
     def undo() -> None:
         del stream.bytearray  # type: ignore[attr-defined]
-        vigil.Probe = probe  # type: ignore[misc]
+        peer_prober.Probe = probe  # type: ignore[misc]
 
-    probe = vigil.Probe
+    probe = peer_prober.Probe
     stream.bytearray = limited  # type: ignore[attr-defined]
-    vigil.Probe = _NoProbe  # type: ignore[assignment,misc]
+    peer_prober.Probe = _NoProbe  # type: ignore[assignment,misc]
     return undo
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from adaptra_plugin.errors import HandshakeError
 from adaptra_plugin.transport.proxy import handshake
-from adaptra_plugin.transport.proxy.handshake import Acceptor, Claim, Initiator, Purpose, Settings
+from adaptra_plugin.transport.proxy.handshake import AcceptorMachine, Claim, InitiatorMachine, Purpose, Settings
+from adaptra_plugin.transport.proxy.handshake_connection import Acceptor
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.meeting import Listener
 from adaptra_plugin.transport.proxy.rails import stream
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.wire import FrameKind, Header
@@ -28,13 +28,13 @@ def reproducible(rng: random.Random) -> None:
     handshake.secrets = types.SimpleNamespace(token_bytes=rng.randbytes)  # type: ignore[assignment]
 
 
-def fresh(secret: bytes = SECRET) -> tuple[Acceptor, Initiator]:
-    return Acceptor(SECRET, 0, SETTINGS), Initiator(secret, CLAIM, SETTINGS)
+def fresh(secret: bytes = SECRET) -> tuple[AcceptorMachine, InitiatorMachine]:
+    return AcceptorMachine(SECRET, 0, SETTINGS), InitiatorMachine(secret, CLAIM, SETTINGS)
 
 
 def recorded(secret: bytes = SECRET) -> list[bytes]:
     """All four messages of a handshake."""
-    acceptor, initiator = Acceptor(secret, 0, SETTINGS), Initiator(secret, CLAIM, SETTINGS)
+    acceptor, initiator = AcceptorMachine(secret, 0, SETTINGS), InitiatorMachine(secret, CLAIM, SETTINGS)
     greeting = acceptor.start()
     proof = initiator.feed(greeting)
     welcome = acceptor.feed(proof)
@@ -153,10 +153,10 @@ class ListenerCase:
         self._sink = _Sink()
         self._rails: list[stream.StreamRail] = []
         self._parsed = 0
-        self._listener = Listener(self.loop, self._entrance, SECRET, 0, SETTINGS, 5.0, self._peer)  # type: ignore[arg-type]
+        self._acceptor = Acceptor(self.loop, self._entrance, SECRET, 0, SETTINGS, 5.0, self._peer)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        self._listener.close()
+        self._acceptor.close()
         self.loop.close()
 
     def _peer(self, sock: socket.socket, claim: Claim, settings: Settings) -> None:
@@ -206,11 +206,11 @@ class ListenerCase:
 
         stream.parse = parse  # type: ignore[assignment]
         try:
-            refused = self._listener.refused
+            refused = self._acceptor.refused
             genuine = self._stranger(rng)
             assert genuine or not (self._rails or parsed), "bytes of a stranger came to the parser of frames"
-            assert genuine or self._listener.refused > refused, "a stranger was not counted"
-            assert not self._listener._half_open, "a connection of a stranger is left"
+            assert genuine or self._acceptor.refused > refused, "a stranger was not counted"
+            assert not self._acceptor._half_open, "a connection of a stranger is left"
             self._clear()
             parsed.clear()
             self._genuine()
@@ -229,7 +229,7 @@ class ListenerCase:
     def _genuine(self) -> None:
         sock = self._entrance.come()
         try:
-            initiator = Initiator(SECRET, LOCAL, SETTINGS)
+            initiator = InitiatorMachine(SECRET, LOCAL, SETTINGS)
             self._say(None, sock, initiator.feed(self._read(sock, initiator.expects)))
             self._say(None, sock, initiator.feed(self._read(sock, initiator.expects)))
             self._turns(1)
@@ -266,7 +266,7 @@ class ListenerCase:
         """Answers what it is asked, with something wrong in one of the two answers, and sends a frame too early."""
         secret = SECRET if rng.random() < 0.7 else rng.randbytes(32)
         claim = LOCAL if rng.random() < 0.8 else CLAIM  # which has no place on a socket of this host
-        initiator = Initiator(secret, claim, SETTINGS)
+        initiator = InitiatorMachine(secret, claim, SETTINGS)
         greeting = self._read(sock, initiator.expects)
         spoilt = rng.randrange(4)  # 0: the proof, 1: the confirmation, 2: a frame comes too early, 3: nothing
         try:

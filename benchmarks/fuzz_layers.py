@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adaptra_plugin.runtime.split import SplitLinears
-from adaptra_plugin.runtime.weights import WeightQueue
+from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 33)
@@ -211,9 +211,10 @@ class Run:
         self.seen: list[tuple[Any, Any]] = []
         self.hooked: list[Tensor] = []  # apart: W runs later than the backward it belongs to
         if kind.hooks:
-            self.layer.weight.register_post_accumulate_grad_hook(lambda p: self.hooked.append(p.grad.clone()))
-            self.layer.weight.register_hook(lambda grad: self.hooked.append(grad.clone()))
-        self.queue = WeightQueue()
+            hooked = self.hooked  # not self: through the hooks of a tensor the collector does not see a circle
+            self.layer.weight.register_post_accumulate_grad_hook(lambda p: hooked.append(p.grad.clone()))
+            self.layer.weight.register_hook(lambda grad: hooked.append(grad.clone()))
+        self.queue = WeightGradStore()
         self.layers = SplitLinears(self.layer, self.queue)
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
@@ -228,7 +229,7 @@ class Run:
                 if m % 3 == 2:
                     self.drain()
             self.drain()
-            self.layers.settle()
+            self.layers.finalize()
             for name, parameter in self.layer.named_parameters():
                 grad = parameter.grad
                 self.seen += [(name, grad), (name, None if grad is None else grad.stride())]

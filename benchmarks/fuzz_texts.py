@@ -1,4 +1,4 @@
-"""Cases of `benchmarks.fuzz` with JSON: cards of endpoints, and the bridge between an endpoint and its proxy."""
+"""Cases of `benchmarks.fuzz` with JSON: infos of endpoints, and the bridge between an endpoint and its proxy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport import bridge
-from adaptra_plugin.transport.proxy.meeting import _socket_towards
-from adaptra_plugin.transport.types import Address, Card
+from adaptra_plugin.transport.proxy.handshake_connection import _socket_towards
+from adaptra_plugin.transport.types import Address, EndpointInfo
 from benchmarks.fuzz_inputs import TEXTS, mutated, number, odd_json, odd_value
 
 _CARD: dict[str, Any] = {
@@ -27,7 +27,7 @@ _CARD: dict[str, Any] = {
 _ADDRESSES = ("1.2.3.4:5", "[::1]:1", "a:b", ":", "[]:1", "x:" + "1" * 5000, "x:١٢", "\0:1", "a b:1", "é:1", "\ud800:1")
 
 
-def card(rng: random.Random) -> str:
+def endpoint_info(rng: random.Random) -> str:
     """A card is refused with a TransportError, or every address in it can be dialled, or fails to be, with an OSError."""
     if rng.random() < 0.5:
         changed = dict(_CARD)
@@ -41,11 +41,11 @@ def card(rng: random.Random) -> str:
     else:
         text = odd_json(rng, _CARD).decode("utf-8", "replace")
     try:
-        found = Card.parse(text)
+        found = EndpointInfo.parse(text)
     except TransportError as error:
         assert len(str(error)) < 1000, f"the reason has {len(str(error))} characters"
         return "refused"
-    assert Card.parse(found.to_text()) == found
+    assert EndpointInfo.parse(found.to_text()) == found
     targets: tuple[Address | str, ...] = (*found.addresses[:3], found.unix)
     for target in targets:
         try:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from adaptra_plugin.config import TransportConfig
-from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Direction, Endpoint, EndpointInfo, Key, PeerInfo
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -89,19 +89,19 @@ class Side:
         )
         infos = [PeerInfo(r, r, "n") for r in (0, 1)]
         self.endpoint = Endpoint(infos[rank], config, SECRET, bind_host="127.0.0.1")
-        pipe.send(self.endpoint.card.to_text())
-        other = Card.parse(pipe.recv())
+        pipe.send(self.endpoint.endpoint_info.to_text())
+        other = EndpointInfo.parse(pipe.recv())
         self.endpoint.connect({1 - rank: (infos[1 - rank], other)}, neighbours=[1 - rank], coordinator=0)
         self.channel = self.endpoint.channel(1 - rank)
         self.data = torch.zeros(SIZE, dtype=torch.uint8)
-        self.epoch = 0
+        self.step_id = 0
 
     def batch(self, loop: Callable[[], None] | None) -> tuple[int, float]:
         """Sends a batch each way; rank 0 runs the loop until its own batch has arrived."""
-        self.epoch += 1
+        self.step_id += 1
         out, back = Direction(self.rank), Direction(1 - self.rank)
-        incoming = [self.channel.recv(Key(self.epoch, back, self.rank, number)) for number in range(BATCH)]
-        outgoing = [self.channel.send(Key(self.epoch, out, 1 - self.rank, n), [self.data]) for n in range(BATCH)]
+        incoming = [self.channel.recv(Key(self.step_id, back, self.rank, number)) for number in range(BATCH)]
+        outgoing = [self.channel.send(Key(self.step_id, out, 1 - self.rank, n), [self.data]) for n in range(BATCH)]
         found = (0, 0.0) if loop is None else rounds_until(loop, lambda: all(t.ready() for t in (*outgoing, *incoming)))
         while incoming:
             incoming.pop().wait(DEADLINE_S)
@@ -134,8 +134,8 @@ class Side:
         return {"speeds": speeds, "moved_bytes": moved}
 
 
-def _main(rank: int, card: Any, steps: Any, result: Any, options: argparse.Namespace) -> None:
-    side = Side(rank, card, options)
+def _main(rank: int, endpoint_info: Any, steps: Any, result: Any, options: argparse.Namespace) -> None:
+    side = Side(rank, endpoint_info, options)
     side.pipe = steps
     result.send(side.run())
 
@@ -144,16 +144,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs both processes; per loop: the ratio of the speeds, median over the repeats, and its extremes."""
     context = multiprocessing.get_context("fork")
     steps = context.Pipe()
-    cards, results = [], []
+    endpoint_infos, results = [], []
     for rank in (0, 1):
         here, there = context.Pipe()
         mine, theirs = context.Pipe()
         arguments = (rank, there, steps[rank], theirs, options)
         context.Process(target=_main, args=arguments, daemon=True).start()
-        cards.append(here)
+        endpoint_infos.append(here)
         results.append(mine)
-    texts = [pipe.recv() for pipe in cards]
-    for pipe, text in zip(cards, reversed(texts), strict=True):
+    texts = [pipe.recv() for pipe in endpoint_infos]
+    for pipe, text in zip(endpoint_infos, reversed(texts), strict=True):
         pipe.send(text)
     found = results[0].recv()
     results[1].recv()

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptra_plugin.schedule.listing import NEVER, list_schedule
+from adaptra_plugin.schedule.list_scheduler import NEVER, list_schedule
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 from adaptra_plugin.schedule.schedule import Schedule

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 from adaptra_plugin.config import TransportConfig
-from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
-from benchmarks.bare import Bare, Meeting, copy
+from adaptra_plugin.transport import Direction, Endpoint, EndpointInfo, Key, PeerInfo
+from benchmarks.bare import Bare, HandshakeConnection, copy
 
 MIB = 1 << 20
 SECRET = b"benchmark, two ranks of one host"
@@ -42,7 +42,7 @@ class Side:
     """One of the two processes: rank 0 sends, rank 1 receives and answers each batch with one byte."""
 
     def __init__(
-        self, rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str, meeting: Meeting
+        self, rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str, connection: HandshakeConnection
     ) -> None:
         self.rank = rank
         self.pipe = pipe
@@ -62,27 +62,27 @@ class Side:
         )
         infos = [PeerInfo(r, r, platform.node()) for r in (0, 1)]
         self.endpoint = Endpoint(infos[rank], config, SECRET, bind_host="127.0.0.1")
-        pipe.send(self.endpoint.card.to_text())
-        other = Card.parse(pipe.recv())
+        pipe.send(self.endpoint.endpoint_info.to_text())
+        other = EndpointInfo.parse(pipe.recv())
         self.endpoint.connect({1 - rank: (infos[1 - rank], other)}, neighbours=[1 - rank], coordinator=0)
         self.channel = self.endpoint.channel(1 - rank)
-        self.epoch = 0
-        self.bare = Bare(rank, meeting, max(options.sizes_kib) << 10)
+        self.step_id = 0
+        self.bare = Bare(rank, connection, max(options.sizes_kib) << 10)
         self.floors = FLOORS[rail]
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
     def adaptra(self, data: torch.Tensor, count: int) -> None:
-        self.epoch += 1
-        done = Key(self.epoch, Direction.GRADIENT, 0, 0)
+        self.step_id += 1
+        done = Key(self.step_id, Direction.GRADIENT, 0, 0)
         if self.rank == 0:
             answer = self.channel.recv(done)
             for number in range(count):
-                self.channel.send(Key(self.epoch, Direction.ACTIVATION, 1, number), [data])
+                self.channel.send(Key(self.step_id, Direction.ACTIVATION, 1, number), [data])
             answer.wait(DEADLINE_S)
         else:
-            tickets = deque(self.channel.recv(Key(self.epoch, Direction.ACTIVATION, 1, n)) for n in range(count))
-            while tickets:
-                tickets.popleft().wait(DEADLINE_S)  # and lets go of it: gloo, too, receives into few buffers
+            works = deque(self.channel.recv(Key(self.step_id, Direction.ACTIVATION, 1, n)) for n in range(count))
+            while works:
+                works.popleft().wait(DEADLINE_S)  # and lets go of it: gloo, too, receives into few buffers
             self.channel.send(done, [])
 
     def gloo(self, data: torch.Tensor, count: int) -> None:
@@ -113,9 +113,9 @@ class Side:
         taken = []
         data = torch.zeros(1)
         for number in range(repeats):
-            self.epoch += 1
-            there = Key(self.epoch, Direction.ACTIVATION, 1, number)
-            back = Key(self.epoch, Direction.GRADIENT, 0, number)
+            self.step_id += 1
+            there = Key(self.step_id, Direction.ACTIVATION, 1, number)
+            back = Key(self.step_id, Direction.GRADIENT, 0, number)
             start = time.perf_counter()
             if self.rank == 0:
                 self.channel.send(there, [data])
@@ -132,9 +132,9 @@ class Side:
         small = torch.zeros(1024)
         big = torch.zeros(16 * MIB, dtype=torch.uint8)
         for _ in range(repeats):
-            self.epoch += 1
-            keys = [Key(self.epoch, Direction.ACTIVATION, 1, n) for n in range(36)]
-            done = Key(self.epoch, Direction.GRADIENT, 0, 0)
+            self.step_id += 1
+            keys = [Key(self.step_id, Direction.ACTIVATION, 1, n) for n in range(36)]
+            done = Key(self.step_id, Direction.GRADIENT, 0, 0)
             if self.rank == 0:
                 answer = self.channel.recv(done)
                 for key in keys[:4]:
@@ -181,8 +181,10 @@ class Side:
         return {"rows": rows, "round_trip_us": trips, "send_call_us": calls}
 
 
-def _main(rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str, meeting: Meeting) -> None:
-    result = Side(rank, pipe, options, port, rail, meeting).run(options)
+def _main(
+    rank: int, pipe: Any, options: argparse.Namespace, port: int, rail: str, connection: HandshakeConnection
+) -> None:
+    result = Side(rank, pipe, options, port, rail, connection).run(options)
     pipe.send(result)
 
 
@@ -197,17 +199,17 @@ def _free_port() -> int:
 def measure(options: argparse.Namespace, rail: str) -> dict[str, Any]:
     """Runs both processes; what rank 0 measured."""
     context = multiprocessing.get_context("fork")
-    port, meeting = _free_port(), Meeting(max(options.sizes_kib) << 10)
+    port, connection = _free_port(), HandshakeConnection(max(options.sizes_kib) << 10)
     pipes, processes = [], []
     for rank in (0, 1):
         here, there = context.Pipe()
-        process = context.Process(target=_main, args=(rank, there, options, port, rail, meeting))
+        process = context.Process(target=_main, args=(rank, there, options, port, rail, connection))
         process.start()
         pipes.append(here)
         processes.append(process)
-    cards = [pipe.recv() for pipe in pipes]
-    for pipe, card in zip(pipes, reversed(cards), strict=True):
-        pipe.send(card)
+    endpoint_infos = [pipe.recv() for pipe in pipes]
+    for pipe, endpoint_info in zip(pipes, reversed(endpoint_infos), strict=True):
+        pipe.send(endpoint_info)
     results = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join(30)

@@ -129,7 +129,7 @@ def _transfers(spans: list[Span], delays: dict[str, float], stages: int) -> list
     """What moved: from the end of the action that produced it, for the measured delay of its link."""
     moved = []
     for span in spans:
-        step = {Kind.F: 1, Kind.W: 0}.get(span.action.kind, -1)
+        step = {Kind.FORWARD: 1, Kind.BACKWARD_WEIGHT: 0}.get(span.action.kind, -1)
         target = span.rank + step
         if step and 0 <= target < stages:
             arrival = span.end_ms + delays.get(f"{span.rank}-{target}", 0.0)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptra_plugin.config import SimulateConfig
-from adaptra_plugin.runtime.pacing import Pacer
+from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.schedule.actions import Kind
 
 
@@ -27,10 +27,10 @@ class StockSimulation:
         self._iteration = 0
         self._stock_send = p2p.send
         p2p.send = self._send
-        pacer = Pacer(config.compute)
-        kinds = {schedule.ForwardPass: Kind.F, schedule.BackwardPass: Kind.B}
+        throttle = ComputeThrottle(config.compute)
+        kinds = {schedule.ForwardPass: Kind.FORWARD, schedule.BackwardPass: Kind.FULL_BACKWARD}
         engine._INSTRUCTION_MAP = {
-            command: _paced(function, pacer, kinds[command]) if command in kinds else function
+            command: _paced(function, throttle, kinds[command]) if command in kinds else function
             for command, function in engine._INSTRUCTION_MAP.items()
         }
 
@@ -45,10 +45,10 @@ class StockSimulation:
         return self._stock_send(tensor, dest_stage, async_op)
 
 
-def _paced(function: Callable[..., None], pacer: Pacer, kind: Kind) -> Callable[..., None]:
+def _paced(function: Callable[..., None], throttle: ComputeThrottle, kind: Kind) -> Callable[..., None]:
     @functools.wraps(function)
     def instruction(engine: Any, **kwargs: Any) -> None:
-        with pacer.pace(kind):
+        with throttle.pace(kind):
             function(engine, **kwargs)
 
     return instruction

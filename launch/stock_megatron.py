@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from adaptra_plugin.config import SimulateConfig
 from adaptra_plugin.errors import TransferTimeout
-from adaptra_plugin.runtime.pacing import Pacer
+from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.schedule.actions import Kind
 
 DEADLINE_S = 120.0
@@ -46,9 +46,9 @@ class MegatronSimulation:
         self._stock: Callable[..., dict[str, Any]] = p2p_communication._p2p_ops
         p2p_communication._p2p_ops = self._p2p_ops
         p2p_communication._batched_p2p_ops = lambda **arguments: list(self._p2p_ops(**arguments).values())
-        pacer = Pacer(config.compute)
-        schedules.forward_step = _paced(schedules.forward_step, pacer, Kind.F)
-        schedules.backward_step = _paced(schedules.backward_step, pacer, Kind.B)
+        throttle = ComputeThrottle(config.compute)
+        schedules.forward_step = _paced(schedules.forward_step, throttle, Kind.FORWARD)
+        schedules.backward_step = _paced(schedules.backward_step, throttle, Kind.FULL_BACKWARD)
 
     def set_iteration(self, iteration: int) -> None:
         self._iteration = iteration
@@ -100,10 +100,10 @@ def _serve(line: queue.SimpleQueue[_Later]) -> None:
         item.sent.set()
 
 
-def _paced(function: Callable[..., Any], pacer: Pacer, kind: Kind) -> Callable[..., Any]:
+def _paced(function: Callable[..., Any], throttle: ComputeThrottle, kind: Kind) -> Callable[..., Any]:
     @functools.wraps(function)
     def step(*args: Any, **kwargs: Any) -> Any:
-        with pacer.pace(kind):
+        with throttle.pace(kind):
             return function(*args, **kwargs)
 
     return step

@@ -100,9 +100,9 @@ class PlanSchedule(stock.PipeSchedule):
     def _instructions(self, action: Action) -> list[stock.PipeInstruction]:
         at = {"buffer_id": action.microbatch % self.num_pipe_buffers(), "action": action}
         commands: list[stock.PipeInstruction] = []
-        if action.kind is Kind.W:
+        if action.kind is Kind.BACKWARD_WEIGHT:
             return [BackwardWeight(**at)]
-        if action.kind is Kind.F:
+        if action.kind is Kind.FORWARD:
             # data first, as users' schedules and DeepSpeed's own for evaluation have it: loading may talk to the other end
             # of the pipeline, which would wait for an activation meanwhile
             if self.is_first_stage or self.is_last_stage:
@@ -115,7 +115,7 @@ class PlanSchedule(stock.PipeSchedule):
             return commands
         if not self.is_last_stage:
             commands.append(stock.RecvGrad(**at))
-        commands.append(BackwardInput(**at) if action.kind is Kind.I else stock.BackwardPass(**at))
+        commands.append(BackwardInput(**at) if action.kind is Kind.BACKWARD_INPUT else stock.BackwardPass(**at))
         if not self.is_first_stage:
             commands.append(stock.SendGrad(**at))
         return commands

@@ -179,7 +179,12 @@ class _Execution:
         self._synchronised = 0  # chunks whose parameters have been asked for
 
     def run(self) -> list[Any]:
-        steps = {Kind.F: self._forward, Kind.I: self._backward, Kind.B: self._backward, Kind.W: self._weight}
+        steps = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD_INPUT: self._backward,
+            Kind.FULL_BACKWARD: self._backward,
+            Kind.BACKWARD_WEIGHT: self._weight,
+        }
         watched = self.call.training and self.iteration.index < SCHEDULES
         unstepped = self._unstepped = foreign.unstepped(self.call.chunks) if watched else None
         with self._no_sync():
@@ -239,7 +244,7 @@ class _Execution:
             (gradient,), _ = iteration.receive(action)
         tensor = self._inputs.pop((chunk, action.microbatch))
         output = self._outputs.pop((chunk, action.microbatch))
-        split = action.kind is Kind.I
+        split = action.kind is Kind.BACKWARD_INPUT
         with iteration.compute(action):
             key = (chunk, action.microbatch)
             with self.session.backward_input(iteration, key) if split else nullcontext():

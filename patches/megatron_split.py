@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from adaptra_plugin.runtime.census import State
 from adaptra_plugin.runtime.split import Rebinding, SplitLayers, SplitReport
-from adaptra_plugin.runtime.weights import Formula, Product, WeightQueue
+from adaptra_plugin.runtime.weight_grad_store import Formula, Product, WeightGradStore
 
 logger = logging.getLogger("adaptra")
 NAME = "LinearWithGradAccumulationAndAsyncCommunication"
@@ -99,7 +99,7 @@ def _split_function(stock: Any) -> Any:
             ctx: Any,
             x: Tensor,
             weight: Tensor,
-            box: tuple[WeightQueue, nn.Parameter, Product],
+            box: tuple[WeightGradStore, nn.Parameter, Product],
             anchor: Tensor,
             allreduce_dgrad: bool,
             sequence_parallel: bool,
@@ -205,7 +205,7 @@ REBINDING = Rebinding(_STOCK, _Calls(_STOCK), lambda: [(layers, NAME)])
 class MegatronSplit(SplitLayers):
     """The layers of a rank's model chunks that run split: the local ones by `_Calls`, Transformer Engine's by themselves."""
 
-    def __init__(self, chunks: Sequence[nn.Module], delayed: Delayed, queue: WeightQueue) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], delayed: Delayed, queue: WeightGradStore) -> None:
         super().__init__(itertools.chain(*(chunk.modules() for chunk in chunks)), queue, REBINDING, _is_local)
         self._delayed = len(delayed)
         present = getattr(layers, NAME)

@@ -48,13 +48,13 @@ class _Replica:
 class Detector:
     """Turns the reports of an iteration into findings. One detector serves all replicas of a job."""
 
-    def __init__(self, config: DetectorConfig, stages: int, *, ring: bool = False) -> None:
+    def __init__(self, config: DetectorConfig, stages: int, *, wraparound: bool = False) -> None:
         """
         Args:
             config: thresholds, windows and hysteresis.
             stages: ranks in every replica. Subjects are what can be slow: ranks and the links between them. A rank with
                 several model chunks is one subject, named by the first of its stages.
-            ring: the last rank sends to the first one too (several model chunks a rank).
+            wraparound: the last rank sends to the first one too (several model chunks a rank).
 
         Raises:
             ValueError: for fewer than one stage.
@@ -63,7 +63,7 @@ class Detector:
             raise ValueError(f"{stages} stages: a pipeline has at least one")
         self._config = config
         self._stages = stages
-        self._links = links_of(stages, ring=ring)
+        self._links = links_of(stages, wraparound=wraparound)
         self._replicas: dict[int, _Replica] = {}
 
     def observe(self, reports: Sequence[IterationReport]) -> list[Finding]:
@@ -217,9 +217,9 @@ def _readings(state: _Replica, report: IterationReport) -> list[float]:
     return [total / share for share in (window.median if window else None, slow) if share] if total > 0 else []
 
 
-def links_of(ranks: int, *, ring: bool) -> list[Key]:
-    """The links between neighbours of a pipeline, (lower, higher) position; of a ring also that between its ends."""
-    ends = [(0, ranks - 1)] if ring and ranks > 2 else []
+def links_of(ranks: int, *, wraparound: bool) -> list[Key]:
+    """The links between neighbours of a pipeline, (lower, higher) position; with wraparound also that between its ends."""
+    ends = [(0, ranks - 1)] if wraparound and ranks > 2 else []
     return [*((low, low + 1) for low in range(ranks - 1)), *ends]
 
 

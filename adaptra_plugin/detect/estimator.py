@@ -30,8 +30,8 @@ class Estimator:
         self._config = config
         self._ranks = ranks
         self._chunks = chunks
-        self._links = links_of(ranks, ring=chunks > 1)
-        self._detector = Detector(config, ranks, ring=chunks > 1)
+        self._links = links_of(ranks, wraparound=chunks > 1)
+        self._detector = Detector(config, ranks, wraparound=chunks > 1)
         self._recent: dict[
             tuple[int, int], deque[tuple[int, tuple[StageTimes, ...]]]
         ] = {}  # (replica, position) -> (iteration, times of each chunk)

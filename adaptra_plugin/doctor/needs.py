@@ -19,7 +19,7 @@ DIRECTIONS = 2
 RING_BYTES = 64 << 20
 """What a staging ring that grows begins with."""
 ENDS = 2
-"""A lane has the ring that this rank fills, and a mirror of the same size of the ring that the peer fills."""
+"""A lane has the ring that this rank fills, and a receive ring of the same size of the ring that the peer fills."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Needs:
 
     @property
     def connections(self) -> int:
-        """Lanes of a rank in the middle of the pipeline; each has a ring and a mirror at this end."""
+        """Lanes of a rank in the middle of the pipeline; each has a ring and a receive ring at this end."""
         return self.config.transport.connections_per_direction * DIRECTIONS * NEIGHBOURS
 
     @property
     def rank_bytes(self) -> int:
-        """All rings and mirrors of one rank. An upper bound: they are touched page by page, when messages first need them."""
+        """All rings of one rank, those it receives into too. An upper bound: pages are touched when messages first need them."""
         return self.ring_bytes * self.connections * ENDS
 
     @property
@@ -80,7 +80,7 @@ class Needs:
         more = f"; each grows with the messages to hold 4 of the longest one, at most {gib(transport.ring_bytes)}"
         return (
             f"up to {gib(self.rank_bytes)} a rank ({gib(self.ring_bytes)} x {transport.connections_per_direction} lanes x "
-            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours, a ring and a mirror each, touched as messages need them"
+            f"{DIRECTIONS} directions x {NEIGHBOURS} neighbours, a ring and a receive ring each, touched as messages need them"
             f"{more if transport.ring_grows else ''})"
         )
 

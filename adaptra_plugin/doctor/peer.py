@@ -19,7 +19,7 @@ import torch
 from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.doctor.rendezvous import CLIENT, SERVER, Gone, Wire
 from adaptra_plugin.errors import AdaptraError, TransportError
-from adaptra_plugin.transport import Card, Channel, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Channel, Direction, Endpoint, EndpointInfo, Key, PeerInfo
 
 RAILS = ("shm", "rdma", "tcp")
 SIZES_MIB = (1, 16)
@@ -113,16 +113,18 @@ def _rail(
         try:
             parsed = TransportConfig.model_validate(settings)
             endpoint = Endpoint(infos[rank], parsed, secret, bind_host=wire.local_host)
-            if rail == "rdma" and not endpoint.card.rdma:
+            if rail == "rdma" and not endpoint.endpoint_info.rdma:
                 why = "no RDMA device that works: see the rows of `adaptra doctor`"
         except (AdaptraError, ValueError) as error:
             why = _line(error)
-        card = _agree(wire, why, {"card": None if endpoint is None else endpoint.card.to_text()})
-        if isinstance(card, str):
-            return Figures(rail, card)
+        endpoint_info = _agree(
+            wire, why, {"endpoint_info": None if endpoint is None else endpoint.endpoint_info.to_text()}
+        )
+        if isinstance(endpoint_info, str):
+            return Figures(rail, endpoint_info)
         assert endpoint is not None
-        other = Card.parse(str(card["card"]))
-        if rail == "shm" and other.boot != endpoint.card.boot:
+        other = EndpointInfo.parse(str(endpoint_info["endpoint_info"]))
+        if rail == "shm" and other.boot != endpoint.endpoint_info.boot:
             return Figures(rail, "the two hosts have no memory in common")
         try:
             endpoint.connect({1 - rank: (infos[1 - rank], other)}, neighbours=[1 - rank], coordinator=SERVER)
@@ -249,15 +251,15 @@ class Bench:
         self._channel = channel
         self._rank = rank
         self._drives = rank == CLIENT
-        self._epoch = 0
+        self._step_id = 0
 
     def _keys(self, count: int) -> tuple[Callable[[int], Key], Callable[[int], Key]]:
         """Names of messages to the end that follows, and of those to the end that drives."""
-        self._epoch += 1
-        epoch = self._epoch
+        self._step_id += 1
+        step_id = self._step_id
         return (
-            lambda number: Key(epoch, Direction.ACTIVATION, SERVER, number),
-            lambda number: Key(epoch, Direction.GRADIENT, CLIENT, number),
+            lambda number: Key(step_id, Direction.ACTIVATION, SERVER, number),
+            lambda number: Key(step_id, Direction.GRADIENT, CLIENT, number),
         )
 
     def trips(self, count: int, nbytes: int) -> list[float]:

@@ -32,8 +32,8 @@ from adaptra_plugin.transport.bind import (
 )
 from adaptra_plugin.transport.endpoint import MIN_SECRET_BYTES
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
+from adaptra_plugin.transport.proxy.handshake_connection import Acceptor, Connector
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.meeting import Dialer, Listener
 
 VARIABLE = "ADAPTRA_SECRET"
 SERVER, CLIENT = 0, 1
@@ -159,7 +159,7 @@ def serve(
     """
     host = bind or _own_address(config)
     loop, found = Loop(), list[socket.socket]()
-    listener: Listener | None = None
+    acceptor: Acceptor | None = None
 
     def arrived(sock: socket.socket, claim: Claim, settings: Settings) -> None:
         if found:
@@ -170,7 +170,7 @@ def serve(
 
     try:
         sock = listen(host, _BACKLOG)
-        listener = Listener(loop, sock, secret, SERVER, _settings(config), config.handshake_timeout_s, arrived)
+        acceptor = Acceptor(loop, sock, secret, SERVER, _settings(config), config.handshake_timeout_s, arrived)
         port = sock.getsockname()[1]
         ready(Address(_own_address(config) if is_wildcard(host) else host, port))
         loop.call_later(wait_s, loop.stop)
@@ -180,8 +180,8 @@ def serve(
             sock.close()
         raise
     finally:
-        if listener is not None:
-            listener.close()
+        if acceptor is not None:
+            acceptor.close()
         loop.close()
     if not found:
         raise TransportError(f"nobody has come with the secret within {wait_s:g} s: look at the other host's output")
@@ -222,9 +222,9 @@ def dial(config: TransportConfig, address: Address, secret: bytes, *, deadline_s
         refusals.append(error)
         loop.stop()
 
-    dialer: Dialer | None = None
+    connector: Connector | None = None
     try:
-        dialer = Dialer(
+        connector = Connector(
             loop,
             Address(str(found[0][4][0]), address.port),
             Claim(CLIENT, CLIENT, SERVER, Purpose.TCP, 0),
@@ -242,14 +242,14 @@ def dial(config: TransportConfig, address: Address, secret: bytes, *, deadline_s
             sock.close()
         raise
     finally:
-        if dialer is not None:
-            dialer.close()
+        if connector is not None:
+            connector.close()
         loop.close()
     if refusals:
         raise HandshakeError(f"{address} refused: {refusals[0]}")
     if not socks:
         raise TransportError(
-            f"{address} has not answered within {config.connect_s:g} s ({dialer.last_reason}): is `adaptra "
+            f"{address} has not answered within {config.connect_s:g} s ({connector.last_reason}): is `adaptra "
             "doctor --serve` running there, and does a firewall let its port through?"
         )
     return Wire(socks[0], deadline_s)

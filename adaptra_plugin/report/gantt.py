@@ -11,8 +11,18 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.schedule.actions import Kind
 from adaptra_plugin.schedule.timeline import Timeline
 
-COLOURS = {Kind.F: "#4C78C8", Kind.I: "#3FB5AE", Kind.W: "#7CB85C", Kind.B: "#3FA08C"}
-LABELS = {Kind.F: "forward", Kind.I: "backward input", Kind.W: "backward weight", Kind.B: "backward (fused)"}
+COLOURS = {
+    Kind.FORWARD: "#4C78C8",
+    Kind.BACKWARD_INPUT: "#3FB5AE",
+    Kind.BACKWARD_WEIGHT: "#7CB85C",
+    Kind.FULL_BACKWARD: "#3FA08C",
+}
+LABELS = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD_INPUT: "backward input",
+    Kind.BACKWARD_WEIGHT: "backward weight",
+    Kind.FULL_BACKWARD: "backward (fused)",
+}
 BUBBLES = {"dependency": "#E9E9E9", "link": "#F3B0A8", "blocking": "#E8833A"}
 BUBBLE_LABELS = {"dependency": "idle: input not computed", "link": "idle: on the link", "blocking": "idle: link busy"}
 SLOW = "#C8291E"

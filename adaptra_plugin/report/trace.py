@@ -10,8 +10,18 @@ from typing import Any
 from adaptra_plugin.schedule.actions import Kind
 from adaptra_plugin.schedule.timeline import Timeline, Transfer
 
-COLOURS = {Kind.F: "thread_state_running", Kind.I: "rail_animation", Kind.W: "good", Kind.B: "rail_response"}
-NAMES = {Kind.F: "forward", Kind.I: "backward input", Kind.W: "backward weight", Kind.B: "backward"}
+COLOURS = {
+    Kind.FORWARD: "thread_state_running",
+    Kind.BACKWARD_INPUT: "rail_animation",
+    Kind.BACKWARD_WEIGHT: "good",
+    Kind.FULL_BACKWARD: "rail_response",
+}
+NAMES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD_INPUT: "backward input",
+    Kind.BACKWARD_WEIGHT: "backward weight",
+    Kind.FULL_BACKWARD: "backward",
+}
 
 
 def trace_events(timelines: Sequence[tuple[str, Timeline]]) -> list[dict[str, Any]]:
@@ -53,9 +63,9 @@ def _computing(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
 
 def _moving(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
     begins = {
-        (s.action.stage, s.action.kind is Kind.F, s.action.microbatch): s
+        (s.action.stage, s.action.kind is Kind.FORWARD, s.action.microbatch): s
         for s in timeline.spans
-        if s.action.kind is not Kind.W
+        if s.action.kind is not Kind.BACKWARD_WEIGHT
     }
     lanes: dict[tuple[int, int], list[float]] = {}
     threads: dict[tuple[int, int, int], int] = {}
@@ -72,7 +82,7 @@ def _moving(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
             **_complete(f"{moved.action}", "transfer", process, threads[where], moved.ready_ms, moved.end_ms),
             "args": {"waited_ms": moved.start_ms - moved.ready_ms},
         }
-        forward = moved.action.kind is Kind.F
+        forward = moved.action.kind is Kind.FORWARD
         consumer = begins.get((moved.action.stage + (1 if forward else -1), forward, moved.action.microbatch))
         if consumer is not None:
             arrow = {"name": "input", "cat": "transfer", "id": process << 32 | number, "pid": process}

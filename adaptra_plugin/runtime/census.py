@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from adaptra_plugin.runtime.weights import WeightQueue
+from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
 logger = logging.getLogger("adaptra.runtime")
 
@@ -57,7 +57,7 @@ class Census:
         queue: knows whether a backward pass is the schedule's.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], queue: WeightQueue) -> None:
+    def __init__(self, modules: Iterable[nn.Module], queue: WeightGradStore) -> None:
         self._queue = queue
         self._weights: dict[int, _Weight] = {}
         for module in modules:
@@ -85,7 +85,7 @@ class Census:
         y.grad_fn.register_prehook(lambda grads: self._enter(known))
         node.register_hook(lambda grads, _: self._give(known, grads[index]))
 
-    def settle(self) -> bool:
+    def finalize(self) -> bool:
         """Ends what has been observed, between two iterations: a microbatch must not run split in its forward and fused in the
         recomputation of an activation checkpoint. Whether anything is known now that was not."""
         lost = won = 0

@@ -109,7 +109,7 @@ class Coordinator:
         self._begun = begun
         self._limits = list(limits)
         self._clock = clock
-        self._detector = Detector(config.detector, topology.length, ring=topology.chunks > 1)
+        self._detector = Detector(config.detector, topology.length, wraparound=topology.chunks > 1)
         self._estimator = Estimator(config.detector, topology.length, topology.chunks)
         self._reports: dict[int, dict[int, IterationReport | None]] = {}  # None: one that was refused
         self._heard: dict[int, int] = {}  # newest iteration that each rank has reported

@@ -67,11 +67,11 @@ def reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Departure:
-    """`peer` has left schedule number `epoch`; `final`: and takes part in none after it. `broken`: by an error, so that what
+    """`peer` has left schedule number `step_id`; `final`: and takes part in none after it. `broken`: by an error, so that what
     it has left cannot be of use to anybody."""
 
     peer: PeerInfo
-    epoch: int
+    step_id: int
     final: bool
     broken: bool
     why: str
@@ -83,7 +83,7 @@ class Departure:
             "rank": peer.rank,
             "stage": peer.stage,
             "host": peer.host,
-            "epoch": self.epoch,
+            "step_id": self.step_id,
             "final": self.final,
             "broken": self.broken,
             "why": self.why,
@@ -93,10 +93,10 @@ class Departure:
     def from_json(cls, data: Mapping[str, Any]) -> Departure:
         """Raises KeyError, TypeError, ValueError."""
         peer = PeerInfo(int(data["rank"]), int(data["stage"]), str(data["host"]))
-        return cls(peer, int(data["epoch"]), bool(data["final"]), bool(data["broken"]), str(data["why"]))
+        return cls(peer, int(data["step_id"]), bool(data["final"]), bool(data["broken"]), str(data["why"]))
 
-    def concerns(self, epoch: int) -> bool:
-        return epoch == self.epoch or (self.final and epoch > self.epoch)
+    def concerns(self, step_id: int) -> bool:
+        return step_id == self.step_id or (self.final and step_id > self.step_id)
 
 
 class Presence:
@@ -104,19 +104,19 @@ class Presence:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.epoch: int | None = None
+        self.step_id: int | None = None
         self.current = 1
         """Number of the schedule that this rank is in, or comes to next."""
         self.since = 0.0
         self.waiting_since: float | None = None
 
-    def enter(self, epoch: int) -> None:
-        self.since, self.current = self.clock(), epoch
-        self.epoch = epoch
+    def enter(self, step_id: int) -> None:
+        self.since, self.current = self.clock(), step_id
+        self.step_id = step_id
 
     def leave(self) -> None:
-        if self.epoch is not None:
-            self.current, self.epoch = self.epoch + 1, None
+        if self.step_id is not None:
+            self.current, self.step_id = self.step_id + 1, None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -149,10 +149,10 @@ class Departures:
         replica = self._replica(departure.peer.rank)
         with self._lock:
             # what this rank has behind it concerns it no more
-            self._known = [item for item in self._known if item[0].final or item[0].epoch >= self._presence.current]
+            self._known = [item for item in self._known if item[0].final or item[0].step_id >= self._presence.current]
             for known, _ in self._known:
                 as_much = (known.final or not departure.final) and (known.broken or not departure.broken)
-                if as_much and known.concerns(departure.epoch) and self._replica(known.peer.rank) == replica:
+                if as_much and known.concerns(departure.step_id) and self._replica(known.peer.rank) == replica:
                     return False
             self._known.append((departure, self._presence.clock()))
             return True
@@ -161,14 +161,14 @@ class Departures:
         """Whether a rank has said that it takes part in nothing any more."""
         return any(departure.final and departure.peer.rank == rank for departure, _ in self._known)
 
-    def blamed(self, epoch: int) -> Departure | None:
+    def blamed(self, step_id: int) -> Departure | None:
         """Who has left a schedule: the first one."""
-        found = [departure for departure, _ in self._known if departure.concerns(epoch)]
-        return min(found, key=lambda departure: departure.epoch, default=None)
+        found = [departure for departure, _ in self._known if departure.concerns(step_id)]
+        return min(found, key=lambda departure: departure.step_id, default=None)
 
-    def cause(self, epoch: int) -> Departure | None:
+    def cause(self, step_id: int) -> Departure | None:
         """Of whose departure the end of another rank may be a mere consequence."""
-        found = self.blamed(epoch)
+        found = self.blamed(step_id)
         return found if found is not None and (found.broken or self._is_related(found)) else None
 
     def _is_related(self, departure: Departure) -> bool:
@@ -176,13 +176,13 @@ class Departures:
 
     def due(self) -> Departure | None:
         """The one without which this rank is stuck, now."""
-        presence, epoch = self._presence, self._presence.epoch
-        if epoch is None:
+        presence, step_id = self._presence, self._presence.step_id
+        if step_id is None:
             return None
         now, waiting_since = presence.clock(), presence.waiting_since
-        for departure, heard in sorted(self._known, key=lambda item: item[0].epoch):
+        for departure, heard in sorted(self._known, key=lambda item: item[0].step_id):
             related = self._is_related(departure)
-            if not departure.concerns(epoch) or not (related or departure.broken):
+            if not departure.concerns(step_id) or not (related or departure.broken):
                 continue
             if related and waiting_since is not None and now - max(heard, waiting_since) >= STUCK_S:
                 return departure

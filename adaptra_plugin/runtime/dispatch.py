@@ -20,7 +20,7 @@ def forward_only(stages: Sequence[int], microbatches: int, ranks: int) -> tuple[
     """
     group = microbatches if len(stages) == 1 else ranks
     return tuple(
-        Action(stage, Kind.F, microbatch)
+        Action(stage, Kind.FORWARD, microbatch)
         for first in range(0, microbatches, group)
         for stage in stages
         for microbatch in range(first, min(first + group, microbatches))
@@ -33,12 +33,12 @@ def buffers_needed(actions: Sequence[Action]) -> int:
     A slot is taken from F until I or B has ended; microbatches run in order, so the largest number of taken slots suffices.
     """
     taken = most = 0
-    if all(action.kind is Kind.F for action in actions):
+    if all(action.kind is Kind.FORWARD for action in actions):
         return 2  # nothing is kept: the next microbatch may be loaded before the last one is sent
     for action in actions:
-        if action.kind is Kind.F:
+        if action.kind is Kind.FORWARD:
             taken += 1
             most = max(most, taken)
-        elif action.kind in (Kind.I, Kind.B):
+        elif action.kind in (Kind.BACKWARD_INPUT, Kind.FULL_BACKWARD):
             taken -= 1
     return max(1, most)

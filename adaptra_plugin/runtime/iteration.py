@@ -13,13 +13,13 @@ from torch import Tensor
 
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.departures import Presence
 from adaptra_plugin.runtime.dispatch import buffers_needed, in_order
-from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.stopwatch import Stopwatch
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
-from adaptra_plugin.transport import Channel, Direction, Key, Message, RecvTicket
+from adaptra_plugin.transport import Channel, Direction, Key, Message, RecvWork
 from adaptra_plugin.transport.pauses import Pauses
 
 TUPLE = 1  # lowest bit of a message's tag: the message was a tuple of tensors, not one tensor
@@ -43,7 +43,7 @@ class Iteration:
 
     Attributes:
         index: number of the training iteration, 0-based (an evaluation has that of the next training iteration).
-        epoch: number of the executed schedule, training and evaluation alike; part of every transfer's key.
+        step_id: number of the executed schedule, training and evaluation alike; part of every transfer's key.
         version: version of the plan.
         actions: what this rank runs, in order.
         device: where received tensors are to be; None: in host memory.
@@ -51,19 +51,19 @@ class Iteration:
     """
 
     index: int
-    epoch: int
+    step_id: int
     version: int
     actions: tuple[Action, ...]
     microbatches: int
     topology: Topology
     links: Links
     stopwatch: Stopwatch
-    pacer: Pacer
+    throttle: ComputeThrottle
     training: bool = True
     device: torch.device | None = None
     presence: Presence = field(default_factory=Presence)
     wait_ms: float = 0.0
-    _posted: dict[Key, RecvTicket] = field(default_factory=dict)
+    _posted: dict[Key, RecvWork] = field(default_factory=dict)
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
     _delays: dict[tuple[int, int], list[tuple[float, float]]] = field(default_factory=dict)  # (delay, when it came)
     _pauses: dict[tuple[int, int], Pauses | None] = field(default_factory=dict)
@@ -89,20 +89,20 @@ class Iteration:
 
     def splits(self) -> bool:
         """True if this rank's plan runs the backward in two parts."""
-        return any(action.kind is Kind.I for action in self.actions)
+        return any(action.kind is Kind.BACKWARD_INPUT for action in self.actions)
 
     @contextmanager
     def compute(self, action: Action) -> Iterator[None]:
         """Brackets the computation of one action: times and paces it."""
         start = self.stopwatch.mark()
-        with self.pacer.pace(action.kind):
+        with self.throttle.pace(action.kind):
             yield
         self._marks.append((action, start, self.stopwatch.mark()))
 
     def send(self, action: Action, tensors: Sequence[Tensor], *, is_tuple: bool = False) -> None:
         """Hands what an action has made for a neighbour to the proxy and returns at once; blocks only while the staging ring
         is full. Tensors on a device are read later, see `Channel.send`."""
-        forwards = action.kind is Kind.F
+        forwards = action.kind is Kind.FORWARD
         direction = Direction.ACTIVATION if forwards else Direction.GRADIENT
         key = self._key(direction, action.stage + (1 if forwards else -1), action.microbatch)
         tag = self.version << 1 | (TUPLE if is_tuple else 0)
@@ -140,9 +140,9 @@ class Iteration:
 
     def sends(self, action: Action) -> bool:
         """Whether an action makes something for a neighbour."""
-        if action.kind is Kind.F:
+        if action.kind is Kind.FORWARD:
             return not self.topology.is_last(action.stage)
-        return action.kind is not Kind.W and action.stage > 0
+        return action.kind is not Kind.BACKWARD_WEIGHT and action.stage > 0
 
     def finish(self) -> None:
         """The schedule has been executed."""
@@ -178,7 +178,7 @@ class Iteration:
         """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input."""
         durations: dict[tuple[int, Kind], list[float]] = {}
         for action, start, end in self._marks:
-            kind = Kind.I if action.kind is Kind.B else action.kind
+            kind = Kind.BACKWARD_INPUT if action.kind is Kind.FULL_BACKWARD else action.kind
             duration = self.mark_times_ms[end] - self.mark_times_ms[start]
             durations.setdefault((action.stage, kind), []).append(duration)
 
@@ -187,7 +187,9 @@ class Iteration:
             return statistics.median(values) if values else 0.0
 
         return tuple(
-            StageTimes(median(stage, Kind.F), median(stage, Kind.I), median(stage, Kind.W))
+            StageTimes(
+                median(stage, Kind.FORWARD), median(stage, Kind.BACKWARD_INPUT), median(stage, Kind.BACKWARD_WEIGHT)
+            )
             for stage in self.topology.own_stages
         )
 
@@ -204,13 +206,13 @@ class Iteration:
         return tuple(found)
 
     def _key(self, direction: Direction, stage: int, microbatch: int) -> Key:
-        return Key(epoch=self.epoch, direction=direction, stage=stage, microbatch=microbatch)
+        return Key(step_id=self.step_id, direction=direction, stage=stage, microbatch=microbatch)
 
     def _incoming(self, action: Action) -> Key | None:
         """Name of what an action takes from a neighbour, if it does."""
-        if action.kind is Kind.F:
+        if action.kind is Kind.FORWARD:
             return self._key(Direction.ACTIVATION, action.stage, action.microbatch) if action.stage > 0 else None
-        if action.kind is Kind.W or self.topology.is_last(action.stage):
+        if action.kind is Kind.BACKWARD_WEIGHT or self.topology.is_last(action.stage):
             return None
         return self._key(Direction.GRADIENT, action.stage, action.microbatch)
 

@@ -201,10 +201,10 @@ class Losses:
 
     def _leave(self, error: BaseException) -> None:
         """This rank leaves the iteration half-way: the others need not find out by waiting for it."""
-        epoch = self.presence.epoch
-        if epoch is not None and self.failure is None:
+        step_id = self.presence.step_id
+        if step_id is not None and self.failure is None:
             broken = not isinstance(error, StopIteration)
-            self._left = Departure(self._me, epoch, final=False, broken=broken, why=reason(error))
+            self._left = Departure(self._me, step_id, final=False, broken=broken, why=reason(error))
             self._tell(self._left)
 
     def _tell(self, departure: Departure) -> None:
@@ -213,15 +213,15 @@ class Losses:
         else:
             self._send(COORDINATOR, departure.to_json())
 
-    def close(self, next_epoch: int) -> None:
-        """This rank takes part in no schedule from `next_epoch` on. Idempotent."""
+    def close(self, next_step_id: int) -> None:
+        """This rank takes part in no schedule from `next_step_id` on. Idempotent."""
         if not self._closed and self.failure is None:
             # what ends the process, if it is not a session at a keyboard, in which errors end nothing
             error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
             why = ENDED if error is None else reason(error)
-            if self._left is not None and self._left.epoch == next_epoch - 1:
+            if self._left is not None and self._left.step_id == next_step_id - 1:
                 why = self._left.why
-            self._tell(Departure(self._me, next_epoch, final=True, broken=self.broken or error is not None, why=why))
+            self._tell(Departure(self._me, next_step_id, final=True, broken=self.broken or error is not None, why=why))
         self.abandon()
 
     def abandon(self) -> None:

@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: a secret and everybody's card, through the launcher's store."""
+"""How the ranks of a job find each other: a secret and everybody's endpoint info, through the launcher's store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.topology import Topology
-from adaptra_plugin.transport import Card, PeerInfo
+from adaptra_plugin.transport import EndpointInfo, PeerInfo
 from adaptra_plugin.transport.bind import Place, choose_bind, is_loopback, is_wildcard, reachable_address
 
 logger = logging.getLogger("adaptra")
@@ -80,20 +80,24 @@ class Rendezvous:
         texts = self._collect(lambda rank: f"place/{rank}", range(topology.world_size)).values()
         return reachable_address(mine, [Place(*map(str, json.loads(text))) for text in texts])
 
-    def exchange(self, topology: Topology, host: str, card: Card) -> dict[int, tuple[PeerInfo, Card]]:
+    def exchange(
+        self, topology: Topology, host: str, endpoint_info: EndpointInfo
+    ) -> dict[int, tuple[PeerInfo, EndpointInfo]]:
         """Publishes how this rank's endpoint is reached and returns the same of all ranks. Call `secret` before:
         a card says that its rank has read it, and with all of them there, rank 0 takes the secret out of the store.
 
         Raises:
             TransportError: a rank did not publish its card within the deadline, has failed to start, or published nonsense.
         """
-        self._store.set(self._key(f"card/{topology.rank}"), json.dumps({"host": host, "card": card.to_text()}))
+        self._store.set(
+            self._key(f"card/{topology.rank}"), json.dumps({"host": host, "endpoint_info": endpoint_info.to_text()})
+        )
         peers = {}
         for rank, text in self._collect(lambda rank: f"card/{rank}", range(topology.world_size)).items():
             data = json.loads(text)
             info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
             try:
-                peers[rank] = (info, Card.parse(str(data["card"])))
+                peers[rank] = (info, EndpointInfo.parse(str(data["endpoint_info"])))
             except TransportError as error:
                 raise TransportError(f"{info}: {error}") from None
         if topology.rank == 0:

@@ -20,19 +20,19 @@ from adaptra_plugin.errors import ConfigError, TransportError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
+from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.losses import COORDINATOR, Losses
 from adaptra_plugin.runtime.messages import proposal_from, verdict_from, version_from
-from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.plans import PlanBook
 from adaptra_plugin.runtime.rails import RailWatch, event_from
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
-from adaptra_plugin.runtime.weights import WeightQueue
+from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 from adaptra_plugin.schedule.names import ADAPTIVE
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.prepare import prepare
@@ -67,7 +67,7 @@ class Session:
         config: AdaptraConfig,
         topology: Topology,
         store: Any,
-        split: Callable[[WeightQueue], Split],
+        split: Callable[[WeightGradStore], Split],
         device: torch.device,
         microbatches: int,
         *,
@@ -77,7 +77,7 @@ class Session:
         self.config = config
         self.topology = topology
         self.device = device
-        self.queue = WeightQueue()
+        self.queue = WeightGradStore()
         self._wandb_rank = wandb_rank
         self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
         self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
@@ -94,9 +94,9 @@ class Session:
         self._closed = False
         self._close_lock = threading.Lock()
         self._iteration = 0
-        self._epoch = 0
+        self._step_id = 0
         self._stopwatch = stopwatch_for(device)
-        self._pacer = Pacer(config.simulate.compute)
+        self._throttle = ComputeThrottle(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
         _check_links(config, topology)
         if config.schedule in ADAPTIVE:
@@ -115,7 +115,7 @@ class Session:
                 raise
             undo.pop_all()
 
-    def _start(self, store: Any, split: Callable[[WeightQueue], Split], undo: ExitStack) -> None:
+    def _start(self, store: Any, split: Callable[[WeightGradStore], Split], undo: ExitStack) -> None:
         """Makes all that has to be given back; what `undo` holds does so if a step fails."""
         config, topology = self.config, self.topology
         patience = patience_s(config.transport.connect_deadline_s)
@@ -139,13 +139,13 @@ class Session:
             secret,
             simulate=config.simulate,
             bind_host=rendezvous.bind_host(topology, config.transport.bind),
-            ring=topology.chunks > 1,
+            wraparound=topology.chunks > 1,
         )
         undo.callback(self._endpoint.close, linger_s=0.0)
         self._endpoint.on_control = self._control
         self._endpoint.on_peer_lost = self._losses.lost
         self._endpoint.on_rail = self._rail
-        peers = rendezvous.exchange(topology, host, self._endpoint.card)
+        peers = rendezvous.exchange(topology, host, self._endpoint.endpoint_info)
         self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
         self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
         if self._coordinator is not None:
@@ -205,21 +205,21 @@ class Session:
 
     def _enter(self) -> None:
         # counted before anything can fail, which would fail on all ranks: they have to count alike
-        self._epoch += 1
-        self._losses.presence.enter(self._epoch)
+        self._step_id += 1
+        self._losses.presence.enter(self._step_id)
 
     def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
         self._losses.check()
         return Iteration(
             index=self._iteration,
-            epoch=self._epoch,
+            step_id=self._step_id,
             version=version,
             actions=tuple(actions),
             microbatches=microbatches,
             topology=self.topology,
             links=self._links,
             stopwatch=self._stopwatch,
-            pacer=self._pacer,
+            throttle=self._throttle,
             training=training,
             device=self.device,
             presence=self._losses.presence,
@@ -231,7 +231,7 @@ class Session:
             return
         iteration.finish()
         if self._split is not None:
-            self._split.settle()
+            self._split.finalize()
         self._iteration += 1
         report = iteration.report(self._me.host)
         if self.config.detector.enabled:
@@ -431,7 +431,7 @@ class Session:
             if self._closed:
                 return
             self._closed = True
-        self._losses.close(self._epoch + 1)
+        self._losses.close(self._step_id + 1)
         atexit.unregister(self.close)
         _activation.remove_session(self)
         whole = self.failure is None and not self._losses.broken and self.config.detector.enabled

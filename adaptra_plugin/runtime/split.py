@@ -31,7 +31,7 @@ from torch.utils._device import DeviceContext
 
 from adaptra_plugin.bindings import names_bound_to
 from adaptra_plugin.runtime.census import Census, State
-from adaptra_plugin.runtime.weights import Formula, GraphRest, WeightQueue, linear_gradient
+from adaptra_plugin.runtime.weight_grad_store import Formula, GraphRest, WeightGradStore, linear_gradient
 
 _LINEAR = torch._C._nn.linear
 """`torch.nn.functional.linear` as torch makes it."""
@@ -62,7 +62,7 @@ class Split(Protocol):
     def recording(self) -> AbstractContextManager[None]:
         """Forwards inside run split."""
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """An iteration has ended."""
 
     def remove(self) -> None:
@@ -176,7 +176,7 @@ class _Call:
             the gradient of a view that is changed in place comes in another layout.
     """
 
-    queue: WeightQueue
+    queue: WeightGradStore
     weight: nn.Parameter
     shape: torch.Size | None = None
 
@@ -314,7 +314,7 @@ class SplitLayers:
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        queue: WeightQueue,
+        queue: WeightGradStore,
         rebinding: Rebinding,
         likely: Callable[[nn.Module], bool],
     ) -> None:
@@ -368,9 +368,9 @@ class SplitLayers:
                 fused[name] = fused.get(name, 0) + 1
         return SplitReport(split, fused)
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """An iteration has ended: what has been observed in it decides about the next."""
-        if self.census.settle():
+        if self.census.finalize():
             self._rebinding.look()  # modules that have been imported since
 
     def remove(self) -> None:
@@ -381,7 +381,7 @@ class SplitLayers:
 class SplitLinears(SplitLayers):
     """Layers that call `torch.nn.functional.linear` with a parameter of `module`."""
 
-    def __init__(self, module: nn.Module, queue: WeightQueue) -> None:
+    def __init__(self, module: nn.Module, queue: WeightGradStore) -> None:
         uses: dict[int, int] = {}
         for owner in module.modules():
             for parameter in owner._parameters.values():

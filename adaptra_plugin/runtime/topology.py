@@ -77,7 +77,7 @@ class Topology:
 
     def links(self) -> list[tuple[int, int]]:
         """(position, position) of the links between neighbours; with several chunks a pipeline is a ring."""
-        return links_of(self.length, ring=self.chunks > 1)
+        return links_of(self.length, wraparound=self.chunks > 1)
 
     def place(self, rank: int) -> tuple[int, int]:
         """(replica, position) of a rank."""

@@ -16,16 +16,16 @@ from adaptra_plugin.errors import PlanError
 class Kind(str, enum.Enum):
     """What an action computes for one microbatch on one stage."""
 
-    F = "F"  # forward
-    I = "I"  # noqa: E741  backward with respect to the stage's input; the letter is the grammar's
-    W = "W"  # backward with respect to the stage's parameters
-    B = "B"  # both backwards, fused
+    FORWARD = "F"
+    BACKWARD_INPUT = "I"  # with respect to the stage's input
+    BACKWARD_WEIGHT = "W"  # with respect to the stage's parameters
+    FULL_BACKWARD = "B"  # both, fused
 
     def __str__(self) -> str:
         return self.value
 
 
-KINDS = (Kind.F, Kind.I, Kind.W, Kind.B)
+KINDS = (Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.FULL_BACKWARD)
 """Position in this tuple is the code of the kind in every integer table of this package."""
 
 CODE = {kind: code for code, kind in enumerate(KINDS)}
@@ -34,7 +34,7 @@ _PATTERN = re.compile(r"^\s*(\d+)([FIWB])(\d+)\s*$")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Action:
-    """One computation of one microbatch on one stage; ``str(Action(2, Kind.F, 0)) == "2F0"``."""
+    """One computation of one microbatch on one stage; ``str(Action(2, Kind.FORWARD, 0)) == "2F0"``."""
 
     stage: int
     kind: Kind

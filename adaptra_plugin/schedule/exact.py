@@ -106,11 +106,11 @@ class Model:
         if transfer <= int(self.duration[s, way]):
             return
         sent = [self.model.new_int_var(0, self.horizon, "") for _ in range(self.tables.microbatches)]
-        for m, ticket in enumerate(sent):
-            self.model.add(ticket >= self.start[s, way, m] + int(self.duration[s, way]))
-            self.model.add(self.start[t, way, m] >= ticket + lag)
+        for m, slot in enumerate(sent):
+            self.model.add(slot >= self.start[s, way, m] + int(self.duration[s, way]))
+            self.model.add(self.start[t, way, m] >= slot + lag)
             if m:
-                self.model.add(ticket >= sent[m - 1] + transfer)
+                self.model.add(slot >= sent[m - 1] + transfer)
 
     def _limits(self) -> None:
         n, ranks = self.tables.microbatches, len(self.tables.cap)
@@ -160,7 +160,7 @@ class Model:
         found = status in (self.cp.OPTIMAL, self.cp.FEASIBLE)
         return Solution(self._rows(solver.value) if found else None, bound, status == self.cp.OPTIMAL)
 
-    def settle(self, makespan: int, seconds: float, seed: int) -> Ints | None:
+    def tie_break(self, makespan: int, seconds: float, seed: int) -> Ints | None:
         """A schedule of exactly the proven ``makespan`` (nanoseconds), found by one worker within an amount of work,
         hence the same every time; None where that was not enough."""
         fixed = self.model.clone()
@@ -256,7 +256,7 @@ def solve_exactly(
 ) -> Solution:
     """Improves a known schedule, whose makespan in nanoseconds is given, for at most ``seconds``.
 
-    Deterministic where the optimum is proven in time and found again by ``Model.settle``; the makespan always is.
+    Deterministic where the optimum is proven in time and found again by ``Model.tie_break``; the makespan always is.
     """
     until = time.monotonic() + seconds
     model = Model(tables, makespan)
@@ -265,6 +265,6 @@ def solve_exactly(
     solution = model.solve(max(until - time.monotonic(), LEAST_S), seed, workers, improved)
     left = until - time.monotonic()
     if workers > 1 and solution.optimal and solution.bound < makespan and left > 0:
-        rows = model.settle(solution.bound, left, seed)
+        rows = model.tie_break(solution.bound, left, seed)
         return solution if rows is None else replace(solution, rows=rows)
     return solution

@@ -184,8 +184,8 @@ class Refinement:
             name = old.name
             new = assess(name, schedule, self._tables, bound_ms=message["bound_ms"], began=self._began)
             # an equally short schedule is no reason to change; the last one replaces those found on the way to it
-            settled = message["done"] and new.makespan_ms == old.makespan_ms < self._first.makespan_ms
-            if new.makespan_ms >= old.makespan_ms and not settled:
+            tie_broken = message["done"] and new.makespan_ms == old.makespan_ms < self._first.makespan_ms
+            if new.makespan_ms >= old.makespan_ms and not tie_broken:
                 new = assess(name, old.schedule, self._tables, bound_ms=message["bound_ms"], began=self._began)
             self._best = new
 

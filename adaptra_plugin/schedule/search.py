@@ -13,10 +13,10 @@ import numpy as np
 from adaptra_plugin.schedule.analysis import adapted_slack
 from adaptra_plugin.schedule.bound import bound_ns
 from adaptra_plugin.schedule.graph import chains, heads
-from adaptra_plugin.schedule.listing import NEVER, list_schedule
+from adaptra_plugin.schedule.list_scheduler import NEVER, list_schedule
+from adaptra_plugin.schedule.memory_trim import peaks, trim_memory, trim_warmups
+from adaptra_plugin.schedule.periodic_search import periodic_search
 from adaptra_plugin.schedule.replay import replay
-from adaptra_plugin.schedule.rhythm import rhythm_search
-from adaptra_plugin.schedule.squeeze import peaks, squeeze, trim_warmups
 from adaptra_plugin.schedule.tables import Ints, Tables, per_microbatch
 from adaptra_plugin.schedule.tabu import tabu_search
 
@@ -243,7 +243,7 @@ def _improved(problem: Problem, start: list[tuple[int, int, Ints]], seed: int) -
         seen.add(value)
         trial = rows.copy()
         rest = (tables.microbatches, tables.cap, problem.bound)
-        rhythm_search(trial, *problem.graph, *rest, min(800, 350_000 // size), heat, seed + 1)
+        periodic_search(trial, *problem.graph, *rest, min(800, 350_000 // size), heat, seed + 1)
         tabu_search(trial, *problem.graph, *rest, min(60, 25_000 // size), seed + 1)
         found.append(problem.scored(trial))
         if found[-1].makespan <= problem.bound or len(seen) == STARTS:
@@ -263,6 +263,6 @@ def give_back(problem: Problem, chosen: Found, best: int, tolerance: int = TOLER
         chosen.stressed + chosen.stressed // STRESS_TOLERANCE,
         max(20, 200_000 // len(problem.cost)),
     )
-    squeeze(rows, *problem.graph, *rules)
+    trim_memory(rows, *problem.graph, *rules)
     trim_warmups(rows, *problem.graph, *rules)
     return problem.scored(rows)

@@ -95,7 +95,11 @@ class Timeline:
         A wait is *dependency* until its input is produced, *blocking* until the link takes it, *link* until it arrives.
         """
         arrivals = {
-            (t.action.stage + (1 if t.action.kind is Kind.F else -1), t.action.kind is Kind.F, t.action.microbatch): t
+            (
+                t.action.stage + (1 if t.action.kind is Kind.FORWARD else -1),
+                t.action.kind is Kind.FORWARD,
+                t.action.microbatch,
+            ): t
             for t in self.transfers
         }
         out: list[Idle] = []
@@ -106,8 +110,8 @@ class Timeline:
             free = 0.0
             for span in spans:
                 if span.start_ms > free:
-                    moved = arrivals.get((span.action.stage, span.action.kind is Kind.F, span.action.microbatch))
-                    if span.action.kind is Kind.W:
+                    moved = arrivals.get((span.action.stage, span.action.kind is Kind.FORWARD, span.action.microbatch))
+                    if span.action.kind is Kind.BACKWARD_WEIGHT:
                         moved = None
                     out.extend(_split(rank, free, span.start_ms, moved))
                 free = max(free, span.end_ms)

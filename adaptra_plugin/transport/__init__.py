@@ -1,6 +1,6 @@
 """The delegated data plane: bytes leave the compute path at once and travel by a proxy.
 
-`Endpoint` (one per rank) gives a `Channel` per neighbour; `Channel.send` and `Channel.recv` return tickets. Names are
+`Endpoint` (one per rank) gives a `Channel` per neighbour; `Channel.send` and `Channel.recv` return works. Names are
 imported when they are first used: the proxy's process uses parts of this package and loads neither torch nor pydantic.
 """
 
@@ -14,34 +14,34 @@ if TYPE_CHECKING:
     from adaptra_plugin.transport.channel import Channel
     from adaptra_plugin.transport.endpoint import Endpoint
     from adaptra_plugin.transport.message import Message
-    from adaptra_plugin.transport.tickets import RecvTicket, Ticket
-    from adaptra_plugin.transport.types import Address, Card, Direction, Key, PeerInfo
+    from adaptra_plugin.transport.types import Address, Direction, EndpointInfo, Key, PeerInfo
+    from adaptra_plugin.transport.works import RecvWork, SendWork
 
 __all__ = [
     "Address",
-    "Card",
     "Channel",
     "Direction",
     "Endpoint",
+    "EndpointInfo",
     "Key",
     "Message",
     "PeerInfo",
-    "RecvTicket",
-    "Ticket",
+    "RecvWork",
+    "SendWork",
     "local_address_towards",
 ]
 
 _HOMES = {
     "Address": "types",
-    "Card": "types",
+    "EndpointInfo": "types",
     "Channel": "channel",
     "Direction": "types",
     "Endpoint": "endpoint",
     "Key": "types",
     "Message": "message",
     "PeerInfo": "types",
-    "RecvTicket": "tickets",
-    "Ticket": "tickets",
+    "RecvWork": "works",
+    "SendWork": "works",
     "local_address_towards": "bind",
 }
 

@@ -9,8 +9,8 @@ Control messages to the proxy, by `op`:
              clock_offset_s
     connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s, remind_s;
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
-             rank fills, then the mirror of the ring that the peer fills
-    mapped   rank (the peer's rings are mapped: chunks may come by reference)
+             rank fills, then the receive ring of the ring that the peer fills
+    mapped   rank (the peer's rings are mapped: segments may come by reference)
     unmapped rank, why (they cannot be mapped: the link does without shared memory)
     control  rank, message (JSON text; it is passed on as it is)
     stats    id
@@ -20,7 +20,7 @@ and from it, by `event`:
     start_failed    text
     connected       links {rank: {rails [names], why}}
     connect_failed  error (class name), text
-    segments        rank, descriptors: the peer's rings, for each direction, for each lane, or none if `rails` is false
+    memfds          rank, descriptors: the peer's rings, for each direction, for each lane, or none if `rails` is false
     lost, left      rank, error (class name), reason, remedy
     control         rank, message (an object)
     backlog         rank, waiting (bytes): the control messages that wait for `rank` have become more, or less, than may be
@@ -68,7 +68,7 @@ class Op(enum.IntEnum):
     ITERATION = 4
     """What is sent from now on belongs to iteration `message`: injected faults depend on it."""
     ARRIVED = 16
-    """A whole message has come; `flags` bit 0: it lies in the peer's ring, not in the mirror; `value`: delay (ms); `after`: when
+    """A whole message has come; `flags` bit 0: it lies in the peer's ring, not in the receive ring; `value`: delay (ms); `after`: when
     (`packed_time`)."""
     ACKED = 17
     """A sent message has arrived at the peer's proxy."""

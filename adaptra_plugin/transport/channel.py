@@ -14,12 +14,12 @@ from adaptra_plugin.transport.bridge import Op, unpacked_time
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.memfd import Memfd, extent_of
 from adaptra_plugin.transport.pauses import Pauses
 from adaptra_plugin.transport.ring import Memory
-from adaptra_plugin.transport.segment import Segment, extent_of
-from adaptra_plugin.transport.shared import Relief, Shared
-from adaptra_plugin.transport.tickets import Loss, RecvTicket, Ticket
+from adaptra_plugin.transport.shared import BackpressureDrainer, Shared
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
+from adaptra_plugin.transport.works import Loss, RecvWork, SendWork
 
 _REINSTALL = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
 
@@ -44,18 +44,18 @@ class Link:
         self.connections = shared.config.connections_per_direction
         self.severed = False
         """No record comes after this; the control stream says why."""
-        self.pauses = Pauses(shared.mailbox.drain)
+        self.pauses = Pauses(shared.pump.drain)
         self._malformed = malformed
         self.sending: dict[Direction, list[SendLane]] = {d: [] for d in Direction}
         self.receiving: dict[Direction, list[RecvLane]] = {d: [] for d in Direction}
-        extent = extent_of(shared.config.chunk_kib << 10, grows=shared.config.ring_grows)
+        extent = extent_of(shared.config.segment_kib << 10, grows=shared.config.ring_grows)
         try:
             for direction in Direction:
                 for index in range(self.connections):
-                    ring = Memory(Segment.create(capacity, extent))
+                    ring = Memory(Memfd.create(capacity, extent))
                     self.sending[direction].append(SendLane(info, direction, index, ring, shared))
-                    mirror = Memory(Segment.create(capacity))
-                    self.receiving[direction].append(RecvLane(info, direction, index, mirror, shared))
+                    receive_ring = Memory(Memfd.create(capacity))
+                    self.receiving[direction].append(RecvLane(info, direction, index, receive_ring, shared))
         except OSError as error:
             self.close()
             raise TransportError(
@@ -64,15 +64,15 @@ class Link:
             ) from None
         for receiver in self.recv_lanes():
             receiver.pauses = self.pauses
-        if shared.relief is None:
-            relief = Relief()
-            relief.add(self.receiving[Direction.GRADIENT])
+        if shared.drainer is None:
+            drainer = BackpressureDrainer()
+            drainer.add(self.receiving[Direction.GRADIENT])
             for sender in self.sending[Direction.ACTIVATION]:
-                sender.relief = relief
+                sender.drainer = drainer
         else:
-            shared.relief.add(self.recv_lanes())
+            shared.drainer.add(self.recv_lanes())
             for lane in self.lanes():
-                lane.relief = shared.relief
+                lane.drainer = shared.drainer
 
     def lanes(self) -> Iterator[Lane]:
         for direction in Direction:
@@ -88,9 +88,9 @@ class Link:
             yield from lanes
 
     def descriptors(self) -> list[int]:
-        """For each direction and lane: the ring that this rank fills, then the mirror of the peer's."""
+        """For each direction and lane: the ring that this rank fills, then the receive ring of the peer's."""
         return [
-            lane.memory.segment.fd
+            lane.memory.memfd.fd
             for direction in Direction
             for pair in zip(self.sending[direction], self.receiving[direction], strict=True)
             for lane in pair
@@ -100,24 +100,24 @@ class Link:
         """Takes over the peer's own rings, for each direction and lane. Raises ValueError if they are not as announced."""
         lanes = list(self.recv_lanes())
         rest = list(descriptors)
-        segments: list[Segment] = []
+        memfds: list[Memfd] = []
         try:
             if len(rest) != len(lanes):
                 raise ValueError(f"{len(rest)} rings came, {len(lanes)} were expected")
             for lane in lanes:
-                segments.append(Segment(rest.pop(0), lane.capacity))  # which closes one that it refuses
+                memfds.append(Memfd(rest.pop(0), lane.capacity))  # which closes one that it refuses
         except ValueError:
-            for segment in segments:
-                segment.close()
+            for memfd in memfds:
+                memfd.close()
             for fd in rest:
                 os.close(fd)
             raise
-        for segment, lane in zip(segments, lanes, strict=True):
+        for memfd, lane in zip(memfds, lanes, strict=True):
             # a peer's rings stay the same when shared memory comes back, and messages may still wait in the mapping
-            if lane.remote is not None and lane.remote.segment.same_as(segment):
-                segment.close()
+            if lane.remote is not None and lane.remote.memfd.same_as(memfd):
+                memfd.close()
             else:
-                lane.remote = Memory(segment)
+                lane.remote = Memory(memfd)
 
     # --- records
 
@@ -155,7 +155,7 @@ class Link:
     # --- the end
 
     def abort(self, loss: Loss) -> None:
-        """Nothing more goes or comes; what has arrived stays readable. `Mailbox.wake` has to follow."""
+        """Nothing more goes or comes; what has arrived stays readable. `EventPump.wake` has to follow."""
         for lane in self.lanes():
             lane.abort(loss)
 
@@ -191,36 +191,36 @@ class Channel:
         self.peer = link.info
         self._link = link
 
-    def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int = 0) -> Ticket:
+    def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int = 0) -> SendWork:
         """Copies the tensors into the staging ring and returns; those in host memory may be overwritten at once.
 
-        CUDA tensors are read later, beside what the device computes (`staging`): until the ticket is done they must not be
+        CUDA tensors are read later, beside what the device computes (`staging`): until the work is done they must not be
         changed in place, which would fail the endpoint; their memory may be let go of.
 
         Blocks only while the ring is full (one warning), at most `transport.deadline_s`. `tag` is a 64-bit number that
         the receiver finds in the message.
 
         A ring is full of messages that the peer has not copied out: whatever has been staged finds room at the peer and
-        arrives. While an activation is blocked, gradients of the same peer are absorbed if that peer's producer waits
-        for room as well: oldest first, they are copied, on this thread, into the tickets that are posted for them. Else
+        arrives. While an activation is blocked, gradients of the same peer are drained early if that peer's producer waits
+        for room as well: oldest first, they are copied, on this thread, into the works that are posted for them. Else
         two stages whose sends to each other are both blocked would wait for ever. Memory stays bounded by the plan: no
         more gradients can be outstanding than microbatches are between forward and backward on this stage.
 
-        Gradients need not absorb in turn. Stages form a line and a blocked one waits for one neighbour, so a deadlock
+        Gradients need not drain early in turn. Stages form a line and a blocked one waits for one neighbour, so a deadlock
         contains two neighbours that wait for each other. One of them waiting to receive while the other is blocked in a
         send is none: what is staged arrives, so the missing message is not staged yet; consumption follows the order of
         sending, so all that was staged before it is taken already, the ring is empty and there is room for it. That
         leaves the earlier stage in sending an activation and the later one in sending a gradient. The later one has
         said that it waits, all gradients in its ring arrive, and receives are posted for them, because an iteration
-        posts all of its receives when it begins: so the earlier one absorbs until the later one finds room. (By
+        posts all of its receives when it begins: so the earlier one drains early until the later one finds room. (By
         induction from stage 0, which sends no gradients: each stage's gradients find room, so each stage comes to its
         receives.)
 
         In a ring of ranks with several model chunks (`Endpoint`, `ring`) none of this holds: chunks consume in another order than
         they are sent to, and who waits for whom may go round. There every thread that waits, in a send of either direction or
-        for a message, absorbs from every lane whose producer waits for room. A deadlock would contain a blocked producer (if all
+        for a message, drains early from every lane whose producer waits for room. A deadlock would contain a blocked producer (if all
         waited to receive, the plan itself would be stuck); the peer that it waits for waits as well, hears of it, has posted all
-        receives of the iteration, and so absorbs what lies in that ring. Memory is bounded by the plan here too: what has arrived
+        receives of the iteration, and so drains early what lies in that ring. Memory is bounded by the plan here too: what has arrived
         and is not consumed is what the sender holds between its forward and its backward, or its own gradients.
 
         Raises:
@@ -230,7 +230,7 @@ class Channel:
         """
         return self._link.sending[key.direction][key.microbatch % self._link.connections].send(key, tensors, tag)
 
-    def recv(self, key: Key, device: torch.device | None = None) -> RecvTicket:
-        """Posts a receive and returns at once; failures show in the ticket's `wait`. `device`: where its tensors are to be;
+    def recv(self, key: Key, device: torch.device | None = None) -> RecvWork:
+        """Posts a receive and returns at once; failures show in the work's `wait`. `device`: where its tensors are to be;
         None: in host memory."""
         return self._link.receiving[key.direction][key.microbatch % self._link.connections].post(key, device)

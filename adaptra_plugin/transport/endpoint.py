@@ -20,17 +20,17 @@ from adaptra_plugin.transport.bind import choose_bind, is_loopback, is_wildcard
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, RECORD, Op
 from adaptra_plugin.transport.channel import Channel, Link
 from adaptra_plugin.transport.control import ControlStream, encode_control
-from adaptra_plugin.transport.lanes import Relief, Shared
+from adaptra_plugin.transport.event_pump import EventPump
+from adaptra_plugin.transport.lanes import BackpressureDrainer, Shared
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.mailbox import Mailbox
+from adaptra_plugin.transport.memfd import growth_limit
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
 from adaptra_plugin.transport.ring import WINDOW_BYTES
-from adaptra_plugin.transport.segment import growth_limit
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.staging import Copier, Device
-from adaptra_plugin.transport.tickets import Fate, Loss
-from adaptra_plugin.transport.types import PROTOCOL, Address, Card, PeerInfo
+from adaptra_plugin.transport.types import PROTOCOL, Address, EndpointInfo, PeerInfo
+from adaptra_plugin.transport.works import Fate, Loss
 
 MIN_SECRET_BYTES = 16
 REMIND_S = 10.0
@@ -48,7 +48,7 @@ _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 class Endpoint:
     """One per rank; create it after any fork. Listens from construction on; `connect` brings the links up."""
 
-    card: Card
+    endpoint_info: EndpointInfo
     """How peers reach this endpoint; publish it through the launcher's store."""
     on_control: Callable[[int, dict[str, Any]], None]
     """`(rank, message)` of every control message. Called on the control thread: be quick, never wait in it."""
@@ -68,13 +68,13 @@ class Endpoint:
         clock_offset_s: float = 0.0,
         spawn: Spawn | None = None,
         device: Device | None = None,
-        ring: bool = False,
+        wraparound: bool = False,
     ) -> None:
         """`secret`: the same random bytes on all ranks of the job (at least 16). `bind_host`: where to listen while
         `config.bind` is "auto", and what to tell peers while it is a wildcard; without it the address that routes to
         `MASTER_ADDR`. `clock_offset_s`: this rank's clock
         in front of the host's (s), for tests. `spawn`: starts the proxy, instead of what `config.proxy` says.
-        `device`: the accelerator whose tensors are copied beside its computation, instead of CUDA. `ring`: ranks run several
+        `device`: the accelerator whose tensors are copied beside its computation, instead of CUDA. `wraparound`: ranks run several
         model chunks each, so the last one sends to the first one too, see `Channel.send`.
 
         Raises:
@@ -115,19 +115,19 @@ class Endpoint:
         slabs = Slabs(
             WINDOW_BYTES if config.ring_grows else config.ring_bytes
         )  # a ring full of messages may be on its way to be used
-        self._copier = Copier(me.rank, self._copy_failed, config.chunk_kib << 10, device)
+        self._copier = Copier(me.rank, self._copy_failed, config.segment_kib << 10, device)
         with ExitStack() as undo, told(f"the endpoint of rank {me.rank} cannot be started", TransportError):
             undo.callback(self._proxy.discard)
-            self._mailbox = Mailbox(self._proxy.data, self._records, spin)
-            undo.callback(self._mailbox.close)
+            self._pump = EventPump(self._proxy.data, self._records, spin)
+            undo.callback(self._pump.close)
             self._shared = Shared(
                 config,
                 self._fate,
-                self._mailbox,
+                self._pump,
                 slabs,
                 self._copier,
                 lambda: time.monotonic() + clock_offset_s,
-                Relief() if ring else None,
+                BackpressureDrainer() if wraparound else None,
             )
             self._control = ControlStream(self._proxy.control, self._event, self._over, f"adaptra-control-{me.rank}")
             undo.callback(self._control.close)
@@ -154,7 +154,7 @@ class Endpoint:
     @property
     def address(self) -> Address:
         """The main address of the card."""
-        return self.card.addresses[0]
+        return self.endpoint_info.addresses[0]
 
     def _tell(self, op: str, descriptors: Sequence[int] = (), **fields: Any) -> None:
         self._control.send({"op": op, **fields}, descriptors)
@@ -178,7 +178,7 @@ class Endpoint:
 
     def connect(
         self,
-        peers: Mapping[int, tuple[PeerInfo, Card]],
+        peers: Mapping[int, tuple[PeerInfo, EndpointInfo]],
         *,
         neighbours: Collection[int],
         coordinator: int,
@@ -202,14 +202,16 @@ class Endpoint:
         self._controlled = set(others) if coordinator == self.me.rank else {coordinator}
         near = sorted(set(neighbours) - {self.me.rank})
         wanted = {rank: others[rank] for rank in sorted({*near, *self._controlled})}
-        for info, card in wanted.values():
-            self._check_card(info, card)
+        for info, endpoint_info in wanted.values():
+            self._check_endpoint_info(info, endpoint_info)
             self._peers[info.rank] = info
         config = self._config
         own_ring = growth_limit(config.ring_bytes) if config.ring_grows else config.ring_bytes
         for rank in near:
-            info, card = wanted[rank]
-            self._links[rank] = link = Link(info, min(own_ring, card.ring_bytes), self._shared, self._malformed)
+            info, endpoint_info = wanted[rank]
+            self._links[rank] = link = Link(
+                info, min(own_ring, endpoint_info.ring_bytes), self._shared, self._malformed
+            )
             self._channels[rank] = Channel(link)
         self._gate.clear()
         self._fate.check()
@@ -222,10 +224,10 @@ class Endpoint:
                     "rank": rank,
                     "stage": info.stage,
                     "host": info.host,
-                    "card": card.to_text(),
+                    "endpoint_info": endpoint_info.to_text(),
                     "neighbour": rank in self._links,
                 }
-                for rank, (info, card) in wanted.items()
+                for rank, (info, endpoint_info) in wanted.items()
             ],
             coordinator=coordinator,
             deadline_s=deadline_s,
@@ -233,20 +235,22 @@ class Endpoint:
         )
         self._await_answer(deadline_s + _MARGIN_S)
 
-    def _check_card(self, info: PeerInfo, card: Card) -> None:
-        if card.protocol != PROTOCOL:
+    def _check_endpoint_info(self, info: PeerInfo, endpoint_info: EndpointInfo) -> None:
+        if endpoint_info.protocol != PROTOCOL:
             raise HandshakeError(
-                f"{info} speaks protocol version {card.protocol}, this rank {PROTOCOL}: install the same release of "
+                f"{info} speaks protocol version {endpoint_info.protocol}, this rank {PROTOCOL}: install the same release of "
                 "adaptra_plugin on all ranks"
             )
-        if card.connections != self._config.connections_per_direction:
+        if endpoint_info.connections != self._config.connections_per_direction:
             raise HandshakeError(
-                f"{info} at {card} has adaptra.transport.connections_per_direction {card.connections}, this rank "
+                f"{info} at {endpoint_info} has adaptra.transport.connections_per_direction {endpoint_info.connections}, this rank "
                 f"{self._config.connections_per_direction}: use the same configuration on all ranks"
             )
-        if info.host != self.me.host and all(is_loopback(address.host) for address in card.addresses):
+        if info.host != self.me.host and all(is_loopback(address.host) for address in endpoint_info.addresses):
             log.warning(
-                "%s listens on %s, which only its own host reaches: set adaptra.transport.bind there", info, card
+                "%s listens on %s, which only its own host reaches: set adaptra.transport.bind there",
+                info,
+                endpoint_info,
             )
 
     def close(self, linger_s: float = 5.0) -> None:
@@ -259,7 +263,7 @@ class Endpoint:
             for link in list(self._links.values()):
                 for lane in link.send_lanes():
                     lane.refuse(_CLOSING)
-            self._mailbox.wake()
+            self._pump.wake()
             self._copier.finish(linger_s)
             self._tell("close", linger_s=linger_s)
         if threading.current_thread() is not self._thread:
@@ -284,7 +288,7 @@ class Endpoint:
     def _abort_lanes(self) -> None:
         for link in list(self._links.values()):
             link.abort(_ENDED)
-        self._mailbox.wake()
+        self._pump.wake()
         self._gate.set()
 
     # --- use
@@ -321,13 +325,13 @@ class Endpoint:
     def set_iteration(self, iteration: int) -> None:
         """Which injected faults apply from now on to what this rank sends."""
         if self._has_faults:
-            self._mailbox.post(Op.ITERATION, -1, 0, 0, iteration)
+            self._pump.post(Op.ITERATION, -1, 0, 0, iteration)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, per peer and direction: bytes (with headers), messages, ms blocked by a full ring, how
-        often it was full, messages that blocked sends absorbed; per peer what the proxy knows: its rails, offset of its
+        often it was full, messages that blocked sends drained early; per peer what the proxy knows: its rails, offset of its
         clock and round trip (ms); and refused connections. The proxy's part is the last known one if it is busy."""
-        self._mailbox.drain()
+        self._pump.drain()
         if not self._closed and self._fate.error is None and threading.current_thread() is not self._thread:
             number = next(self._stats_ids)
             self._stats_answers[number] = answer = threading.Event()
@@ -359,10 +363,10 @@ class Endpoint:
             self.on_control(event["rank"], event["message"])
         elif kind in ("lost", "left"):
             self._gone(kind, event)
-        elif kind == "segments":
-            self._segments(event["rank"], descriptors)
+        elif kind == "memfds":
+            self._memfds(event["rank"], descriptors)
         elif kind == "ready":
-            self.card = Card.parse(event["card"])
+            self.endpoint_info = EndpointInfo.parse(event["endpoint_info"])
             self._gate.set()
         elif kind == "connected":
             for rank, link in sorted(event["links"].items(), key=lambda item: int(item[0])):
@@ -391,7 +395,7 @@ class Endpoint:
         else:
             log.warning("event %r of the proxy is unknown", kind)
 
-    def _segments(self, rank: int, descriptors: list[int]) -> None:
+    def _memfds(self, rank: int, descriptors: list[int]) -> None:
         link = self._links.get(rank)
         if link is None:
             for fd in descriptors:
@@ -415,15 +419,15 @@ class Endpoint:
             def severed() -> bool:
                 return link.severed or self._fate.error is not None
 
-            self._mailbox.wait(severed, time.monotonic() + _LAST_RECORDS_S)
+            self._pump.wait(severed, time.monotonic() + _LAST_RECORDS_S)
             link.abort(loss)
-            self._mailbox.wake()
+            self._pump.wake()
         if kind == "lost":
             self._tell_lost(info, loss.reason)
 
     def _malformed(self, info: PeerInfo, loss: Loss) -> None:
         """On whichever thread has read nonsense."""
-        self._mailbox.wake()
+        self._pump.wake()
         self._control.call(lambda: self._tell_lost(info, loss.reason))
 
     def _tell_lost(self, info: PeerInfo, reason: str) -> None:
@@ -449,7 +453,7 @@ class Endpoint:
                 log.error("%s", end)
             self.fail(TransportError(f"{end}: look at the log of rank {self.me.rank}"))
         self.fail(TransportError(f"the endpoint of rank {self.me.rank} is closed"))
-        self._mailbox.close()
+        self._pump.close()
         self._control.close()
         if not self._proxy.join(_LAST_WORDS_S):
             self._proxy.kill()
@@ -468,7 +472,7 @@ class Endpoint:
         self._closed = True
         self._fate.error = TransportError("this endpoint belongs to the parent process: create one after the fork")
         with contextlib.suppress(OSError):
-            self._mailbox.abandon()
+            self._pump.abandon()
         with contextlib.suppress(OSError):
             self._control.abandon()
         self._proxy.abandon()

@@ -16,7 +16,7 @@ from adaptra_plugin.transport.tensors import ALIGNMENT, MAX_META_BYTES, MAX_TENS
 from adaptra_plugin.transport.types import Direction, Key
 
 MAGIC = b"ADm3"
-# magic, direction, reserved, tensors, epoch, stage, microbatch, tag, meta bytes, reserved, payload bytes, at, rest
+# magic, direction, reserved, tensors, step, stage, microbatch, tag, meta bytes, reserved, payload bytes, at, rest
 _HEADER = struct.Struct("<4sBBHqiiqIIQQQ")
 HEADER_BYTES = _HEADER.size
 
@@ -51,7 +51,7 @@ class Header:
         key = self.key
         try:
             return _HEADER.pack(
-                *(MAGIC, key.direction, 0, self.tensors, key.epoch, key.stage, key.microbatch, self.tag),
+                *(MAGIC, key.direction, 0, self.tensors, key.step_id, key.stage, key.microbatch, self.tag),
                 *(self.meta_bytes, 0, self.payload_bytes, self.at, self.rest),
             )
         except struct.error as error:
@@ -76,12 +76,12 @@ def parse_header(raw: bytes, *, direction: Direction, total: int, limit: int) ->
     Raises:
         MalformedMessage: says which field is wrong, with the numbers.
     """
-    magic, code, _, tensors, epoch, stage, microbatch, tag, meta, _, payload, at, rest = _HEADER.unpack(raw)
+    magic, code, _, tensors, step_id, stage, microbatch, tag, meta, _, payload, at, rest = _HEADER.unpack(raw)
     if magic != MAGIC:
         raise MalformedMessage(f"a message starts with {magic.hex()} instead of {MAGIC.hex()}")
     if code != direction:
         raise MalformedMessage(f"a message of direction {code} came among those of direction {int(direction)}")
-    header = Header(Key(epoch, direction, stage, microbatch), tag, tensors, meta, payload, at, rest)
+    header = Header(Key(step_id, direction, stage, microbatch), tag, tensors, meta, payload, at, rest)
     if meta > MAX_META_BYTES or meta % ALIGNMENT or header.total != total:
         raise MalformedMessage(f"a message of {total} bytes announces {HEADER_BYTES} + {meta} + {payload} bytes")
     if tensors > MAX_TENSORS:

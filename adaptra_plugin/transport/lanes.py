@@ -1,7 +1,7 @@
 """One lane = one of the parallel ways in one direction to or from one neighbour: its staging ring and what lies in it.
 
 Callers and the records of the proxy meet here and nowhere else. A lane's lock is held for moments only: never while
-bytes are copied, while anybody waits, nor around a call into the mailbox.
+bytes are copied, while anybody waits, nor around a call into the event pump.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.pauses import Pauses
-from adaptra_plugin.transport.ring import Book, Memory, Outgoing
-from adaptra_plugin.transport.shared import Counters, Relief, Shared
-from adaptra_plugin.transport.staging import PART_CHUNKS, Block, Piece, blocks, stage
+from adaptra_plugin.transport.ring import Memory, Outgoing, RingAllocator
+from adaptra_plugin.transport.shared import BackpressureDrainer, Counters, Shared
+from adaptra_plugin.transport.staging import PART_SEGMENTS, Block, Piece, blocks, stage
 from adaptra_plugin.transport.tensors import Assembly, BadLayout, Spec, describe, understand
-from adaptra_plugin.transport.tickets import Loss, RecvTicket, Ticket
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
+from adaptra_plugin.transport.works import Loss, RecvWork, SendWork
 
 MIB = 1 << 20
 DRAIN_FROM = 64 << 10
@@ -38,7 +38,7 @@ is filled from its start again, where it is in the caches."""
 
 @dataclass(slots=True)
 class Arrived:
-    """A message, or a part of one, in the mirror, or in the peer's ring."""
+    """A message, or a part of one, in the receive ring, or in the peer's ring."""
 
     position: int
     total: int
@@ -48,7 +48,7 @@ class Arrived:
     header: Header
     delay_ms: float
     came_s: float = 0.0
-    ticket: RecvTicket | None = None  # the receive that it belongs to, once that is posted
+    work: RecvWork | None = None  # the receive that it belongs to, once that is posted
 
     @property
     def at(self) -> int:
@@ -75,20 +75,20 @@ class Lane(ABC):
         self.memory = memory
         self.config = shared.config
         self.fate = shared.fate
-        self.mailbox = shared.mailbox
+        self.pump = shared.pump
         self.slabs = shared.slabs
         self.copier = shared.copier
         self.clock = shared.clock
         self.deadline_s = self.config.deadline_s
-        self.capacity = memory.segment.capacity
+        self.capacity = memory.memfd.capacity
         self.limit = min(self.capacity, self.config.max_message_mib * MIB)
         self.counters = Counters()
         self.loss: Loss | None = None
-        self.relief = Relief()
+        self.drainer = BackpressureDrainer()
         self._lock = threading.Lock()
 
     def _post(self, op: Op, position: int = 0, total: int = 0, value: float = 0.0, after: int = 0) -> None:
-        self.mailbox.post(op, self.peer.rank, self.direction, self.index, position, total, value, after)
+        self.pump.post(op, self.peer.rank, self.direction, self.index, position, total, value, after)
 
     @abstractmethod
     def situation(self) -> str:
@@ -96,7 +96,7 @@ class Lane(ABC):
 
     @abstractmethod
     def abort(self, loss: Loss) -> None:
-        """Fails what waits; `Mailbox.wake` has to follow."""
+        """Fails what waits; `EventPump.wake` has to follow."""
 
     def close(self) -> None:
         self.memory.close()
@@ -109,7 +109,7 @@ class Lane(ABC):
             "bytes": c.bytes,
             "blocked_ms": c.blocked_ms,
             "full": c.full,
-            "absorbed": c.absorbed,
+            "drained_early": c.drained_early,
         }
 
 
@@ -118,18 +118,20 @@ class SendLane(Lane):
 
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
-        self.book = Book(self.capacity, grows=self.config.ring_grows)
+        self.allocator = RingAllocator(self.capacity, grows=self.config.ring_grows)
         self._newest: dict[Key, Outgoing] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
 
-    def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int) -> Ticket:
+    def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int) -> SendWork:
         """Stages a message; see `Channel.send`."""
         meta, length = describe(tensors)
         payload = blocks(tensors, self.copier.device)
         # what is in host memory already is copied faster than it can be told of
-        step = PART_CHUNKS * self.config.chunk_kib << 10 if any(block.later for block in payload) else max(length, 1)
+        step = (
+            PART_SEGMENTS * self.config.segment_kib << 10 if any(block.later for block in payload) else max(length, 1)
+        )
         parts = split(key, tag, len(tensors), len(meta), length, step)
         total = sum(part.total for part in parts)
         if total > self.limit:
@@ -140,8 +142,8 @@ class SendLane(Lane):
         self._line.append(turn)
         try:
             self._check(key, 0.0)
-            if total >= DRAIN_FROM and len(self.book):
-                self.mailbox.drain()
+            if total >= DRAIN_FROM and len(self.allocator):
+                self.pump.drain()
             if self._line[0] is turn and self._fits(total):
                 self._warned = False
             else:
@@ -150,7 +152,7 @@ class SendLane(Lane):
         finally:
             self._line.remove(turn)
             if self._line:
-                self.mailbox.wake()
+                self.pump.wake()
 
     def _too_long(self, key: Key, total: int) -> TransportError:
         config = self.config
@@ -163,36 +165,36 @@ class SendLane(Lane):
 
     def _expect(self, total: int) -> None:
         with self._lock:
-            grown = self.book.expect(total)
+            grown = self.allocator.expect(total)
         if grown:
             log.info(
                 "staging ring %s %d to %s grows to %d MiB, for messages of %.1f MiB (at most %d MiB: "
                 "adaptra.transport.ring_max_mib)",
-                *(self.direction.word, self.index, self.peer, self.book.window // MIB, total / MIB),
+                *(self.direction.word, self.index, self.peer, self.allocator.window // MIB, total / MIB),
                 self.capacity // MIB,
             )
 
     def _stage(
         self, key: Key, parts: Sequence[Header], starts: Sequence[bytes], payload: Sequence[Block], total: int
-    ) -> Ticket:
+    ) -> SendWork:
         with self._lock:
-            position = self.book.place(total)
+            position = self.allocator.place(total)
         # nothing is entered before the copy has succeeded: an error in it leaves the lane as it was; what is on a device
         # follows, and an error then ends the endpoint
         event = next((self.copier.device.mark(block.data) for block in payload if block.later), None)
-        ticket = Ticket(key, self)
+        work = SendWork(key, self)
         placed: list[tuple[Outgoing, list[Piece]]] = []
         for part, start in zip(parts, starts, strict=True):
             later = stage(self.memory, position + len(start), payload, part.at, part.payload_bytes)
-            self.memory.segment.write(position, start)
-            placed.append((Outgoing(position, part.total, ticket), later))
-            ticket.missing.add(position)
+            self.memory.memfd.write(position, start)
+            placed.append((Outgoing(position, part.total, work), later))
+            work.missing.add(position)
             position += part.total
         with self._lock:
             self._check(key, 0.0)
             before = self._newest.get(key)
             for outgoing, _ in placed:
-                self.book.add(outgoing)
+                self.allocator.add(outgoing)
             self._newest[key] = placed[-1][0]
             # the proxy hears of messages in the order of their positions
             behind = self._copying > 0 or any(later for _, later in placed)
@@ -213,7 +215,7 @@ class SendLane(Lane):
             else:
                 # stamped last: neither the wait for room nor that for the device is the link's doing
                 self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), after)
-        return ticket
+        return work
 
     def _copied(self, position: int, total: int, after: int) -> None:
         """On the copier's thread."""
@@ -223,10 +225,10 @@ class SendLane(Lane):
 
     def _fits(self, total: int) -> bool:
         with self._lock:
-            return self.book.fits(total)
+            return self.allocator.fits(total)
 
     def _make_room(self, turn: object, total: int, key: Key) -> None:
-        self.mailbox.drain()
+        self.pump.drain()
         started = time.monotonic()
         warn_after = self.config.warn_full_after_ms / 1e3
         told = first = False
@@ -235,7 +237,7 @@ class SendLane(Lane):
             if self.fate.error is not None or self.loss is not None:
                 return True
             is_first = self._line[0] is turn
-            return is_first and (not first or self._fits(total) or self.relief.possible())
+            return is_first and (not first or self._fits(total) or self.drainer.possible())
 
         try:
             while True:
@@ -256,9 +258,9 @@ class SendLane(Lane):
                 if not self._warned and waited >= warn_after:
                     self._warned = True
                     log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
-                if not (first and self.relief.give()):
+                if not (first and self.drainer.drain_one()):
                     limit = self.deadline_s if self._warned else min(self.deadline_s, warn_after)
-                    self.mailbox.wait(may_go_on, started + limit)
+                    self.pump.wait(may_go_on, started + limit)
         finally:
             if told:
                 self._post(Op.STUCK, total=0)
@@ -272,42 +274,42 @@ class SendLane(Lane):
     def situation(self) -> str:
         with self._lock:
             return (
-                f"{len(self.book)} messages wait in the staging ring, {self.book.used} of {self.book.window} bytes "
+                f"{len(self.allocator)} messages wait in the staging ring, {self.allocator.used} of {self.allocator.window} bytes "
                 "(adaptra.transport.ring_mib)."
             )
 
     def acked(self, position: int) -> None:
         """A message has arrived at the peer's proxy."""
         with self._lock:
-            outgoing = self.book.find(position)
+            outgoing = self.allocator.find(position)
             if outgoing is not None:
-                outgoing.ticket.arrived(position)
+                outgoing.work.arrived(position)
 
     def consumed(self, position: int) -> None:
         """A message has been copied out at the peer; that it had arrived may not have been heard."""
         with self._lock:
-            outgoing = self.book.find(position)
+            outgoing = self.allocator.find(position)
             if outgoing is not None:
-                outgoing.ticket.arrived(position)
+                outgoing.work.arrived(position)
                 # not when it is acknowledged: what was sent before it may still be under way
-                if self._newest.get(outgoing.ticket.key) is outgoing:
-                    del self._newest[outgoing.ticket.key]
-                self.book.consume(position)  # last: after it, the position is not known here any more
+                if self._newest.get(outgoing.work.key) is outgoing:
+                    del self._newest[outgoing.work.key]
+                self.allocator.consume(position)  # last: after it, the position is not known here any more
 
     def abort(self, loss: Loss) -> None:
         """Nothing more goes out: fails what has not arrived, and every later send."""
         with self._lock:
             self.loss = self.loss or loss
-            for outgoing in self.book.waiting():
-                outgoing.ticket.settle(loss)
+            for outgoing in self.allocator.waiting():
+                outgoing.work.complete(loss)
 
     def refuse(self, loss: Loss) -> None:
-        """No later send is taken, what waits still goes out. `Mailbox.wake` has to follow."""
+        """No later send is taken, what waits still goes out. `EventPump.wake` has to follow."""
         self.loss = self.loss or loss
 
 
 class RecvLane(Lane):
-    """Messages that have arrived, and receives that wait for one. `memory` is the mirror."""
+    """Messages that have arrived, and receives that wait for one. `memory` is the receive ring."""
 
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
@@ -317,36 +319,36 @@ class RecvLane(Lane):
         """The peer's own ring, once it is mapped here."""
         self.peer_stuck = False
         """The peer's producer waits for room in this lane."""
-        self._posted: dict[Key, deque[RecvTicket]] = {}
+        self._posted: dict[Key, deque[RecvWork]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
         self._parts: dict[Key, Header] = {}  # the newest part of messages that are not complete
         self._entering: Arrived | None = None  # what `deliver` is at
         self._entered = -1  # position of the newest one that it is done with
-        self._ahead: RecvTicket | None = None  # is on its way to the device, or there, and nobody has waited for it
+        self._ahead: RecvWork | None = None  # is on its way to the device, or there, and nobody has waited for it
 
-    def post(self, key: Key, device: torch.device | None = None) -> RecvTicket:
+    def post(self, key: Key, device: torch.device | None = None) -> RecvWork:
         """A receive; it is matched with what has arrived or will, first come first served per key."""
         if device is not None and device.type == "cpu" and not self.copier.device.serves(device):
             device = None  # it is there already
-        ticket = RecvTicket(key, self, self.copier.device.here(device) if device is not None else None)
+        work = RecvWork(key, self, self.copier.device.here(device) if device is not None else None)
         with self._lock:
             whole = False
             waiting = self._arrived.get(key)
             while waiting and not whole:
                 arrived = waiting.popleft()
-                whole = ticket.arrive(arrived) and arrived.is_last
+                whole = work.arrive(arrived) and arrived.is_last
             if waiting is not None and not waiting:
                 del self._arrived[key]
             if not whole and self.loss is not None:
-                ticket.settle(self.loss)
+                work.complete(self.loss)
             elif not whole:
-                self._posted.setdefault(key, deque()).append(ticket)
+                self._posted.setdefault(key, deque()).append(work)
         if self.peer_stuck:
-            self.mailbox.wake()  # a blocked send may absorb now
-        if ticket.for_device:
+            self.pump.wake()  # a blocked send may drain early now
+        if work.for_device:
             self._fetch()
-        return ticket
+        return work
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float, came_s: float = 0.0) -> None:
         """A whole message is there. After an exception that has interrupted it, that of a signal handler, it is called
@@ -373,8 +375,8 @@ class RecvLane(Lane):
             raise MalformedMessage("a message came by reference, and the peer's ring is not mapped")
         if not HEADER_BYTES <= total <= self.limit:
             raise MalformedMessage(f"a message has {total} bytes; at most {self.limit} are accepted here")
-        segment = memory.segment
-        raw = segment.read(position, HEADER_BYTES)
+        memfd = memory.memfd
+        raw = memfd.read(position, HEADER_BYTES)
         header = parse_header(raw, direction=self.direction, total=total, limit=self.limit)
         before = self._parts.get(header.key)
         expected = (before.at + before.payload_bytes, before.whole) if before is not None else (0, header.whole)
@@ -382,7 +384,7 @@ class RecvLane(Lane):
             raise MalformedMessage(
                 f"{header.key}: a part begins at {header.at} of {header.whole} bytes instead of {expected[0]} of {expected[1]}"
             )
-        meta = segment.read(position + HEADER_BYTES, header.meta_bytes)
+        meta = memfd.read(position + HEADER_BYTES, header.meta_bytes)
         try:
             specs = () if header.at else understand(meta, header.tensors, header.whole)
         except BadLayout as error:
@@ -392,32 +394,32 @@ class RecvLane(Lane):
 
     def _enter(self, arrived: Arrived) -> None:
         """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the
-        message, once it has a ticket."""
+        message, once it has a work."""
         key = arrived.header.key
-        if self.loss is not None and arrived.at and arrived.ticket is None and not self._arrived.get(key):
-            return  # the ticket that has its beginning has failed
+        if self.loss is not None and arrived.at and arrived.work is None and not self._arrived.get(key):
+            return  # the work that has its beginning has failed
         posted = self._posted.get(key)
-        if arrived.ticket is not None:
-            arrived.ticket.arrive(arrived)  # does nothing if it did all before
+        if arrived.work is not None:
+            arrived.work.arrive(arrived)  # does nothing if it did all before
         else:
             self._held[arrived.position] = arrived
             while posted and not posted[0].arrive(arrived):
                 posted.popleft()
-        ticket = arrived.ticket
-        if ticket is None:
+        work = arrived.work
+        if work is None:
             waiting = self._arrived.get(key)
             if not waiting:
                 self._arrived[key] = deque((arrived,))
             elif waiting[-1] is not arrived:
                 waiting.append(arrived)
-        elif arrived.is_last and posted and posted[0] is ticket:
+        elif arrived.is_last and posted and posted[0] is work:
             posted.popleft()
         if posted is not None and not posted:
             self._posted.pop(key, None)
-        if ticket is not None and ticket.for_device:
-            self._fetch(ticket)
+        if work is not None and work.for_device:
+            self._fetch(work)
 
-    def _fetch(self, newer: RecvTicket | None = None) -> None:
+    def _fetch(self, newer: RecvWork | None = None) -> None:
         """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn. `newer`: of what
         has just come; the caller has the lock."""
         with contextlib.nullcontext() if newer is not None else self._lock:
@@ -426,16 +428,16 @@ class RecvLane(Lane):
                     self.copier.fetches.put(newer.fetch)
                 return
             for position in sorted(self._held):
-                ticket = self._held[position].ticket
-                if ticket is not None and ticket.for_device:
-                    self._ahead = ticket
-                    self.copier.fetches.put(ticket.fetch)
+                work = self._held[position].work
+                if work is not None and work.for_device:
+                    self._ahead = work
+                    self.copier.fetches.put(work.fetch)
                     return
 
-    def fetched(self, ticket: RecvTicket) -> None:
+    def fetched(self, work: RecvWork) -> None:
         """Caller: has waited for a message on a device."""
         with self._lock:
-            if self._ahead is ticket:
+            if self._ahead is work:
                 self._ahead = None
         self._fetch()
 
@@ -451,32 +453,32 @@ class RecvLane(Lane):
         self._post(Op.RELEASE, arrived.position, arrived.total)
 
     def copied(self) -> None:
-        """Caller: it has copied for a ticket, and lets others."""
+        """Caller: it has copied for a work, and lets others."""
         if self.peer_stuck:
-            self.mailbox.wake()  # a blocked send may have waited for this copy to end
+            self.pump.wake()  # a blocked send may have waited for this copy to end
 
-    def _oldest(self) -> RecvTicket | None:
-        """The ticket of the message that is to be absorbed next, if the peer waits for room. No other than the oldest one:
+    def _oldest(self) -> RecvWork | None:
+        """The work of the message that is to be drained early next, if the peer waits for room. No other than the oldest one:
         the peer's room becomes free from there on, and what has not been asked for stays where it is."""
         if not self.peer_stuck:
             return None
         with self._lock:
             if not self._held:
                 return None
-            ticket = self._held[min(self._held)].ticket
-        return ticket if ticket is not None and ticket.idle else None
+            work = self._held[min(self._held)].work
+        return work if work is not None and work.idle else None
 
-    def can_absorb(self) -> bool:
+    def can_drain_early(self) -> bool:
         return self._oldest() is not None
 
-    def absorb(self) -> bool:
-        """Caller: if the peer waits for room, moves the oldest message into the ticket that waits for it. False if there
+    def drain_early(self) -> bool:
+        """Caller: if the peer waits for room, moves the oldest message into the work that waits for it. False if there
         is nothing to do."""
-        ticket = self._oldest()
-        if ticket is None or not ticket.absorb():
+        work = self._oldest()
+        if work is None or not work.drain_early():
             return False
         with self._lock:
-            self.counters.absorbed += 1
+            self.counters.drained_early += 1
         return True
 
     def situation(self) -> str:
@@ -493,9 +495,9 @@ class RecvLane(Lane):
         """Nothing more will come: fails the receives that wait, and later ones for what has not arrived."""
         with self._lock:
             self.loss = self.loss or loss
-            for tickets in self._posted.values():
-                for ticket in tickets:
-                    ticket.settle(loss)
+            for works in self._posted.values():
+                for work in works:
+                    work.complete(loss)
             self._posted.clear()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Staging rings: shared memory as torch sees it, and the sender's book of what lies where.
 
 Only the sender decides on positions. They only grow, by multiples of 64; the receiver's proxy keeps a message at the
-same position of the mirror, which has the same capacity, so what has room here has room there.
+same position of the receive ring, which has the same capacity, so what has room here has room there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import told
-from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.memfd import Memfd
 
 if TYPE_CHECKING:
-    from adaptra_plugin.transport.tickets import Ticket
+    from adaptra_plugin.transport.works import SendWork
 
 
 MIB = 1 << 20
@@ -36,27 +36,27 @@ memcpy.restype = None
 
 
 class Memory:
-    """A segment and its bytes as a tensor. It is mapped at first use, and touched page by page."""
+    """A memory file and its bytes as a tensor. It is mapped at first use, and touched page by page."""
 
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
+    def __init__(self, memfd: Memfd) -> None:
+        self.memfd = memfd
         self._tensor: torch.Tensor | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
         """All bytes (uint8, `capacity` long). It never leaves the transport: users get copies."""
         if self._tensor is None:
-            if self.segment.fd < 0:
+            if self.memfd.fd < 0:
                 raise TransportError("the endpoint is closed, and its staging rings with it")
-            with told(f"a staging ring of {self.segment.capacity} bytes cannot be mapped", TransportError):
-                self._tensor = torch.frombuffer(self.segment.view, dtype=torch.uint8)
+            with told(f"a staging ring of {self.memfd.capacity} bytes cannot be mapped", TransportError):
+                self._tensor = torch.frombuffer(self.memfd.view, dtype=torch.uint8)
         return self._tensor
 
     def copy_in(self, position: int, data: torch.Tensor) -> None:
         """Copies a flat uint8 tensor in host memory to `position`; other threads run meanwhile."""
         area = self.tensor  # holds the mapping, should the ring be closed meanwhile
         done = 0
-        for start, stop in self.segment.pieces(position, data.numel()):
+        for start, stop in self.memfd.pieces(position, data.numel()):
             memcpy(area.data_ptr() + start, data.data_ptr() + done, stop - start)
             done += stop - start
 
@@ -64,14 +64,14 @@ class Memory:
         """Copies from `position` into a flat uint8 tensor in host memory; other threads run meanwhile."""
         area = self.tensor
         done = 0
-        for start, stop in self.segment.pieces(position, data.numel()):
+        for start, stop in self.memfd.pieces(position, data.numel()):
             memcpy(data.data_ptr() + done, area.data_ptr() + start, stop - start)
             done += stop - start
 
     def close(self) -> None:
         """The mapping goes when a copy that is under way, if any, has ended."""
         self._tensor = None
-        self.segment.close()
+        self.memfd.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -80,16 +80,16 @@ class Outgoing:
 
     position: int
     total: int
-    ticket: Ticket
+    work: SendWork
     consumed: bool = False
 
 
-class Book:
+class RingAllocator:
     """What lies in a ring of `capacity` bytes, oldest first. The lane's lock guards it.
 
     `grows`: the ring is as large as it may ever become, and only a *window* at its start is used: no page behind it is ever
     touched. The window grows with the messages (`expect`). Positions are those of the whole ring, so the other end, which
-    mirrors them, needs to know nothing of it; a message that would reach over the end of the window begins at the start again.
+    receive rings them, needs to know nothing of it; a message that would reach over the end of the window begins at the start again.
     """
 
     def __init__(self, capacity: int, *, grows: bool = False) -> None:

@@ -3,11 +3,11 @@
 Sending: the caller reserves room in the ring, marks its current stream with an event and goes on. The endpoint's *copier*, one
 small thread, lets a stream of its own wait for that event, copies into the ring, sleeps until the copy is complete, and
 only then tells the proxy of the message, in the order of the positions. So the copies of messages overlap the computation
-and the wire of the messages before them; and long messages go in parts (`PART_CHUNKS`), so that the wire carries one while
+and the wire of the messages before them; and long messages go in parts (`PART_SEGMENTS`), so that the wire carries one while
 the next is copied. A tensor must not be changed in place until it has been copied: one that was fails the endpoint instead
 of sending bytes that nobody meant.
 
-Receiving: a message is copied out of the mirror into pinned memory (which a blocked send may have done before) and from
+Receiving: a message is copied out of the receive ring into pinned memory (which a blocked send may have done before) and from
 there, on a stream of its own, to the device; the consumer's current stream waits for that, the host does not. The oldest
 message of a lane that is asked for is fetched when it has come, and part by part while it comes, by another small thread; no
 more than one a lane lies on the device ahead of its turn.
@@ -35,8 +35,8 @@ from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.ring import Memory
 from adaptra_plugin.transport.tensors import aligned, as_bytes, overlaps
 
-PART_CHUNKS = 4
-"""What comes from a device goes in parts of so many chunks (`transport.chunk_kib`)."""
+PART_SEGMENTS = 4
+"""What comes from a device goes in parts of so many segments (`transport.segment_kib`)."""
 _END_S = 5.0
 
 
@@ -208,7 +208,7 @@ class Worker:
     def put(self, call: Callable[[], None]) -> None:
         with self._changed:
             if self._stopped:
-                return  # the endpoint has failed or ended, and its tickets say why
+                return  # the endpoint has failed or ended, and its works say why
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 with told(f"the thread {self._name} cannot be started", TransportError):
@@ -262,12 +262,12 @@ class Copier:
     Args:
         rank: for the thread's name.
         failed: is called on the copier's thread with the reason of a failure, after which nothing is copied any more.
-        chunk_bytes: size of the buffers for rings that cannot be pinned.
+        segment_bytes: size of the buffers for rings that cannot be pinned.
         device: the accelerator.
     """
 
     def __init__(
-        self, rank: int, failed: Callable[[str], None], chunk_bytes: int, device: Device | None = None
+        self, rank: int, failed: Callable[[str], None], segment_bytes: int, device: Device | None = None
     ) -> None:
         self.device: Device = device or Cuda()
         self.copies = Worker(f"adaptra-copier-{rank}", self._unpin)
@@ -275,7 +275,7 @@ class Copier:
         self.fetches = Worker(f"adaptra-fetcher-{rank}")
         """Uploads that come before anybody waits: their own thread, because a copy waits for the computation."""
         self._failed = failed
-        self._chunk = chunk_bytes
+        self._segment = segment_bytes
         self._pins: dict[tuple[Memory, int], torch.Tensor | None] = {}  # extents; None: it cannot be pinned
         self._bounce: list[torch.Tensor] = []
 
@@ -319,7 +319,7 @@ class Copier:
         last: Event | None = None
         for piece in job.pieces:
             at = 0
-            for number, start, stop in job.memory.segment.extents(piece.position, piece.data.numel()):
+            for number, start, stop in job.memory.memfd.extents(piece.position, piece.data.numel()):
                 part = piece.data[at : at + stop - start]
                 area = self._pinned(job.memory, number)
                 if area is None:
@@ -332,14 +332,14 @@ class Copier:
         for piece, version in zip(job.pieces, job.versions, strict=True):
             if version != _version(piece.data):
                 raise RuntimeError(
-                    "it was changed in place before it was copied: leave a tensor alone until its ticket is done, or "
+                    "it was changed in place before it was copied: leave a tensor alone until its work is done, or "
                     "send a clone"
                 )
 
     def _pinned(self, memory: Memory, number: int) -> torch.Tensor | None:
         """An extent of a ring."""
         if (memory, number) not in self._pins:
-            extent = memory.segment.extent
+            extent = memory.memfd.extent
             area = memory.tensor[number * extent : (number + 1) * extent]
             self._pins[memory, number] = area if self.device.pin(area) else None
             if self._pins[memory, number] is None:
@@ -349,10 +349,10 @@ class Copier:
     def _detour(self, memory: Memory, piece: Piece) -> None:
         """Through two pinned buffers: one fills while the other is copied into the ring."""
         if not self._bounce:
-            self._bounce = [self.device.pinned((self._chunk,), torch.uint8) for _ in range(2)]
+            self._bounce = [self.device.pinned((self._segment,), torch.uint8) for _ in range(2)]
         before: tuple[Event, int, torch.Tensor] | None = None
-        for number, at in enumerate(range(0, piece.data.numel(), self._chunk)):
-            part = piece.data[at : at + self._chunk]
+        for number, at in enumerate(range(0, piece.data.numel(), self._segment)):
+            part = piece.data[at : at + self._segment]
             buffer = self._bounce[number % 2][: part.numel()]
             event = self.device.copy(buffer, part)
             if before is not None:

@@ -30,15 +30,15 @@ class Direction(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Names one transfer. `stage` is the receiving stage; `epoch` counts executed schedules."""
+    """Names one transfer. `stage` is the receiving stage; `step_id` counts executed schedules."""
 
-    epoch: int
+    step_id: int
     direction: Direction
     stage: int
     microbatch: int
 
     def __str__(self) -> str:
-        return f"{self.direction.word} of microbatch {self.microbatch} to stage {self.stage} (epoch {self.epoch})"
+        return f"{self.direction.word} of microbatch {self.microbatch} to stage {self.stage} (step {self.step_id})"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Card:
+class EndpointInfo:
     """What others must know to reach an endpoint; its text form (JSON) goes through the launcher's store."""
 
     addresses: tuple[Address, ...]
@@ -121,7 +121,7 @@ class Card:
         return json.dumps(asdict(self) | {"addresses": [address.to_text() for address in self.addresses]})
 
     @classmethod
-    def parse(cls, text: str) -> Card:
+    def parse(cls, text: str) -> EndpointInfo:
         """The inverse of `to_text`.
 
         Raises:
@@ -130,9 +130,9 @@ class Card:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise TransportError(f"the card of an endpoint is not JSON ({error}): {text[:80]!r}") from None
+            raise TransportError(f"the info of an endpoint is not JSON ({error}): {text[:80]!r}") from None
         if not isinstance(data, dict):
-            raise TransportError(f"the card of an endpoint is no JSON object: {text[:80]!r}")
+            raise TransportError(f"the info of an endpoint is no JSON object: {text[:80]!r}")
         if data.get("protocol") != PROTOCOL:
             raise TransportError(
                 f"it speaks protocol version {_short(data.get('protocol'))}, this side {PROTOCOL}: install the same release "
@@ -152,7 +152,7 @@ class Card:
         for name, right in checks.items():
             if not right:
                 raise TransportError(
-                    f"the card of an endpoint has {name} {_short(data.get(name))}, which makes no sense"
+                    f"the info of an endpoint has {name} {_short(data.get(name))}, which makes no sense"
                 )
         return cls(
             tuple(Address.parse(address) for address in addresses), ring, lanes, data["boot"], data["unix"], tuple(rdma)

@@ -51,7 +51,10 @@ def test_memlock_is_compared_with_the_rings_of_a_rank(node, limits, capability, 
     row = node.rows()["memlock"]
     assert row.status is status
     assert words in row.advice
-    assert "up to 1 GiB a rank (64 MiB x 2 lanes x 2 directions x 2 neighbours, a ring and a mirror each, " in row.found
+    assert (
+        "up to 1 GiB a rank (64 MiB x 2 lanes x 2 directions x 2 neighbours, a ring and a receive ring each, "
+        in row.found
+    )
 
 
 def test_the_capability_of_a_user_namespace_does_not_lift_memlock(node):

@@ -21,13 +21,13 @@ def deferred(rank, block):
     """Trains with a block, and counts what W gets to do."""
     from adaptra_plugin.runtime import weights
 
-    counted, stock = [], weights.WeightQueue.defer
+    counted, stock = [], weights.WeightGradStore.defer
 
     def counting(self, weight, use):
         counted.append(weight)
         stock(self, weight, use)
 
-    weights.WeightQueue.defer = counting
+    weights.WeightGradStore.defer = counting
     return {**run(rank, JOB, block, STEPS), "deferred": len(counted)}
 
 

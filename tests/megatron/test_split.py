@@ -34,9 +34,9 @@ def start(rank):
 def split_of(weight, run):
     """A split of a model of one weight, which has been observed in `run()`, called while it records."""
     from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
-    from adaptra_plugin.runtime.weights import WeightQueue
+    from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
-    queue, chunk = WeightQueue(), torch.nn.Module()
+    queue, chunk = WeightGradStore(), torch.nn.Module()
     chunk.weight = weight
     split = MegatronSplit([chunk], Delayed([chunk]), queue)
     with split.recording():
@@ -44,7 +44,7 @@ def split_of(weight, run):
     with queue.collect("observed"):
         y.sum().backward()
     queue.run("observed")
-    split.settle()
+    split.finalize()
     weight.grad = None
     split.model = chunk  # which nothing else keeps
     return queue, split
@@ -197,7 +197,7 @@ def linear(delays):
 
 def counts(rank):
     from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
-    from adaptra_plugin.runtime.weights import WeightQueue
+    from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
     old = linear(True)  # before Transformer Engine 2.4 the store alone says so
     old.need_backward_dw = None
@@ -206,7 +206,7 @@ def counts(rank):
         torch.nn.ModuleList([old]),
     ]
     delayed = Delayed(chunks)
-    report = MegatronSplit(chunks, delayed, WeightQueue()).report
+    report = MegatronSplit(chunks, delayed, WeightGradStore()).report
     assert len(delayed) == 2 and report.split == 2 and report.fused == {"DelayedLinear": 1, "LayerNorm": 1}
     stores = [layer.wgrad_store.context for layer in (chunks[0][0], old)]
     for store in stores:
@@ -239,13 +239,13 @@ def layouts(rank):
 
     def run(number, split):
         from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
-        from adaptra_plugin.runtime.weights import WeightQueue
+        from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
         choose = random.Random(number)
         torch.manual_seed(number)
         dtype = choose.choice([torch.float32, torch.bfloat16, torch.float64])
         size = [choose.choice([1, 2, 3, 5, 8, 16]) for _ in range(4)]
-        chunk, queue = torch.nn.Module(), WeightQueue()
+        chunk, queue = torch.nn.Module(), WeightGradStore()
         chunk.weight = torch.nn.Parameter(torch.randn(size[3], size[2], dtype=dtype))
         chunk.bias = torch.nn.Parameter(torch.randn(size[3], dtype=dtype)) if choose.random() < 0.5 else None
         model = MegatronSplit([chunk], Delayed([chunk]), queue)
@@ -262,7 +262,7 @@ def layouts(rank):
             if m % 2:
                 queue.run(m - 1)
                 queue.run(m)
-                model.settle()
+                model.finalize()
             seen += [y.detach(), x.grad]
         model.remove()
         return [*seen, *(p.grad for p in chunk.parameters())]

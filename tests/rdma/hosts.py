@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
 from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
 from adaptra_plugin.transport.proxy.wire import FrameKind, Header
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 from tests.rdma import wires
 from tests.rdma.pairs import MIB, PATIENCE_S
@@ -53,14 +53,14 @@ class Host(Half):
         self.limit = ring_bytes
         self.lanes = 1
         self.loop = Loop()
-        self.rings = {key: Segment.create(ring_bytes) for key in LANES}
-        self.mirrors = {key: Segment.create(ring_bytes) for key in LANES}
-        for segment in (*self.rings.values(), *self.mirrors.values()):
-            _ = segment.view  # mapped now: that takes a descriptor
+        self.rings = {key: Memfd.create(ring_bytes) for key in LANES}
+        self.receive_rings = {key: Memfd.create(ring_bytes) for key in LANES}
+        for memfd in (*self.rings.values(), *self.receive_rings.values()):
+            _ = memfd.view  # mapped now: that takes a descriptor
         self.nics: dict[int, Nic] = {}
         self.rails: dict[str, RdmaRail] = {}
         self.came: list[tuple[str, Header, bytes]] = []
-        """(rail, header, body; of chunks: what the mirror holds there)"""
+        """(rail, header, body; of segments: what the receive ring holds there)"""
         self.failures: dict[str, str] = {}
         self.expected: Counter[str] = Counter()
         """Frames that were waited for, by rail."""
@@ -73,11 +73,11 @@ class Host(Half):
     def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
         if header.message in self.declined:
             return None
-        return self.mirrors[header.direction, header.lane].slices(header.message + header.at, header.length)
+        return self.receive_rings[header.direction, header.lane].slices(header.message + header.at, header.length)
 
     def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
-        if header.kind == FrameKind.CHUNK:
-            body = self.mirrors[header.direction, header.lane].read(header.message + header.at, header.length)
+        if header.kind == FrameKind.SEGMENT:
+            body = self.receive_rings[header.direction, header.lane].read(header.message + header.at, header.length)
         self.came.append((rail.name, header, body))
         self.on_arrived(rail, header, body)
 
@@ -124,15 +124,18 @@ class Host(Half):
         end = time.monotonic() + seconds
         self.until(lambda: time.monotonic() >= end or self.loop.call_later(0.01, lambda: None) is None)
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """Until all that was submitted has gone; both processes call it."""
         self.until(lambda: all(rail.backlog == 0 for rail in self.rails.values() if not rail.closed), "backlog 0")
 
-    def chunk(self, message: int, data: bytes, at: int = 0, total: int = 0, lane: Any = LANE) -> Frame:
-        """A chunk whose bytes are put into the ring."""
+    def segment(self, message: int, data: bytes, at: int = 0, total: int = 0, lane: Any = LANE) -> Frame:
+        """A segment whose bytes are put into the ring."""
         self.rings[lane].write(message + at, data)
         header = Header(
-            *(FrameKind.CHUNK, 1, 0, *lane, message, total or len(data)), at=at, length=len(data), sent=time.monotonic()
+            *(FrameKind.SEGMENT, 1, 0, *lane, message, total or len(data)),
+            at=at,
+            length=len(data),
+            sent=time.monotonic(),
         )
         return Frame(header, self.rings[lane].slices(message + at, len(data)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adaptra_plugin.config import Fault, SimulateConfig, TransportConfig
-from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Direction, Endpoint, EndpointInfo, Key, PeerInfo
 from tests.rdma import wires
 from tests.rdma.hosts import Half
 from tests.rdma.pairs import MIB, noise
@@ -31,7 +31,7 @@ class Rank(Half):
     def __init__(self, side: str, talk: socket.socket) -> None:
         super().__init__(side, talk)
         self.rank = 0 if side == "a" else 1
-        self.epoch = 0
+        self.step_id = 0
 
     def create(self, *, host: str = "127.0.0.1", faults: Sequence[Fault] = (), **changes: Any) -> dict[str, Any]:
         """An endpoint over all wires, proxy in a thread; returns its card. `host`: where TCP listens."""
@@ -39,7 +39,7 @@ class Rank(Half):
             "rail": "rdma",
             "rdma_devices": tuple(wires.device(self.side, wire) for wire in range(wires.COUNT)),
             "ring_mib": 8,
-            "chunk_kib": 256,
+            "segment_kib": 256,
             "deadline_s": DEADLINE_S,
             "connect_deadline_s": DEADLINE_S,
             "proxy": "thread",
@@ -49,7 +49,7 @@ class Rank(Half):
         me = PeerInfo(self.rank, self.rank, f"n{self.rank}")
         simulate = SimulateConfig(faults=tuple(faults))
         self.endpoint = Endpoint(me, config, SECRET, bind_host=host, simulate=simulate)
-        return {"host": me.host, "card": self.endpoint.card.to_text()}
+        return {"host": me.host, "endpoint_info": self.endpoint.endpoint_info.to_text()}
 
     def connect(self, **options: Any) -> Rank:
         mine = self.create(**options)
@@ -60,7 +60,10 @@ class Rank(Half):
     def meet(self, mine: dict[str, Any]) -> None:
         other = self.swap(mine)
         peer = PeerInfo(1 - self.rank, 1 - self.rank, other["host"])
-        peers = {self.rank: (self.endpoint.me, self.endpoint.card), peer.rank: (peer, Card.parse(other["card"]))}
+        peers = {
+            self.rank: (self.endpoint.me, self.endpoint.endpoint_info),
+            peer.rank: (peer, EndpointInfo.parse(other["endpoint_info"])),
+        }
         self.endpoint.connect(peers, neighbours=[peer.rank], coordinator=0)
 
     def close(self) -> None:
@@ -77,27 +80,27 @@ class Rank(Half):
 
     def key(self, microbatch: int, *, sent: bool) -> Key:
         direction = self._ways[0 if sent else 1]
-        return Key(self.epoch, direction, 1 if direction is Direction.ACTIVATION else 0, microbatch)
+        return Key(self.step_id, direction, 1 if direction is Direction.ACTIVATION else 0, microbatch)
 
     def round(self, sizes: Sequence[int] = (MIB,) * BIG, during: Callable[[], Any] = lambda: None) -> float:
         """Both ranks send messages of these sizes (bytes) to each other, `during` happens, and every byte is checked.
         Returns how long the slowest message took from then on (s), once all that was sent has arrived too."""
-        self.epoch += 1
-        tickets = [self.channel.recv(self.key(index, sent=False)) for index in range(len(sizes))]
+        self.step_id += 1
+        works = [self.channel.recv(self.key(index, sent=False)) for index in range(len(sizes))]
         sent = [
-            self.channel.send(self.key(index, sent=True), [content(self.rank, self.epoch, index, nbytes)], tag=index)
+            self.channel.send(self.key(index, sent=True), [content(self.rank, self.step_id, index, nbytes)], tag=index)
             for index, nbytes in enumerate(sizes)
         ]
         during()
         began = time.monotonic()
-        for index, (ticket, nbytes) in enumerate(zip(tickets, sizes, strict=True)):
-            message = ticket.wait()
+        for index, (work, nbytes) in enumerate(zip(works, sizes, strict=True)):
+            message = work.wait()
             assert message.tag == index
-            wrong = torch.nonzero(message.tensors[0] != content(1 - self.rank, self.epoch, index, nbytes)).flatten()
+            wrong = torch.nonzero(message.tensors[0] != content(1 - self.rank, self.step_id, index, nbytes)).flatten()
             assert not len(wrong), f"{len(wrong)} bytes of {nbytes} are wrong, from {wrong[0]} to {wrong[-1]}"
         took = time.monotonic() - began
-        for ticket in sent:
-            ticket.wait()
+        for work in sent:
+            work.wait()
         return took
 
     def peer_stats(self) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class Rank(Half):
             time.sleep(0.05)
 
 
-def content(rank: int, epoch: int, index: int, nbytes: int) -> torch.Tensor:
+def content(rank: int, step_id: int, index: int, nbytes: int) -> torch.Tensor:
     """Bytes of which no two messages have the same: a window of the same noise, cheap to make anew."""
-    start = zlib.crc32(f"{rank} {epoch} {index}".encode()) % (len(_NOISE) - nbytes)
+    start = zlib.crc32(f"{rank} {step_id} {index}".encode()) % (len(_NOISE) - nbytes)
     return _NOISE[start : start + nbytes]

@@ -45,7 +45,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
 def test_every_message_arrives_once_and_whole(name):
     def scenario(rank: Rank) -> None:
         faults = [Fault(src=0, dst=1, seed=seed, **block) for seed, block in enumerate(FAULTS[name])]
-        rank.connect(faults=faults, chunk_kib=64, rail="rdma")
+        rank.connect(faults=faults, segment_kib=64, rail="rdma")
         chance = random.Random(name)
         for _ in range(ROUNDS):
             sizes = [chance.choice((0, 1, 100, 4000, 5000, 70_000, 200_000)) for _ in range(MESSAGES // ROUNDS)]

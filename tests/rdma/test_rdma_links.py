@@ -10,7 +10,7 @@ import time
 import pytest
 
 from adaptra_plugin.errors import HandshakeError, PeerLostError, TransferTimeout, TransportError
-from adaptra_plugin.transport import ring, segment
+from adaptra_plugin.transport import memfd, ring
 from adaptra_plugin.transport.proxy import server
 from tests.rdma import wires
 from tests.rdma.hosts import both, started
@@ -22,7 +22,7 @@ RESUMED_S = 1.0
 SLACK_S = 1.0
 """The guest has one slow CPU for both ranks, both proxies and the wires."""
 ROUND = (MIB,) * BIG
-CHUNK = 256 << 10
+SEGMENT = 256 << 10
 
 
 def pull(wire: int) -> None:
@@ -52,7 +52,7 @@ def test_messages_are_spread_over_both_rails(proxy):
 
 def test_rings_grow_with_the_messages(monkeypatch):
     monkeypatch.setattr(ring, "WINDOW_BYTES", 2 * MIB)
-    monkeypatch.setattr(segment, "EXTENT_BYTES", MIB)
+    monkeypatch.setattr(memfd, "EXTENT_BYTES", MIB)
 
     def scenario(rank: Rank) -> None:
         rank.connect(ring_mib="auto", ring_max_mib=64)
@@ -104,7 +104,7 @@ def test_a_rail_is_cut_in_the_middle_and_comes_back(how):
             rank.round()
         # how much is a matter of measured speed, and speed one of who has the guest's CPU
         used = rank.delivered()["rdma0"]
-        assert used + rank.swap(used) > CHUNK, "the rail that has come back carries data"
+        assert used + rank.swap(used) > SEGMENT, "the rail that has come back carries data"
 
     both(scenario, maker=Rank)
 

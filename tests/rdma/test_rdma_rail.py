@@ -1,4 +1,4 @@
-"""The RDMA rail between two processes: frames and chunks both ways, little memory, slow, lossy, cut and silent wires."""
+"""The RDMA rail between two processes: frames and segments both ways, little memory, slow, lossy, cut and silent wires."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 
 import pytest
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES
 from adaptra_plugin.transport.proxy.verbs import VerbsError, Work
 from adaptra_plugin.transport.proxy.verbs_library import event_descriptors
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind
-from adaptra_plugin.transport.segment import Segment
 from tests.rdma import wires
 from tests.rdma.hosts import LANES, Host, both, started
 from tests.rdma.pairs import MIB, noise
@@ -35,7 +35,7 @@ def test_frames_and_chunks_both_ways_in_order():
             *((0, 1), (64, EDGE), (8192, EDGE + 1), (MIB, MIB), (capacity - 128, 1000)),
             *((2 * capacity - MIB // 2, MIB), (3 * capacity + 64, MIB + 17)),
         ):
-            plan += [("chunk", (lane, message, size)) for lane in LANES]
+            plan += [("segment", (lane, message, size)) for lane in LANES]
 
         def content(side: str, index: int, size: int) -> bytes:
             return noise(size, 1000 * (side == "a") + index)
@@ -45,10 +45,10 @@ def test_frames_and_chunks_both_ways_in_order():
                 rail.submit(host.small(content(host.side, index, what), index))
             else:
                 lane, message, size = what
-                rail.submit(host.chunk(message, content(host.side, index, size), lane=lane))
+                rail.submit(host.segment(message, content(host.side, index, size), lane=lane))
             # a ring's room is used again only when what lay there has arrived
             host.until(lambda n=index: len(host.came) > n, f"frame {index}")
-            host.settle()
+            host.complete()
             host.swap()
         assert len(host.came) == len(plan)
         for index, ((kind, what), (name, header, body)) in enumerate(zip(plan, host.came, strict=True)):
@@ -56,7 +56,7 @@ def test_frames_and_chunks_both_ways_in_order():
             size = what if kind == "small" else what[2]
             assert body == content(other, index, size), (index, kind, what)
             assert header.kind == (
-                FrameKind.CHUNK if kind == "chunk" else FrameKind.CONTROL if size else FrameKind.PING
+                FrameKind.SEGMENT if kind == "segment" else FrameKind.CONTROL if size else FrameKind.PING
             )
         assert rail.backlog == 0 and not host.failures
         assert "198.18.0.1" in rail.describe() and "198.18.0.2" in rail.describe()
@@ -75,7 +75,7 @@ def test_little_memory_at_the_other_end_loses_nothing():
             if index % 2:
                 rail.submit(host.small(noise(size, index) if size else b"", index))
                 continue
-            frame = host.chunk(position, noise(size + 64, index))
+            frame = host.segment(position, noise(size + 64, index))
             position += -(-size // 64) * 64 + 64
             rail.submit(frame)
         assert rail.backlog > MIB
@@ -83,7 +83,7 @@ def test_little_memory_at_the_other_end_loses_nothing():
         for index, (_, _, body) in enumerate(host.came):
             size = sizes[index]
             assert body == (noise(size, index) if index % 2 and size else b"" if index % 2 else noise(size + 64, index))
-        host.settle()
+        host.complete()
 
     both(scenario)
 
@@ -99,28 +99,28 @@ def test_a_chunk_is_one_request_if_the_device_gathers_its_pieces(gather):
         capacity = host.rings[LANES[0]].capacity
         post = rail._pair.post
         rail._pair.post = lambda works: (posted.append(list(works)), post(works))  # type: ignore[func-returns-value]
-        rail.submit(host.chunk(capacity - MIB // 2, noise(MIB)))  # around the end of the ring: header and two pieces
+        rail.submit(host.segment(capacity - MIB // 2, noise(MIB)))  # around the end of the ring: header and two pieces
         host.until(lambda: host.came)
         assert host.came[0][2] == noise(MIB)
-        host.settle()
-        (chunk,) = (works for works in posted if works[-1].immediate is not None)
-        assert len(chunk) == -(-3 // gather) and all(work.remote for work in chunk)
-        assert [work.signaled for work in chunk] == [False] * (len(chunk) - 1) + [True]
+        host.complete()
+        (segment,) = (works for works in posted if works[-1].immediate is not None)
+        assert len(segment) == -(-3 // gather) and all(work.remote for work in segment)
+        assert [work.signaled for work in segment] == [False] * (len(segment) - 1) + [True]
 
     both(scenario)
 
 
 def test_a_ring_that_grows_is_registered_as_far_as_it_is_used():
     def scenario(host: Host) -> None:
-        host.rings = {key: Segment.create(4 * MIB, MIB) for key in LANES}
+        host.rings = {key: Memfd.create(4 * MIB, MIB) for key in LANES}
         rail = host.connect()
         ring = host.rings[LANES[0]]
         assert list(host.nics[0]._rings[ring]) == [0]
-        rail.submit(host.chunk(2 * MIB - MIB // 2, noise(MIB)))  # in two extents
-        rail.submit(host.chunk(4 * MIB, noise(1000)))
+        rail.submit(host.segment(2 * MIB - MIB // 2, noise(MIB)))  # in two extents
+        rail.submit(host.segment(4 * MIB, noise(1000)))
         host.until(lambda: len(host.came) == 2)
         assert [body for _, _, body in host.came] == [noise(MIB), noise(1000)]
-        host.settle()
+        host.complete()
         assert sorted(host.nics[0]._rings[ring]) == [0, 1, 2]
 
         def refuse(*_: object, **__: object) -> None:
@@ -128,7 +128,7 @@ def test_a_ring_that_grows_is_registered_as_far_as_it_is_used():
 
         if host.side == "a":
             host.nics[0].device.register = refuse
-            rail.submit(host.chunk(3 * MIB, noise(MIB)))
+            rail.submit(host.segment(3 * MIB, noise(MIB)))
             host.until(lambda: host.failures)
             assert "cannot register 1048576 bytes" in host.failures["rdma0"]
             with pytest.raises(VerbsError, match="cannot register"):  # not again and again
@@ -142,16 +142,16 @@ def test_what_is_declined_lands_nowhere():
     def scenario(host: Host) -> None:
         rail = host.connect()
         for lane in LANES:
-            host.mirrors[lane].write(0, b"\x55" * (2 * MIB))
+            host.receive_rings[lane].write(0, b"\x55" * (2 * MIB))
         host.declined = {0, MIB}
         host.swap()
         for size in (100, MIB):
-            rail.submit(host.chunk(0 if size == 100 else MIB, noise(size)))
-        rail.submit(host.chunk(3 * MIB, noise(MIB, 2)))
+            rail.submit(host.segment(0 if size == 100 else MIB, noise(size)))
+        rail.submit(host.segment(3 * MIB, noise(MIB, 2)))
         host.until(lambda: len(host.came) == 3)
-        assert host.mirrors[LANES[0]].read(0, 2 * MIB) == b"\x55" * (2 * MIB)
+        assert host.receive_rings[LANES[0]].read(0, 2 * MIB) == b"\x55" * (2 * MIB)
         assert host.came[2][2] == noise(MIB, 2)
-        host.settle()
+        host.complete()
 
     both(scenario)
 
@@ -161,12 +161,12 @@ def test_a_chunk_whose_bytes_are_not_in_the_ring_travels_too():
 
     def scenario(host: Host) -> None:
         rail = host.connect(slots=16)
-        frame = host.chunk(64, bytes(MIB))
+        frame = host.segment(64, bytes(MIB))
         frame.body = [noise(MIB)[:1000], memoryview(noise(MIB))[1000:]]
         rail.submit(frame)
         host.until(lambda: host.came)
         assert host.came[0][2] == noise(MIB)
-        host.settle()
+        host.complete()
 
     both(scenario)
 
@@ -182,8 +182,8 @@ def test_a_slow_wire_carries_many_chunks_at_once():
         if host.side == "a":
             began = time.monotonic()
             for index in range(count):
-                rail.submit(host.chunk(index * size, noise(size, index)))
-            host.settle()
+                rail.submit(host.segment(index * size, noise(size, index)))
+            host.complete()
             elapsed = time.monotonic() - began
             assert 0.06 <= elapsed < count * 0.06, f"{elapsed:.2f} s: one after the other"
         else:
@@ -203,22 +203,22 @@ def test_a_lossy_wire_loses_nothing():
         host.swap()
         count, size = 12, 256 << 10
         for index in range(count):
-            rail.submit(host.chunk(index * size, noise(size, index)))
+            rail.submit(host.segment(index * size, noise(size, index)))
             rail.submit(host.small(noise(50, index), index))
         host.until(lambda: len(host.came) == 2 * count, "everything", 40)
         for index in range(count):
             assert host.came[2 * index][2] == noise(size, index) and host.came[2 * index + 1][2] == noise(50, index)
-        host.settle()
+        host.complete()
         assert not host.failures
 
     both(scenario)
 
 
 def _goes_on(host: Host, name: str, message: int = 0) -> None:
-    """A chunk each way over the rail; the other process calls this too, sooner or later."""
+    """A segment each way over the rail; the other process calls this too, sooner or later."""
     host.expected[name] += 1
-    host.rails[name].submit(host.chunk(message, noise(MIB, message + 1)))
-    host.until(lambda: len(host.over(name)) >= host.expected[name], f"chunk {host.expected[name]} over {name}")
+    host.rails[name].submit(host.segment(message, noise(MIB, message + 1)))
+    host.until(lambda: len(host.over(name)) >= host.expected[name], f"segment {host.expected[name]} over {name}")
     assert host.over(name)[host.expected[name] - 1] == noise(MIB, message + 1)
     host.until(lambda: host.rails[name].backlog == 0)
 
@@ -236,7 +236,7 @@ def test_a_cut_wire_ends_its_rail_and_comes_back_with_a_new_one(side):
             wires.cut(0, side)
         # no traffic is needed at the end whose port is down
         if host.side != side:
-            host.rails["rdma0"].submit(host.chunk(0, noise(MIB)))
+            host.rails["rdma0"].submit(host.segment(0, noise(MIB)))
         host.until(lambda: "rdma0" in host.failures, "the end of rdma0", 10)
         if host.side == side:
             assert "port down" in host.failures["rdma0"] and time.monotonic() - began < 1
@@ -269,7 +269,7 @@ def test_a_black_hole_ends_the_rail_and_the_other_one_goes_on():
             wires.fault(0, "loss", "100%")
         host.swap()
         began = time.monotonic()
-        host.rails["rdma0"].submit(host.chunk(0, noise(MIB)))
+        host.rails["rdma0"].submit(host.segment(0, noise(MIB)))
         _goes_on(host, "rdma1", MIB)
         host.until(lambda: "rdma0" in host.failures, "the end of rdma0", 10)
         assert "no acknowledgement from the remote end" in host.failures["rdma0"]
@@ -341,9 +341,9 @@ def test_a_chunk_that_fits_nowhere_is_told():
     def scenario(host: Host) -> None:
         rail = host.connect(landing_bytes=MIB)
         if host.side == "a":
-            rail.submit(host.chunk(0, bytes(2 * MIB)))
+            rail.submit(host.segment(0, bytes(2 * MIB)))
             host.until(lambda: host.failures)
-            assert host.failures["rdma0"] == "a chunk of 2097152 bytes does not fit into the other end's 1048576"
+            assert host.failures["rdma0"] == "a segment of 2097152 bytes does not fit into the other end's 1048576"
         host.swap()
 
     both(scenario)

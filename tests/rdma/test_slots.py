@@ -24,7 +24,7 @@ def _slot(prefix: Prefix) -> memoryview:
 
 
 def test_a_prefix_survives_the_way():
-    prefix = Prefix(SlotKind.CHUNK, 96, 7, 1 << 40, 1 << 50, 1 << 60, True)
+    prefix = Prefix(SlotKind.SEGMENT, 96, 7, 1 << 40, 1 << 50, 1 << 60, True)
     assert parse_prefix(_slot(prefix), 7) == prefix
     assert parse_prefix(_slot(Prefix(SlotKind.CREDIT, 0, 1 << 32, 0, 0)), 1 << 32).sequence == 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.iteration import Iteration, Links
-from adaptra_plugin.runtime.pacing import Pacer
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
@@ -30,17 +30,17 @@ class Posting:
 
 
 def iteration(messages):
-    forwards = [Action(1, Kind.F, n) for n in range(len(messages))]
+    forwards = [Action(1, Kind.FORWARD, n) for n in range(len(messages))]
     made = Iteration(
         index=0,
-        epoch=1,
+        step_id=1,
         version=0,
         actions=tuple(forwards),
         microbatches=len(messages),
         topology=Topology(1, ((0, 1),)),
         links=Links(Posting(messages), None),
         stopwatch=stopwatch_for(torch.device("cpu")),
-        pacer=Pacer(None),
+        throttle=ComputeThrottle(None),
     )
     for forward in forwards:
         made.receive(forward)

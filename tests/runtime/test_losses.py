@@ -45,9 +45,9 @@ class Job:
         if target not in self.mute:
             self.ranks[target].heard(source, message)
 
-    def enter(self, epoch, *ranks):
+    def enter(self, step_id, *ranks):
         for rank in ranks or self.ranks:
-            self.ranks[rank].presence.enter(epoch)
+            self.ranks[rank].presence.enter(step_id)
 
     def leave(self, rank, error):
         """What the rank raises."""
@@ -198,8 +198,8 @@ def test_an_error_that_nobody_explains_is_raised_and_told(job, monkeypatch):
 
 def test_ranks_that_run_out_of_data_together_go_on_together(job):
     ranks = job([0, 1])
-    for epoch in (1, 2):
-        ranks.enter(epoch)
+    for step_id in (1, 2):
+        ranks.enter(step_id)
         for rank in (0, 1):
             assert isinstance(ranks.leave(rank, StopIteration()), StopIteration)
     ranks.enter(3)
@@ -274,7 +274,7 @@ def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
     assert found.blamed(1) is None, "it is forgotten"
 
 
-@pytest.mark.parametrize("message", [{}, {"rank": 9}, {"epoch": "x"}, {"rank": 2}])
+@pytest.mark.parametrize("message", [{}, {"rank": 9}, {"step_id": "x"}, {"rank": 2}])
 def test_nonsense_about_ranks_that_are_gone_is_refused(job, message, caplog):
     ranks = job()
     ranks.enter(1)

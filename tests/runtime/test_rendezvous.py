@@ -21,9 +21,9 @@ from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.split import SplitLinears
 from adaptra_plugin.runtime.topology import Topology
-from adaptra_plugin.transport import Address, Card
+from adaptra_plugin.transport import Address, EndpointInfo
 
-CARD = Card((Address("127.0.0.1", 1),), 1 << 20, 1)
+ENDPOINT_INFO = EndpointInfo((Address("127.0.0.1", 1),), 1 << 20, 1)
 RANKS = 4
 SECRET = "adaptra/7/secret"
 
@@ -35,7 +35,7 @@ def meet(*stores):
         topology = Topology.of(number, [list(range(RANKS))])
         rendezvous = Rendezvous(stores[min(number, len(stores) - 1)], "7", number, 20.0)
         secret = rendezvous.secret(topology)
-        return secret, rendezvous.exchange(topology, f"n{number}", CARD)
+        return secret, rendezvous.exchange(topology, f"n{number}", ENDPOINT_INFO)
 
     with ThreadPoolExecutor(RANKS) as pool:
         return list(pool.map(rank, range(RANKS)))
@@ -53,7 +53,7 @@ def test_the_secret_is_gone_when_all_have_met(kind):
     store = stores[0]
     assert len({secret for secret, _ in found}) == 1 and len(found[0][0]) == 32
     assert all(sorted(peers) == list(range(RANKS)) for _, peers in found)
-    assert store.check(["adaptra/7/card/0"]) and not store.check([SECRET])
+    assert store.check(["adaptra/7/endpoint_info/0"]) and not store.check([SECRET])
 
 
 def test_it_stays_until_the_last_card_is_there():
@@ -64,7 +64,7 @@ def test_it_stays_until_the_last_card_is_there():
             self.deleted = 0
 
         def delete_key(self, key):
-            assert key == SECRET and store.check([f"adaptra/7/card/{rank}" for rank in range(RANKS)])
+            assert key == SECRET and store.check([f"adaptra/7/endpoint_info/{rank}" for rank in range(RANKS)])
             self.deleted += 1
             return store.delete_key(key)
 

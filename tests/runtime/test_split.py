@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.runtime.split import SplitLinears
-from adaptra_plugin.runtime.weights import WeightQueue
+from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
 
 def run_fused(module, batches):
@@ -31,7 +31,7 @@ def run_fused(module, batches):
 
 def prepared(module, *inputs):
     """A split of a module whose first iteration, in which weights are observed, is over."""
-    queue = WeightQueue()
+    queue = WeightGradStore()
     split = SplitLinears(module, queue)
     rng = torch.get_rng_state()
     for m, x in enumerate(inputs):
@@ -40,7 +40,7 @@ def prepared(module, *inputs):
         with split.recording(), queue.collect(m):
             y.sum().abs().backward()
         queue.run(m)
-    split.settle()
+    split.finalize()
     torch.set_rng_state(rng)
     module.zero_grad(set_to_none=True)
     return queue, split
@@ -133,7 +133,7 @@ class Tied(nn.Module):
 
 def test_weights_shared_between_modules_stay_fused():
     module = Tied(functional=False)
-    assert SplitLinears(module, WeightQueue()).report.split == 0
+    assert SplitLinears(module, WeightGradStore()).report.split == 0
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -141,7 +141,7 @@ def test_weights_shared_between_modules_stay_fused():
 def test_weights_also_used_elsewhere_are_found_in_the_first_iteration_and_every_bit_is_right(caplog, late, functional):
     def run(split):
         torch.manual_seed(4)
-        module, queue = Tied(functional=functional, late=late), WeightQueue()
+        module, queue = Tied(functional=functional, late=late), WeightGradStore()
         layers = SplitLinears(module, queue)
         for m in range(6):
             with layers.recording() if split else contextlib.nullcontext():
@@ -151,7 +151,7 @@ def test_weights_also_used_elsewhere_are_found_in_the_first_iteration_and_every_
             assert queue._waiting[m] == [], "in the first iteration everything is as in stock, and later this weight is"
             queue.run(m)
             if m % 2:
-                layers.settle()
+                layers.finalize()
         return [p.grad for p in module.parameters()]
 
     assert same(run(split=True), run(split=False))
@@ -173,7 +173,7 @@ def test_a_weight_that_is_used_elsewhere_later_is_not_split_from_the_next_iterat
         return waiting
 
     assert step(0, more=False) == step(1, more=True) == 1
-    split.settle()
+    split.finalize()
     assert step(2, more=False) == 0 and split.report.split == 0
     assert "1 weights are used by a linear layer and elsewhere" in caplog.text
 
@@ -300,7 +300,7 @@ def test_two_outputs_that_share_a_layer_accumulate_one_by_one():
 
     def run(split):
         torch.manual_seed(8)
-        module, queue = Two(), WeightQueue()
+        module, queue = Two(), WeightGradStore()
         layers = SplitLinears(module, queue)
         for m in range(4):
             x = torch.randn(5, 8)
@@ -311,7 +311,7 @@ def test_two_outputs_that_share_a_layer_accumulate_one_by_one():
                 second.backward(torch.full((5, 8), 0.3))
             assert len(queue._waiting[m]) == (3 if split and m else 0)
             queue.run(m)
-            layers.settle()
+            layers.finalize()
         return [p.grad for p in module.parameters()]
 
     assert same(run(split=False), run(split=True))
@@ -343,7 +343,7 @@ class Penalised(nn.Module):
 def test_layers_that_are_differentiated_inside_the_forward_run_as_in_stock():
     def run(split):
         torch.manual_seed(9)
-        module, queue = Penalised(), WeightQueue()
+        module, queue = Penalised(), WeightGradStore()
         layers = SplitLinears(module, queue)
         for m in range(4):
             with layers.recording() if split else contextlib.nullcontext():
@@ -351,7 +351,7 @@ def test_layers_that_are_differentiated_inside_the_forward_run_as_in_stock():
             with queue.collect(m):
                 y.sum().backward()
             queue.run(m)
-            layers.settle()
+            layers.finalize()
         return [p.grad for p in module.parameters()]
 
     assert same(run(split=True), run(split=False))
@@ -468,7 +468,7 @@ def test_the_first_stage_needs_no_input_gradient():
 
 
 def test_misuse_is_an_error():
-    queue = WeightQueue()
+    queue = WeightGradStore()
     with queue.collect(0):
         pass
     with pytest.raises(RuntimeError, match="microbatch 0 already waits"), queue.collect(0):
@@ -515,7 +515,7 @@ def test_a_penalty_that_begins_later_gives_the_bits_of_stock():
 
     def run(split):
         torch.manual_seed(10)
-        module, queue = nn.Linear(4, 4), WeightQueue()
+        module, queue = nn.Linear(4, 4), WeightGradStore()
         layers = SplitLinears(module, queue)
         for m in range(8):
             with layers.recording() if split else contextlib.nullcontext():
@@ -526,7 +526,7 @@ def test_a_penalty_that_begins_later_gives_the_bits_of_stock():
             if m % 2:
                 queue.run(m - 1)
                 queue.run(m)
-                layers.settle()
+                layers.finalize()
         return [p.grad for p in module.parameters()]
 
     assert same(run(split=True), run(split=False))
@@ -535,7 +535,7 @@ def test_a_penalty_that_begins_later_gives_the_bits_of_stock():
 def test_hooks_on_modules_find_the_gradients_of_stock():
     def run(split):
         torch.manual_seed(11)
-        module, queue, seen = Chain(lambda x: x), WeightQueue(), []
+        module, queue, seen = Chain(lambda x: x), WeightGradStore(), []
         layers = SplitLinears(module, queue)
         module.a.register_full_backward_hook(lambda m, gi, go: seen.append(module.b.weight.grad.clone()))
         for m in range(6):
@@ -545,7 +545,7 @@ def test_hooks_on_modules_find_the_gradients_of_stock():
             with queue.collect(m):
                 y.sum().backward()
             queue.run(m)
-            layers.settle()
+            layers.finalize()
         return seen
 
     assert same(run(split=True), run(split=False))

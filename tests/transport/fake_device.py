@@ -133,7 +133,7 @@ class FakeDevice:
 @contextlib.contextmanager
 def pair(device: FakeDevice, **changes) -> Iterator[tuple[Endpoint, Endpoint]]:
     """Both ends of one link; rank 0 computes on the device, and so does rank 1."""
-    settings = config(**{"chunk_kib": 64, **changes})
+    settings = config(**{"segment_kib": 64, **changes})
     ends = [endpoint(rank, settings, device=device) for rank in range(2)]
     try:
         for error in connect_line(ends):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from adaptra_plugin.config import TransportConfig
-from adaptra_plugin.transport import Address, Card, Direction, Endpoint, PeerInfo
+from adaptra_plugin.transport import Address, Direction, Endpoint, EndpointInfo, PeerInfo
 from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, Reader, Writer, pairs
 from adaptra_plugin.transport.frames import split
-from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.spawn import Running
 from adaptra_plugin.transport.tensors import describe
 
@@ -24,9 +24,9 @@ class FakeProxy(Running):
     def __init__(self, rank: int = 0, lanes: int = 1, ring_bytes: int = 1 << 20) -> None:
         (self.data, self.far_data), (self.control, self.far_control) = pairs()
         self.far_data.settimeout(10)
-        self.card = Card((Address("127.0.0.1", 1),), ring_bytes, lanes)
+        self.endpoint_info = EndpointInfo((Address("127.0.0.1", 1),), ring_bytes, lanes)
         self.heard: list[dict[str, Any]] = []
-        self.segments: list[Segment] = []
+        self.memfds: list[Memfd] = []
         self.answers_close = True
         self._lock = threading.Lock()
         self._writer = Writer(self.far_control)
@@ -55,10 +55,10 @@ class FakeProxy(Running):
                 return
 
     def _command(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        self.segments += [Segment(fd, self.card.ring_bytes) for fd in descriptors]
+        self.memfds += [Memfd(fd, self.endpoint_info.ring_bytes) for fd in descriptors]
         self.heard.append(message)
         if message["op"] == "start":
-            self.tell("ready", card=self.card.to_text())
+            self.tell("ready", endpoint_info=self.endpoint_info.to_text())
         elif message["op"] == "connect":
             self.tell("connected", links={"1": {"rails": ["fake"], "why": ""}})
         elif message["op"] == "stats":
@@ -67,12 +67,12 @@ class FakeProxy(Running):
             self.tell("closed")
             self.vanish()
 
-    def ring(self, direction: Direction, lane: int = 0) -> Segment:
+    def ring(self, direction: Direction, lane: int = 0) -> Memfd:
         """What the endpoint fills."""
-        return self.segments[2 * (direction * self.card.connections + lane)]
+        return self.memfds[2 * (direction * self.endpoint_info.connections + lane)]
 
-    def mirror(self, direction: Direction, lane: int = 0) -> Segment:
-        return self.segments[2 * (direction * self.card.connections + lane) + 1]
+    def receive_ring(self, direction: Direction, lane: int = 0) -> Memfd:
+        return self.memfds[2 * (direction * self.endpoint_info.connections + lane) + 1]
 
     # --- records
 
@@ -105,7 +105,7 @@ class FakeProxy(Running):
         tensor: Any,
         position: int,
         *,
-        segment: Segment | None = None,
+        memfd: Memfd | None = None,
         flags: int = 0,
         step: int = 1 << 30,
     ) -> int:
@@ -115,7 +115,7 @@ class FakeProxy(Running):
         for part in split(key, 0, 1, len(meta), payload, step):
             body = data[part.at : part.at + part.payload_bytes]
             raw = part.pack() + (b"" if part.at else meta) + body
-            (segment or self.mirror(key.direction)).write(position, raw)
+            (memfd or self.receive_ring(key.direction)).write(position, raw)
             self.record(Op.ARRIVED, key.direction, position, len(raw), flags=flags)
             position += len(raw)
         return position
@@ -147,8 +147,8 @@ class FakeProxy(Running):
         self.vanish()
         self._thread.join(10)
         self.abandon()
-        for segment in self.segments:
-            segment.close()
+        for memfd in self.memfds:
+            memfd.close()
 
 
 def connected(**changes: Any) -> tuple[Endpoint, FakeProxy]:
@@ -156,6 +156,6 @@ def connected(**changes: Any) -> tuple[Endpoint, FakeProxy]:
     settings: TransportConfig = config(**{"connections_per_direction": 1, **changes})
     fake = FakeProxy(lanes=settings.connections_per_direction, ring_bytes=settings.ring_mib << 20)
     endpoint = Endpoint(PeerInfo(0, 0, "n"), settings, SECRET, spawn=fake)
-    endpoint.connect({1: (info(1), fake.card)}, neighbours=[1], coordinator=0)
-    until(lambda: fake.segments, "rings")
+    endpoint.connect({1: (info(1), fake.endpoint_info)}, neighbours=[1], coordinator=0)
+    until(lambda: fake.memfds, "rings")
     return endpoint, fake

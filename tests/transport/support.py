@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from adaptra_plugin.config import Fault, SimulateConfig, SlowLink, TransportConfig
-from adaptra_plugin.transport import Card, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Direction, Endpoint, EndpointInfo, Key, PeerInfo
 
 SECRET = b"a secret of the tests, 32 bytes."
 PATIENCE_S = 20.0
@@ -33,8 +33,8 @@ def endpoint(rank: int, settings: TransportConfig, **options: Any) -> Endpoint:
     )
 
 
-def table(endpoints: Sequence[Endpoint]) -> dict[int, tuple[PeerInfo, Card]]:
-    return {e.me.rank: (e.me, e.card) for e in endpoints}
+def table(endpoints: Sequence[Endpoint]) -> dict[int, tuple[PeerInfo, EndpointInfo]]:
+    return {e.me.rank: (e.me, e.endpoint_info) for e in endpoints}
 
 
 def everywhere(*calls: Callable[[], Any]) -> list[BaseException | None]:
@@ -91,19 +91,19 @@ def line(
         everywhere(*(e.close for e in endpoints))
 
 
-def activation(microbatch: int, epoch: int = 0, stage: int = 1) -> Key:
-    return Key(epoch, Direction.ACTIVATION, stage, microbatch)
+def activation(microbatch: int, step_id: int = 0, stage: int = 1) -> Key:
+    return Key(step_id, Direction.ACTIVATION, stage, microbatch)
 
 
-def gradient(microbatch: int, epoch: int = 0, stage: int = 0) -> Key:
-    return Key(epoch, Direction.GRADIENT, stage, microbatch)
+def gradient(microbatch: int, step_id: int = 0, stage: int = 0) -> Key:
+    return Key(step_id, Direction.GRADIENT, stage, microbatch)
 
 
 def heard(endpoint: Endpoint, condition: Callable[[], Any]) -> Callable[[], bool]:
     """For `until`: the condition depends on records that no thread of `endpoint` waits for."""
 
     def check() -> bool:
-        endpoint._mailbox.drain()
+        endpoint._pump.drain()
         return bool(condition())
 
     return check

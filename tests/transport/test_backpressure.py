@@ -11,9 +11,9 @@ import torch
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport import Direction, Key
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.ring import Book, Memory, Outgoing
-from adaptra_plugin.transport.segment import Segment
-from adaptra_plugin.transport.tickets import Ticket
+from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.ring import Memory, Outgoing, RingAllocator
+from adaptra_plugin.transport.works import SendWork
 
 from .support import activation, line, until
 
@@ -72,7 +72,7 @@ def test_full_ring_has_a_deadline():
             for number in range(0, 100, 2):
                 first.channel(1).send(activation(number), [MESSAGE])
         text = str(caught.value)
-        assert "activation of microbatch 6 to stage 1 (epoch 0) could not be staged for rank 1" in text
+        assert "activation of microbatch 6 to stage 1 (step 0) could not be staged for rank 1" in text
         assert "within 0.3 s" in text
         assert "3 messages wait in the staging ring, 900480 of 1048576 bytes" in text
         first.close(linger_s=0.0)
@@ -107,53 +107,53 @@ def test_many_messages_do_not_grow_memory():
 
 
 def outgoing(position, total):
-    return Outgoing(position, total, Ticket(activation(0), None))
+    return Outgoing(position, total, SendWork(activation(0), None))
 
 
-def room(book):
+def room(allocator):
     """The longest message that fits now."""
-    return max((total for total in range(0, book.capacity + 1, 64) if total and book.fits(total)), default=0)
+    return max((total for total in range(0, allocator.capacity + 1, 64) if total and allocator.fits(total)), default=0)
 
 
 def test_room_becomes_free_from_the_oldest_message_on():
-    book = Book(1024)
+    allocator = RingAllocator(1024)
     for position, total in ((0, 256), (256, 128), (384, 512)):
-        assert book.place(total) == position
-        book.add(outgoing(position, total))
-    assert (book.used, room(book), len(book)) == (896, 128, 3)
-    assert book.consume(256) is not None
-    assert book.consume(256) is None  # heard twice
-    assert book.consume(999) is None  # never sent
-    assert (book.used, len(book)) == (896, 2)
-    book.consume(0)
-    assert (book.used, room(book)) == (512, 512)
-    book.add(outgoing(book.place(448), 448))  # over the end
-    assert (book.used, room(book)) == (960, 64)
-    book.consume(896)
-    assert room(book) == 64
-    book.consume(384)
-    assert (book.used, room(book), len(book)) == (0, 1024, 0)
+        assert allocator.place(total) == position
+        allocator.add(outgoing(position, total))
+    assert (allocator.used, room(allocator), len(allocator)) == (896, 128, 3)
+    assert allocator.consume(256) is not None
+    assert allocator.consume(256) is None  # heard twice
+    assert allocator.consume(999) is None  # never sent
+    assert (allocator.used, len(allocator)) == (896, 2)
+    allocator.consume(0)
+    assert (allocator.used, room(allocator)) == (512, 512)
+    allocator.add(outgoing(allocator.place(448), 448))  # over the end
+    assert (allocator.used, room(allocator)) == (960, 64)
+    allocator.consume(896)
+    assert room(allocator) == 64
+    allocator.consume(384)
+    assert (allocator.used, room(allocator), len(allocator)) == (0, 1024, 0)
 
 
 def test_an_empty_ring_is_filled_from_its_start_again_and_positions_only_grow():
-    book = Book(1024)
-    book.add(outgoing(book.place(320), 320))
-    book.consume(0)
-    assert book.place(1024) == 1024
-    book.add(outgoing(1024, 1024))
-    assert room(book) == 0
-    book.consume(1024)
-    assert book.place(64) == 2048
+    allocator = RingAllocator(1024)
+    allocator.add(outgoing(allocator.place(320), 320))
+    allocator.consume(0)
+    assert allocator.place(1024) == 1024
+    allocator.add(outgoing(1024, 1024))
+    assert room(allocator) == 0
+    allocator.consume(1024)
+    assert allocator.place(64) == 2048
 
 
 def test_messages_wrap_around_the_end_of_the_memory():
-    memory = Memory(Segment.create(4096))
+    memory = Memory(Memfd.create(4096))
     data = torch.arange(200, dtype=torch.uint8)
     memory.copy_in(3 * 4096 - 50, data)  # 50 bytes at the end, the rest at the start
     out = torch.zeros(200, dtype=torch.uint8)
     memory.copy_out(4096 - 50, out)
     assert torch.equal(out, data)
-    assert memory.segment.read(4046, 200) == bytes(range(200))
+    assert memory.memfd.read(4046, 200) == bytes(range(200))
     memory.close()
     with pytest.raises(TransportError, match="the endpoint is closed"):
         memory.copy_out(0, out)
@@ -161,11 +161,11 @@ def test_messages_wrap_around_the_end_of_the_memory():
 
 def test_rings_are_mapped_only_when_used():
     before = psutil.Process().memory_info().vms
-    rings = [Memory(Segment.create(1 << 30)) for _ in range(8)]
+    rings = [Memory(Memfd.create(1 << 30)) for _ in range(8)]
     assert psutil.Process().memory_info().vms - before < 1 << 28
     resident = psutil.Process().memory_info().rss
-    rings[0].segment.write(5 << 30, b"x")
-    assert rings[0].segment.read(0, 1) == b"x" and rings[0].tensor[0] == ord("x")
+    rings[0].memfd.write(5 << 30, b"x")
+    assert rings[0].memfd.read(0, 1) == b"x" and rings[0].tensor[0] == ord("x")
     assert psutil.Process().memory_info().rss - resident < 1 << 24
     for ring in rings:
         ring.close()
@@ -191,7 +191,7 @@ def test_a_producer_that_becomes_the_first_in_line_tells_the_peer_as_well(fake_p
     assert [fake.next()[0] for _ in range(2)] == [Op.STUCK, Op.SEND]
     assert fake.expect(Op.STUCK)[6] == 1
     for lane in first._links[1].send_lanes():
-        for waiting in lane.book.waiting():
+        for waiting in lane.allocator.waiting():
             fake.record(Op.CONSUMED, position=waiting.position)
     assert [fake.next()[0] for _ in range(2)] == [Op.STUCK, Op.SEND]
     for thread in threads:

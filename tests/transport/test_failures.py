@@ -14,7 +14,7 @@ import torch
 
 from adaptra_plugin.config import SimulateConfig
 from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
-from adaptra_plugin.transport import Card, Direction, spawn
+from adaptra_plugin.transport import Direction, EndpointInfo, spawn
 from adaptra_plugin.transport import endpoint as endpoint_module
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import Header
@@ -26,18 +26,18 @@ from .support import STUCK, activation, config, endpoint, everywhere, gradient, 
 def test_deadline_of_a_receive_names_transfer_peer_and_remedy():
     with line(2) as (first, second):
         first.channel(1).send(activation(2), [torch.ones(1)])
-        ticket = second.channel(0).recv(activation(0, epoch=7))
+        work = second.channel(0).recv(activation(0, step_id=7))
         until(lambda: second.stats()["peers"][0]["directions"]["activation"]["received"]["messages"], "arrival")
         with pytest.raises(TransferTimeout) as caught:
-            ticket.wait(0.05)
+            work.wait(0.05)
         text = str(caught.value)
         assert text.startswith(
-            "activation of microbatch 0 to stage 1 (epoch 7) did not arrive from rank 0 (stage 0, host n) within 0.05 s"
+            "activation of microbatch 0 to stage 1 (step 7) did not arrive from rank 0 (stage 0, host n) within 0.05 s"
         )
-        assert "unread: activation of microbatch 2 to stage 1 (epoch 0)" in text
+        assert "unread: activation of microbatch 2 to stage 1 (step 0)" in text
         assert "adaptra.transport.deadline_s" in text
-        first.channel(1).send(activation(0, epoch=7), [torch.ones(1)])  # late, but the ticket still holds
-        assert ticket.wait().tensors[0].item() == 1
+        first.channel(1).send(activation(0, step_id=7), [torch.ones(1)])  # late, but the work still holds
+        assert work.wait().tensors[0].item() == 1
 
 
 def test_the_configured_deadline_applies_without_an_argument():
@@ -47,11 +47,11 @@ def test_the_configured_deadline_applies_without_an_argument():
 
 def test_deadline_of_a_send():
     first, fake = connected()
-    ticket = first.channel(1).send(activation(0), [torch.zeros(1000)])
+    work = first.channel(1).send(activation(0), [torch.zeros(1000)])
     with pytest.raises(TransferTimeout, match=r"was not taken by rank 1 \(stage 1, host n1\) within 0\.01 s") as caught:
-        ticket.wait(0.01)
+        work.wait(0.01)
     assert "1 messages wait in the staging ring, 4160 of 1048576 bytes" in str(caught.value)
-    assert not ticket.ready()
+    assert not work.ready()
     first.close()
     fake.close()
 
@@ -67,9 +67,9 @@ def forked_peer(run, links=()):
             os.close(read_end)
             os.close(to_child_write)
             mine = endpoint(1, config())
-            os.write(write_end, (mine.card.to_text() + "\n").encode())
-            other = Card.parse(os.read(to_child_read, 4096).decode())
-            mine.connect({0: (info(0), other), 1: (mine.me, mine.card)}, neighbours=[0], coordinator=0)
+            os.write(write_end, (mine.endpoint_info.to_text() + "\n").encode())
+            other = EndpointInfo.parse(os.read(to_child_read, 4096).decode())
+            mine.connect({0: (info(0), other), 1: (mine.me, mine.endpoint_info)}, neighbours=[0], coordinator=0)
             run(mine)
             os.write(write_end, b"ready\n")
             time.sleep(60)
@@ -82,10 +82,10 @@ def forked_peer(run, links=()):
     lines = os.fdopen(read_end)
     first = endpoint(0, config(), simulate=SimulateConfig(links=tuple(links)))
     try:
-        there = Card.parse(lines.readline().strip())
-        os.write(to_child_write, first.card.to_text().encode())
+        there = EndpointInfo.parse(lines.readline().strip())
+        os.write(to_child_write, first.endpoint_info.to_text().encode())
         peer = info(1)
-        first.connect({0: (first.me, first.card), 1: (peer, there)}, neighbours=[1], coordinator=0)
+        first.connect({0: (first.me, first.endpoint_info), 1: (peer, there)}, neighbours=[1], coordinator=0)
         assert lines.readline() == "ready\n"
         yield first, pid
     finally:
@@ -113,13 +113,13 @@ def test_killed_peer_is_named_at_once_and_what_had_arrived_stays_readable(caplog
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         killed = time.monotonic()
-        for ticket in waiting:
+        for work in waiting:
             with pytest.raises(PeerLostError) as caught:
-                ticket.wait()
+                work.wait()
         assert time.monotonic() - killed < 5
         text = str(caught.value)
         assert text.startswith(
-            "gradient of microbatch 11 to stage 0 (epoch 0) cannot arrive from rank 1 (stage 1, host n1)"
+            "gradient of microbatch 11 to stage 0 (step 0) cannot arrive from rank 1 (stage 1, host n1)"
         )
         assert "its connection" in text and "waited" in text and "restart the job from a checkpoint" in text
         assert before.wait().tensors[0].tolist() == [0.0] * 5
@@ -157,7 +157,7 @@ def test_rails_that_end_while_the_peer_lives_are_told_of_at_once(cut):
         first.on_rail = lambda peer, rail, state, why: steps.append((time.monotonic(), rail, state))
         link = first._proxy._proxy._peers[1].link
         began = time.monotonic()
-        first._proxy._proxy.loop.post(lambda: [link.tracks[name].rail._fail("cut by the test") for name in cut])
+        first._proxy._proxy.loop.post(lambda: [link.connections[name].rail._fail("cut by the test") for name in cut])
         until(lambda: {name for _, name, state in steps if state == "paused"} == set(cut), "news of the rails")
         assert max(at for at, _, state in steps if state == "paused") - began < 1.0
         until(lambda: {name for _, name, state in steps if state == "healthy"} >= set(cut), "their return")
@@ -204,12 +204,12 @@ def test_goodbye_is_no_loss_but_ends_waits_at_once(caplog):
         for e in (first, second):
             e.on_peer_lost = lambda peer, reason: lost.append(peer)
         third.channel(1).send(gradient(0, stage=1), [torch.ones(1)])
-        ticket = second.channel(2).recv(gradient(5, stage=1))
+        work = second.channel(2).recv(gradient(5, stage=1))
         third.close()
         with pytest.raises(
             PeerLostError, match=r"cannot arrive from rank 2 .* it has ended and closed its connections"
         ):
-            ticket.wait(10)
+            work.wait(10)
         assert second.channel(2).recv(gradient(0, stage=1)).wait().tensors[0].item() == 1
         until(lambda: second._links[2].sending[0][0].loss, "goodbye")
         with pytest.raises(PeerLostError, match="cannot be sent to rank 2"):
@@ -301,10 +301,10 @@ def test_a_proxy_process_that_dies_ends_every_wait_with_its_exit_code():
     with line(2, proxy="process") as (first, second):
         lost = []
         second.on_peer_lost = lambda peer, reason: lost.append((peer.rank, reason))
-        ticket = first.channel(1).recv(gradient(0))
+        work = first.channel(1).recv(gradient(0))
         threading.Timer(0.2, os.kill, (first._proxy.pid, signal.SIGKILL)).start()
         with pytest.raises(TransportError, match=r"the proxy process of rank 0 was killed by SIGKILL \(exit code -9\)"):
-            ticket.wait()
+            work.wait()
         for call in (
             lambda: first.channel(1).send(activation(0), []),
             first.channel(1).recv(gradient(1)).wait,
@@ -378,11 +378,11 @@ def test_nonsense_in_the_ring_of_an_authenticated_peer_ends_the_link(caplog):
         first, fake = connected()
         lost = []
         first.on_peer_lost = lambda peer, reason, lost=lost: lost.append((peer.rank, reason))
-        ticket = first.channel(1).recv(gradient(0))
-        fake.mirror(Direction.GRADIENT).write(0, raw)
+        work = first.channel(1).recv(gradient(0))
+        fake.receive_ring(Direction.GRADIENT).write(0, raw)
         fake.record(Op.ARRIVED, Direction.GRADIENT, 0, total)
         with pytest.raises(TransportError) as caught:
-            ticket.wait(10)
+            work.wait(10)
         assert not isinstance(caught.value, PeerLostError | TransferTimeout)
         text = str(caught.value)
         assert "rank 1 (stage 1, host n1): it sent a malformed message on connection gradient 0" in text
@@ -396,10 +396,10 @@ def test_nonsense_in_the_ring_of_an_authenticated_peer_ends_the_link(caplog):
 
 def test_a_reference_to_a_ring_that_is_not_mapped_ends_the_link():
     first, fake = connected()
-    ticket = first.channel(1).recv(gradient(0))
+    work = first.channel(1).recv(gradient(0))
     fake.deliver(gradient(0), torch.ones(3), 0, flags=1)
     with pytest.raises(TransportError, match="came by reference, and the peer's ring is not mapped"):
-        ticket.wait(10)
+        work.wait(10)
     first.close()
     fake.close()
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from adaptra_plugin.config import Fault, TransportConfig
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.transport import ring, segment
-from adaptra_plugin.transport.ring import MESSAGES, Book, Outgoing
-from adaptra_plugin.transport.segment import Segment
-from adaptra_plugin.transport.tickets import Ticket
+from adaptra_plugin.transport import memfd, ring
+from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.ring import MESSAGES, Outgoing, RingAllocator
+from adaptra_plugin.transport.works import SendWork
 
 from .fake_device import FakeDevice, channels, pair
 from .support import activation, config, connect_line, endpoint, everywhere, gradient, line, until
@@ -32,7 +32,7 @@ def lane(end, rank, direction=0, index=0):
 
 def touched(end, rank):
     """Bytes of memory that the rings towards a peer have taken."""
-    return [os.fstat(each.memory.segment.fd).st_blocks * 512 for each in end._links[rank].lanes()]
+    return [os.fstat(each.memory.memfd.fd).st_blocks * 512 for each in end._links[rank].lanes()]
 
 
 @pytest.mark.parametrize("rail", ["shm", "tcp"])
@@ -43,14 +43,14 @@ def test_80_mib_travel_with_the_default_configuration(rail):
     try:
         assert connect_line(ends) == [None, None]
         there, back = torch.arange(20 * MIB, dtype=torch.int32), torch.arange(20 * MIB, dtype=torch.int32).neg()
-        for epoch in range(2):
-            tickets = [ends[1].channel(0).recv(activation(0, epoch)), ends[0].channel(1).recv(gradient(0, epoch))]
-            ends[0].channel(1).send(activation(0, epoch), [there])
-            ends[1].channel(0).send(gradient(0, epoch), [back])
-            for ticket, expected in zip(tickets, (there, back), strict=True):
-                assert torch.equal(ticket.wait().tensors[0], expected)
-        book = lane(ends[0], 1).book
-        assert MESSAGES * 80 * MIB <= book.window <= MESSAGES * 80 * MIB + 4 * MIB
+        for step_id in range(2):
+            works = [ends[1].channel(0).recv(activation(0, step_id)), ends[0].channel(1).recv(gradient(0, step_id))]
+            ends[0].channel(1).send(activation(0, step_id), [there])
+            ends[1].channel(0).send(gradient(0, step_id), [back])
+            for work, expected in zip(works, (there, back), strict=True):
+                assert torch.equal(work.wait().tensors[0], expected)
+        allocator = lane(ends[0], 1).allocator
+        assert MESSAGES * 80 * MIB <= allocator.window <= MESSAGES * 80 * MIB + 4 * MIB
     finally:
         everywhere(*(end.close for end in ends))
 
@@ -62,12 +62,12 @@ def test_a_ring_takes_what_its_messages_have_needed(rail):
         assert lane(first, 1).capacity == 1024 * MIB and max(touched(first, 1)) == 0
         for number, mib in enumerate([1, 2, 5, 30, 60, 100, 1, 3]):
             data = torch.full((mib * MIB,), number, dtype=torch.uint8)
-            key = activation(0, epoch=number)
-            ticket = first.channel(1).send(key, [data])
+            key = activation(0, step_id=number)
+            work = first.channel(1).send(key, [data])
             assert torch.equal(second.channel(0).recv(key).wait().tensors[0], data)
-            ticket.wait()
-            until(lambda: not first._mailbox.drain() and not len(lane(first, 1).book), "an empty ring")
-        assert lane(first, 1).book.window >= MESSAGES * 100 * MIB
+            work.wait()
+            until(lambda: not first._pump.drain() and not len(lane(first, 1).allocator), "an empty ring")
+        assert lane(first, 1).allocator.window >= MESSAGES * 100 * MIB
         assert max(touched(first, 1)) <= 105 * MIB and max(touched(second, 0)) <= 105 * MIB
 
 
@@ -79,9 +79,9 @@ def test_a_message_beyond_the_cap_is_refused_with_numbers_and_remedy():
         assert "5.0 MiB" in text and "more than the 4194304 bytes" in text
         assert "adaptra.transport.ring_max_mib to 6 or more on every rank (now 4" in text
         exactly = torch.arange(4 * MIB - 128, dtype=torch.int32).to(torch.uint8)
-        for epoch in range(3):
-            first.channel(1).send(activation(0, epoch), [exactly])
-            assert torch.equal(second.channel(0).recv(activation(0, epoch)).wait().tensors[0], exactly)
+        for step_id in range(3):
+            first.channel(1).send(activation(0, step_id), [exactly])
+            assert torch.equal(second.channel(0).recv(activation(0, step_id)).wait().tensors[0], exactly)
 
 
 def test_of_two_ends_the_smaller_one_counts():
@@ -102,9 +102,9 @@ def test_of_two_ends_the_smaller_one_counts():
 def test_growth_is_said(caplog):
     caplog.set_level(logging.INFO, "adaptra.transport")
     with line(2, ring_mib="auto") as (first, second):
-        for epoch in range(2):
-            first.channel(1).send(activation(0, epoch), [torch.zeros(20 * MIB, dtype=torch.uint8)])
-            second.channel(0).recv(activation(0, epoch)).wait()
+        for step_id in range(2):
+            first.channel(1).send(activation(0, step_id), [torch.zeros(20 * MIB, dtype=torch.uint8)])
+            second.channel(0).recv(activation(0, step_id)).wait()
     (said,) = [record.message for record in caplog.records if "grows" in record.message]
     assert "activation 0 to rank 1" in said and "grows to 81 MiB, for messages of 20.0 MiB (at most 1024 MiB" in said
 
@@ -132,7 +132,7 @@ def test_a_full_ring_that_grows_blocks_as_any_other(monkeypatch):
 
 
 def test_neighbours_whose_growing_rings_are_full_do_not_wait_for_ever(monkeypatch):
-    """See `Channel.send`: an activation that is blocked absorbs gradients."""
+    """See `Channel.send`: an activation that is blocked drains early gradients."""
     monkeypatch.setattr(ring, "WINDOW_BYTES", MIB)
     message = torch.arange(250_000 // 8)
     count = 12
@@ -140,15 +140,15 @@ def test_neighbours_whose_growing_rings_are_full_do_not_wait_for_ever(monkeypatc
         mine = [first.channel(1).recv(gradient(n)) for n in range(count)]
         theirs = [second.channel(0).recv(activation(n)) for n in range(count)]
 
-        def run(end, rank, key, tickets, sign):
+        def run(end, rank, key, works, sign):
             for n in range(count):
                 end.channel(rank).send(key(n), [message + sign * n])
-            for n, ticket in enumerate(tickets):
-                assert torch.equal(ticket.wait().tensors[0], message - sign * n)
+            for n, work in enumerate(works):
+                assert torch.equal(work.wait().tensors[0], message - sign * n)
 
         errors = everywhere(lambda: run(first, 1, activation, mine, 1), lambda: run(second, 0, gradient, theirs, -1))
         assert errors == [None, None]
-        assert first.stats()["peers"][1]["directions"]["gradient"]["received"]["absorbed"]
+        assert first.stats()["peers"][1]["directions"]["gradient"]["received"]["drained_early"]
 
 
 @pytest.mark.parametrize("rail", ["auto", "tcp"])
@@ -165,7 +165,7 @@ def test_a_storm_of_changing_sizes(rail, seed, monkeypatch):
     ]
     rng = random.Random(seed)
     sizes = [rng.choice([1, 10 * KIB, 150 * KIB, MIB, 3 * MIB]) + rng.randrange(5000) for _ in range(60)]
-    options = {"chunk_kib": 64, "reconnect_s": 20.0, "deadline_s": 50.0, "ring_mib": "auto", "ring_max_mib": 8}
+    options = {"segment_kib": 64, "reconnect_s": 20.0, "deadline_s": 50.0, "ring_mib": "auto", "ring_max_mib": 8}
     with line(2, faults=faults, rail=rail, **options) as (first, second):
         for end in (first, second):
             end.set_iteration(1)
@@ -175,12 +175,12 @@ def test_a_storm_of_changing_sizes(rail, seed, monkeypatch):
             return torch.randint(0, 255, (sizes[number % 60],), generator=generator, dtype=torch.uint8)
 
         def send(end, rank, key, base):
-            for ticket in [end.channel(rank).send(key(n), [data(base + n)], tag=n) for n in range(60)]:
-                ticket.wait()
+            for work in [end.channel(rank).send(key(n), [data(base + n)], tag=n) for n in range(60)]:
+                work.wait()
 
         def receive(end, rank, key, base):
-            for n, ticket in enumerate([end.channel(rank).recv(key(n)) for n in range(60)]):
-                message = ticket.wait()
+            for n, work in enumerate([end.channel(rank).recv(key(n)) for n in range(60)]):
+                message = work.wait()
                 assert message.tag == n and torch.equal(message.tensors[0], data(base + n))
 
         errors = everywhere(
@@ -197,15 +197,15 @@ def test_a_storm_of_changing_sizes(rail, seed, monkeypatch):
 
 @pytest.mark.parametrize("pins", [True, False])
 def test_rings_that_grow_are_pinned_as_they_come_to_be_used(pins, monkeypatch):
-    monkeypatch.setattr(segment, "EXTENT_BYTES", 64 * KIB)
+    monkeypatch.setattr(memfd, "EXTENT_BYTES", 64 * KIB)
     device = FakeDevice(pins=pins)
     device.upload_s = 0.0
     with pair(device, ring_mib="auto", connections_per_direction=1) as ends:
         first, second = channels(ends)
-        for epoch, kib in enumerate([10, 700, 90, 1500]):
-            sent = device.put(torch.arange(kib * KIB // 4, dtype=torch.int32) + epoch)
-            first.send(activation(0, epoch), [sent])
-            assert torch.equal(second.recv(activation(0, epoch)).wait().tensors[0], sent)
+        for step_id, kib in enumerate([10, 700, 90, 1500]):
+            sent = device.put(torch.arange(kib * KIB // 4, dtype=torch.int32) + step_id)
+            first.send(activation(0, step_id), [sent])
+            assert torch.equal(second.recv(activation(0, step_id)).wait().tensors[0], sent)
         pinned = len(device.pinned_rings)
         assert pinned == 0 if not pins else 1500 / 64 <= pinned <= 1024 * MIB / (64 * KIB) / 100
     device.end()
@@ -224,12 +224,12 @@ def test_a_limit_of_file_sizes_limits_the_growth_and_nothing_else():
 
 
 def test_extents_are_cut_where_they_end():
-    memory = Segment.create(4096, 1000)
+    memory = Memfd.create(4096, 1000)
     assert list(memory.extents(900, 1300)) == [(0, 900, 1000), (1, 0, 1000), (2, 0, 200)]
     assert list(memory.extents(4096 * 3 + 4000, 200)) == [(4, 0, 96), (0, 0, 104)]
     assert list(memory.extents(5, 0)) == []
     assert [len(memory.extent_view(number)) for number in range(5)] == [1000, 1000, 1000, 1000, 96]
-    whole = Segment.create(4096)
+    whole = Memfd.create(4096)
     assert list(whole.extents(4000, 200)) == [(0, 4000, 4096), (0, 0, 104)]
     memory.close()
     whole.close()
@@ -240,37 +240,37 @@ def test_extents_are_cut_where_they_end():
     st.sampled_from([64 * 100, 64 * 256]),
 )
 def test_messages_of_a_growing_ring_never_overlap_and_stay_in_its_window(steps, capacity):
-    book = Book(capacity, grows=True)
-    book.window = 64 * 16
+    allocator = RingAllocator(capacity, grows=True)
+    allocator.window = 64 * 16
     held: dict[int, int] = {}
     newest = 0
     for send, units, which in steps:
         total = 64 * units
         if send:
             # what `expect` does, without its rounding up to whole MiB
-            book.window = max(book.window, min(capacity, MESSAGES * total))
+            allocator.window = max(allocator.window, min(capacity, MESSAGES * total))
             if not held:
-                assert book.fits(total), "an empty ring has room for whatever may be sent"
-            if not book.fits(total):
+                assert allocator.fits(total), "an empty ring has room for whatever may be sent"
+            if not allocator.fits(total):
                 continue
-            position = book.place(total)
+            position = allocator.place(total)
             start = position % capacity
-            assert position >= newest and start + total <= book.window
+            assert position >= newest and start + total <= allocator.window
             assert position + total <= min(held, default=position) + capacity, "the other end would refuse it"
             for other, size in held.items():
                 at = other % capacity
                 assert start + total <= at or at + size <= start
-            book.add(Outgoing(position, total, Ticket(activation(0), None)))
+            allocator.add(Outgoing(position, total, SendWork(activation(0), None)))
             held[position], newest = total, position + total
         elif held:
             position = sorted(held)[which % len(held)]
-            book.consume(position)
+            allocator.consume(position)
             del held[position]
 
 
 def test_a_limit_of_addresses_limits_how_far_rings_grow(monkeypatch):
     limits = {resource.RLIMIT_FSIZE: resource.RLIM_INFINITY, resource.RLIMIT_AS: 8 << 30}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], resource.RLIM_INFINITY))
-    assert segment.growth_limit(1 << 30) == 128 << 20
+    assert memfd.growth_limit(1 << 30) == 128 << 20
     limits[resource.RLIMIT_AS] = resource.RLIM_INFINITY
-    assert segment.growth_limit(1 << 30) == 1 << 30
+    assert memfd.growth_limit(1 << 30) == 1 << 30

@@ -111,7 +111,7 @@ def test_shared_memory_that_cannot_be_reached_is_done_without(caplog):
     """Two pods of one machine: the same boot, but nobody is behind the name of the other one's socket."""
     caplog.set_level(logging.INFO, "adaptra.transport")
     ends = [endpoint(rank, config()) for rank in (0, 1)]
-    peers = {end.me.rank: (end.me, replace(end.card, unix="adaptra-nobody")) for end in ends}
+    peers = {end.me.rank: (end.me, replace(end.endpoint_info, unix="adaptra-nobody")) for end in ends}
     try:
         errors = everywhere(*(lambda e=e: e.connect(peers, neighbours=[1 - e.me.rank], coordinator=0) for e in ends))
         assert errors == [None, None]
@@ -127,7 +127,7 @@ def test_shared_memory_that_cannot_be_reached_is_done_without(caplog):
 
 def test_shared_memory_that_is_demanded_and_cannot_be_reached_is_an_error():
     ends = [endpoint(rank, config(rail="shm")) for rank in (0, 1)]
-    peers = {end.me.rank: (end.me, replace(end.card, unix="adaptra-nobody")) for end in ends}
+    peers = {end.me.rank: (end.me, replace(end.endpoint_info, unix="adaptra-nobody")) for end in ends}
     try:
         began = time.monotonic()
         errors = everywhere(*(lambda e=e: e.connect(peers, neighbours=[1 - e.me.rank], coordinator=0) for e in ends))
@@ -140,11 +140,15 @@ def test_shared_memory_that_is_demanded_and_cannot_be_reached_is_an_error():
 def test_a_rank_that_nobody_can_reach_says_where_it_listens():
     first = endpoint(0, config(connect_deadline_s=0.3))
     try:
-        card = replace(first.card, boot="another host")
+        endpoint_info = replace(first.endpoint_info, boot="another host")
         with pytest.raises(TransportError) as caught:
-            first.connect({0: (first.me, first.card), 1: (PeerInfo(1, 1, "n1"), card)}, neighbours=[1], coordinator=0)
+            first.connect(
+                {0: (first.me, first.endpoint_info), 1: (PeerInfo(1, 1, "n1"), endpoint_info)},
+                neighbours=[1],
+                coordinator=0,
+            )
         text = str(caught.value)
-        assert f"It listens on {first.card}, loopback, which only its own host reaches" in text
+        assert f"It listens on {first.endpoint_info}, loopback, which only its own host reaches" in text
         assert "adaptra.transport.bind" in text and "it has not dialled this rank; that is loopback" in text
     finally:
         first.close()
@@ -154,11 +158,13 @@ def test_who_dials_a_loopback_address_of_another_host_hears_that(caplog):
     second = endpoint(1, config())
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    card = replace(second.card, boot="another host", addresses=(Address("127.0.0.1", port),))
+    endpoint_info = replace(second.endpoint_info, boot="another host", addresses=(Address("127.0.0.1", port),))
     try:
         with pytest.raises(PeerLostError) as caught:
             second.connect(
-                {0: (PeerInfo(0, 0, "n0"), card), 1: (second.me, second.card)}, neighbours=[0], coordinator=0
+                {0: (PeerInfo(0, 0, "n0"), endpoint_info), 1: (second.me, second.endpoint_info)},
+                neighbours=[0],
+                coordinator=0,
             )
         assert f"nothing listens at 127.0.0.1:{port}" in str(caught.value)
         assert "loopback, which only its own host reaches" in str(caught.value)
@@ -185,7 +191,7 @@ def exchanges(rank, spaces, port, folder):
     secret = rendezvous.secret(topology)
     mine = Endpoint(me, config(proxy="process"), secret, bind_host=rendezvous.bind_host(topology, "auto"))
     try:
-        mine.connect(rendezvous.exchange(topology, me.host, mine.card), neighbours=[1 - rank], coordinator=0)
+        mine.connect(rendezvous.exchange(topology, me.host, mine.endpoint_info), neighbours=[1 - rank], coordinator=0)
         channel = mine.channel(1 - rank)
         channel.send((activation, gradient)[rank](0), [torch.full((3,), float(rank))])
         got = channel.recv((gradient, activation)[rank](0)).wait().tensors[0].tolist()

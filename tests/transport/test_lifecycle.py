@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adaptra_plugin.errors import PeerLostError, TransportError
-from adaptra_plugin.transport import Address, Card, Direction, Endpoint, Key, PeerInfo
+from adaptra_plugin.transport import Address, Direction, Endpoint, EndpointInfo, Key, PeerInfo
 from adaptra_plugin.transport import endpoint as endpoint_module
 from adaptra_plugin.transport.bind import choose_bind, listen, local_address_towards
 
@@ -22,8 +22,8 @@ from .support import SECRET, activation, config, connect_line, endpoint, everywh
 
 def test_texts_of_names():
     key = Key(7, Direction.ACTIVATION, 2, 3)
-    assert str(key) == "activation of microbatch 3 to stage 2 (epoch 7)"
-    assert str(Key(0, Direction.GRADIENT, 0, 1)) == "gradient of microbatch 1 to stage 0 (epoch 0)"
+    assert str(key) == "activation of microbatch 3 to stage 2 (step 7)"
+    assert str(Key(0, Direction.GRADIENT, 0, 1)) == "gradient of microbatch 1 to stage 0 (step 0)"
     assert str(PeerInfo(2, 1, "n1")) == "rank 2 (stage 1, host n1)"
 
 
@@ -38,7 +38,7 @@ def test_what_is_no_address_is_refused(text):
         Address.parse(text)
 
 
-CARD = Card(
+ENDPOINT_INFO = EndpointInfo(
     addresses=(Address("10.0.0.1", 80), Address("fe80::1", 4711)),
     ring_bytes=1 << 20,
     connections=2,
@@ -49,10 +49,10 @@ CARD = Card(
 
 
 def test_cards_print_and_parse():
-    assert Card.parse(CARD.to_text()) == CARD
-    plain = Card((Address("n1", 1),), 4096, 1)
-    assert Card.parse(plain.to_text()) == plain
-    assert str(CARD) == "10.0.0.1:80, [fe80::1]:4711"
+    assert EndpointInfo.parse(ENDPOINT_INFO.to_text()) == ENDPOINT_INFO
+    plain = EndpointInfo((Address("n1", 1),), 4096, 1)
+    assert EndpointInfo.parse(plain.to_text()) == plain
+    assert str(ENDPOINT_INFO) == "10.0.0.1:80, [fe80::1]:4711"
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_cards_print_and_parse():
 )
 def test_what_is_no_card_is_refused(field, value, says):
     with pytest.raises(TransportError, match=says):
-        Card.parse(json.dumps(json.loads(CARD.to_text()) | {field: value}))
+        EndpointInfo.parse(json.dumps(json.loads(ENDPOINT_INFO.to_text()) | {field: value}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "3", "null"])
 def test_what_is_no_json_object_is_no_card(text):
-    with pytest.raises(TransportError, match="the card of an endpoint is no"):
-        Card.parse(text)
+    with pytest.raises(TransportError, match="the info of an endpoint is no"):
+        EndpointInfo.parse(text)
 
 
 def test_bind_address_configured_given_routed(monkeypatch):
@@ -121,8 +121,8 @@ def test_missing_peers_are_named_with_the_reason():
     silent = listen("127.0.0.1", 8)  # it accepts, and says nothing
     port = silent.getsockname()[1]
     try:
-        card = replace(first.card, addresses=(Address("127.0.0.1", port),), boot="another host")
-        peers = {0: (first.me, first.card), 1: (info(1), card), 2: (info(2), card)}
+        endpoint_info = replace(first.endpoint_info, addresses=(Address("127.0.0.1", port),), boot="another host")
+        peers = {0: (first.me, first.endpoint_info), 1: (info(1), endpoint_info), 2: (info(2), endpoint_info)}
         with pytest.raises(TransportError) as caught:
             first.connect(peers, neighbours=[1], coordinator=2)
         text = str(caught.value)
@@ -156,7 +156,7 @@ def test_descriptors_that_found_no_room_in_the_proxy_are_an_error(monkeypatch):
     first = endpoint(0, config())
     try:
         with pytest.raises(TransportError, match=r"cannot take 8 rings \(.*RLIMIT_NOFILE"):
-            first.connect({**table([first]), 1: (info(1), first.card)}, neighbours=[1], coordinator=0)
+            first.connect({**table([first]), 1: (info(1), first.endpoint_info)}, neighbours=[1], coordinator=0)
     finally:
         first.close()
 
@@ -165,7 +165,7 @@ def test_descriptors_that_found_no_room_in_the_proxy_are_an_error(monkeypatch):
 def test_a_peer_that_has_ended_before_it_was_connected_is_found_at_once(rank):
     """Rank 1 dials, rank 0, the coordinator, waits to be dialled: either finds out by itself."""
     ends = [endpoint(number, config()) for number in (0, 1)]
-    peers = {end.me.rank: (end.me, replace(end.card, boot=f"host {end.me.rank}")) for end in ends}
+    peers = {end.me.rank: (end.me, replace(end.endpoint_info, boot=f"host {end.me.rank}")) for end in ends}
     ends[1 - rank].close()
     try:
         begun = time.monotonic()
@@ -226,8 +226,8 @@ def test_connect_checks_its_arguments(caplog):
     try:
         elsewhere = PeerInfo(1, 1, "another")
         with pytest.raises(TransportError, match="missing"):
-            card = replace(second.card, addresses=(Address("127.0.0.1", 9),))
-            second.connect({1: (elsewhere, card)}, neighbours=[1], coordinator=0)
+            endpoint_info = replace(second.endpoint_info, addresses=(Address("127.0.0.1", 9),))
+            second.connect({1: (elsewhere, endpoint_info)}, neighbours=[1], coordinator=0)
         assert "which only its own host reaches: set adaptra.transport.bind there" in caplog.text
         with pytest.raises(TransportError, match="connect was called twice"):
             second.connect({}, neighbours=[], coordinator=0)
@@ -326,12 +326,12 @@ def test_control_messages_to_a_peer_that_has_left_are_dropped():
 @pytest.mark.parametrize("proxy", ["thread", "process"])
 def test_close_is_idempotent_and_ends_every_wait(proxy):
     with line(2, proxy=proxy) as (first, _):
-        ticket = first.channel(1).recv(activation(0))
+        work = first.channel(1).recv(activation(0))
         waiting = []
 
         def wait():
             try:
-                ticket.wait()
+                work.wait()
             except TransportError as error:
                 waiting.append(str(error))
 
@@ -341,7 +341,7 @@ def test_close_is_idempotent_and_ends_every_wait(proxy):
         first.close()
         thread.join(10)
         assert waiting == ["the endpoint of rank 0 is closed"]
-        for call in (ticket.wait, lambda: first.channel(1).send(activation(1), []), lambda: first.send_control(1, {})):
+        for call in (work.wait, lambda: first.channel(1).send(activation(1), []), lambda: first.send_control(1, {})):
             with pytest.raises(TransportError, match=r"rank 0 is closed"):
                 call()
 

@@ -16,7 +16,7 @@ from adaptra_plugin.transport import Direction
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
 from adaptra_plugin.transport.tensors import describe
-from adaptra_plugin.transport.tickets import Loss
+from adaptra_plugin.transport.works import Loss
 from tests.transport.fake_device import THERE, FakeDevice, channels, pair
 from tests.transport.support import activation, gradient, heard, until
 
@@ -66,7 +66,7 @@ def test_a_part_is_at_the_other_end_while_the_next_is_copied(device, rail):
         assert torch.equal(message.tensors[0], tensor) and message.tag == 5
         sent.wait()
         until(
-            heard(ends[0], lambda: all(not len(lane.book) for lane in ends[0]._links[1].send_lanes())),
+            heard(ends[0], lambda: all(not len(lane.allocator) for lane in ends[0]._links[1].send_lanes())),
             "room given back",
         )
         assert ends[1].stats()["peers"][0]["directions"]["activation"]["received"]["messages"] == 1
@@ -77,16 +77,16 @@ def test_parts_of_messages_of_one_key_stay_together_and_in_order(device):
         out, into = channels(ends)
         for early in (False, True):
             tensors = [long_tensor(1, seed) if seed % 2 else long_tensor(2, seed) for seed in (1, 2, 3)]
-            tickets = [] if early else [into.recv(activation(0)) for _ in tensors]
+            works = [] if early else [into.recv(activation(0)) for _ in tensors]
             for tensor in tensors[:2]:
                 out.send(activation(0), [device.put(tensor), torch.ones(3)])
             last = out.send(activation(0), [tensors[2]])
             if early:
                 [lane] = [lane for lane in ends[1]._links[0].recv_lanes() if lane.direction == 0 and lane.index == 0]
                 until(heard(ends[1], lambda lane=lane: len(lane._held) == 4), "1 + 2 + 1 parts")
-                tickets = [into.recv(activation(0)) for _ in tensors]
-            for ticket, tensor in zip(tickets, tensors, strict=True):
-                assert torch.equal(ticket.wait().tensors[0], tensor)
+                works = [into.recv(activation(0)) for _ in tensors]
+            for work, tensor in zip(works, tensors, strict=True):
+                assert torch.equal(work.wait().tensors[0], tensor)
             last.wait()
 
 
@@ -168,7 +168,7 @@ def test_parts_are_absorbed_while_the_receiver_is_blocked_itself(device):
         gradients.start()
         gradients.join(15)
         assert not gradients.is_alive() and activations.is_alive()
-        assert ends[0].stats()["peers"][1]["directions"]["gradient"]["received"]["absorbed"] > 3
+        assert ends[0].stats()["peers"][1]["directions"]["gradient"]["received"]["drained_early"] > 3
         for number, tensor in enumerate(tensors):
             assert torch.equal(into.recv(activation(number)).wait().tensors[0], tensor)
         activations.join(15)
@@ -182,9 +182,9 @@ def test_parts_are_absorbed_while_the_receiver_is_blocked_itself(device):
 def test_room_is_given_back_although_its_giving_back_was_interrupted(fake_pair):
     first, fake = fake_pair()
     lane = first._links[1].receiving[Direction.GRADIENT][0]
-    ticket = first.channel(1).recv(KEY)
+    work = first.channel(1).recv(KEY)
     fake.deliver(KEY, torch.arange(192, dtype=torch.uint8), 0, step=64)
-    until(ticket.ready)
+    until(work.ready)
     release, interrupted = lane.release, []
 
     def interrupting(arrived):
@@ -196,24 +196,24 @@ def test_room_is_given_back_although_its_giving_back_was_interrupted(fake_pair):
     lane.release = interrupting
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            ticket.wait()
-    assert torch.equal(ticket.wait().tensors[0], torch.arange(192, dtype=torch.uint8))
+            work.wait()
+    assert torch.equal(work.wait().tensors[0], torch.arange(192, dtype=torch.uint8))
     assert [fake.expect(Op.RELEASE)[5] for _ in range(3)] == [0, 192, 320]
-    assert not lane._held and not lane.can_absorb()
+    assert not lane._held and not lane.can_drain_early()
 
 
 def test_who_waits_for_a_copy_to_end_is_woken_when_another_may_copy(fake_pair):
     first, fake = fake_pair()
     lane = first._links[1].receiving[Direction.GRADIENT][0]
-    ticket = first.channel(1).recv(KEY)
+    work = first.channel(1).recv(KEY)
     fake.record(Op.PEER_STUCK, Direction.GRADIENT, total=1)
     fake.deliver(KEY, torch.zeros(192, dtype=torch.uint8), 0, step=64)
-    until(ticket.ready)
+    until(work.ready)
     idle = []
-    wake = lane.mailbox.wake
-    lane.mailbox.wake = lambda: (idle.append(ticket.idle), wake())
-    assert lane.absorb() and idle[-1:] == [True]
-    ticket.wait()
+    wake = lane.pump.wake
+    lane.pump.wake = lambda: (idle.append(work.idle), wake())
+    assert lane.drain_early() and idle[-1:] == [True]
+    work.wait()
     assert idle[-1:] == [True]
 
 
@@ -222,17 +222,17 @@ def test_parts_whose_beginning_went_to_a_ticket_that_failed_are_nobodys(fake_pai
     lane = first._links[1].receiving[Direction.GRADIENT][0]
     meta, payload = describe([torch.zeros(192, dtype=torch.uint8)])
     begin, *rest = split(KEY, 0, 1, len(meta), payload, 64)
-    ticket = first.channel(1).recv(KEY)
-    mirror = fake.mirror(Direction.GRADIENT)
-    mirror.write(0, begin.pack() + meta + bytes(64))
+    work = first.channel(1).recv(KEY)
+    receive_ring = fake.receive_ring(Direction.GRADIENT)
+    receive_ring.write(0, begin.pack() + meta + bytes(64))
     fake.record(Op.ARRIVED, Direction.GRADIENT, 0, begin.total)
     until(heard(first, lambda: lane._parts))
     lane.abort(Loss(PeerLostError, "it is gone", "."))
     for index, part in enumerate(rest):
-        mirror.write(1024 * (index + 1), part.pack() + bytes(64))
+        receive_ring.write(1024 * (index + 1), part.pack() + bytes(64))
         fake.record(Op.ARRIVED, Direction.GRADIENT, 1024 * (index + 1), part.total)
     until(heard(first, lambda: not lane._parts))
-    for failed in (ticket, first.channel(1).recv(KEY)):
+    for failed in (work, first.channel(1).recv(KEY)):
         with pytest.raises(PeerLostError, match="it is gone"):
             failed.wait(5)
 
@@ -320,23 +320,23 @@ def test_whatever_a_header_says_what_is_accepted_fits(tensors, meta, payload, at
 )
 def test_parts_that_do_not_follow_each_other_end_the_link(fake_pair, second, expected):
     first, fake = fake_pair()
-    ticket = first.channel(1).recv(KEY)
+    work = first.channel(1).recv(KEY)
     meta, payload = describe([torch.zeros(192, dtype=torch.uint8)])
     start = split(KEY, 0, 1, len(meta), payload, 64)[0]
-    mirror = fake.mirror(Direction.GRADIENT)
-    mirror.write(0, start.pack() + meta + bytes(64))
+    receive_ring = fake.receive_ring(Direction.GRADIENT)
+    receive_ring.write(0, start.pack() + meta + bytes(64))
     fake.record(Op.ARRIVED, Direction.GRADIENT, 0, start.total)
-    mirror.write(1024, second.pack() + bytes(second.total - HEADER_BYTES))
+    receive_ring.write(1024, second.pack() + bytes(second.total - HEADER_BYTES))
     fake.record(Op.ARRIVED, Direction.GRADIENT, 1024, second.total)
     with pytest.raises(TransportError, match=f"malformed message on connection gradient 0: .*{expected}"):
-        ticket.wait(10)
+        work.wait(10)
 
 
 def test_a_part_without_a_beginning_ends_the_link(fake_pair):
     first, fake = fake_pair()
-    ticket = first.channel(1).recv(KEY)
+    work = first.channel(1).recv(KEY)
     part = Header(KEY, 0, 0, 0, 64, 64, 0)
-    fake.mirror(Direction.GRADIENT).write(0, part.pack() + bytes(64))
+    fake.receive_ring(Direction.GRADIENT).write(0, part.pack() + bytes(64))
     fake.record(Op.ARRIVED, Direction.GRADIENT, 0, part.total)
     with pytest.raises(TransportError, match="a part begins at 64 of 128 bytes instead of 0 of 128"):
-        ticket.wait(10)
+        work.wait(10)

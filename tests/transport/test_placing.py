@@ -38,13 +38,13 @@ def test_a_proxy_thread_is_placed_and_the_training_thread_is_not():
 
 def test_each_interface_is_one_more_path_of_tcp_rails():
     with line(2, rail="tcp", interfaces=("127.0.0.2",), connections_per_direction=1, ring_mib=16) as (first, second):
-        assert [address.host for address in first.card.addresses] == ["127.0.0.1", "127.0.0.2"]
+        assert [address.host for address in first.endpoint_info.addresses] == ["127.0.0.1", "127.0.0.2"]
         sent = [first.channel(1).send(activation(n), [torch.full((300_000,), float(n))]) for n in range(8)]
         for number in range(8):
             (found,) = second.channel(0).recv(activation(number)).wait().tensors
             assert torch.equal(found, torch.full((300_000,), float(number)))
-        for ticket in sent:
-            ticket.wait()
+        for work in sent:
+            work.wait()
         rails = first.stats()["peers"][1]["rails"]
         assert set(rails) == {"tcp0", "tcp1"} and all(rail["delivered_bytes"] > 300_000 for rail in rails.values())
 

@@ -19,28 +19,30 @@ from tests.transport.support import activation, config, endpoint, line, until
 
 
 def cut(link, rail, reason="cut by the test"):
-    link.tracks[rail].rail._fail(reason)
+    link.connections[rail].rail._fail(reason)
 
 
 def back(link, rail, before):
-    return lambda: rail in link.tracks and link.tracks[rail].rail is not before and link.tracks[rail].ready
+    return lambda: (
+        rail in link.connections and link.connections[rail].rail is not before and link.connections[rail].ready
+    )
 
 
 def test_a_message_that_came_by_reference_is_read_after_shared_memory_has_gone_and_come_back():
     data = torch.arange(30_000)
     with line(2) as (first, second):
-        ticket = second.channel(0).recv(activation(0))
+        work = second.channel(0).recv(activation(0))
         first.channel(1).send(activation(0), [data]).wait()
-        until(ticket.ready, "arrival")
+        until(work.ready, "arrival")
         proxy = first._proxy._proxy
         link = proxy._peers[1].link
-        before = link.tracks["shm"].rail
+        before = link.connections["shm"].rail
         proxy.loop.post(lambda: cut(link, "shm"))
         until(back(link, "shm", before), "return of shared memory")
         other = second._proxy._proxy._peers[0].link
-        until(lambda: "shm" in other.tracks and other.tracks["shm"].ready, "return at the other end")
+        until(lambda: "shm" in other.connections and other.connections["shm"].ready, "return at the other end")
         time.sleep(0.1)
-        assert torch.equal(ticket.wait().tensors[0], data)
+        assert torch.equal(work.wait().tensors[0], data)
         first.channel(1).send(activation(1), [data * 2])
         assert torch.equal(second.channel(0).recv(activation(1)).wait().tensors[0], data * 2)
 
@@ -49,7 +51,7 @@ def test_one_refused_attempt_does_not_lose_a_rail_for_ever():
     with line(2, rail="tcp", connections_per_direction=1, reconnect_s=20.0) as (first, second):
         dialler = second._proxy._proxy if second._proxy._proxy._peers[0]._dials else first._proxy._proxy
         (peer,) = dialler._peers.values()
-        good, before = dialler.secret, peer.link.tracks["tcp0"].rail
+        good, before = dialler.secret, peer.link.connections["tcp0"].rail
         dialler.secret = b"another secret, for a moment...."
         dialler.loop.post(lambda: cut(peer.link, "tcp0"))
         until(lambda: peer.link.health["tcp0"]._pause_s > 1.0, "a few refusals")
@@ -97,17 +99,17 @@ def test_a_host_name_to_listen_on_is_published_as_an_address():
 def test_a_message_whose_descriptors_found_no_room_comes_without_them(monkeypatch):
     here, there = socket.socketpair()
     reader = Reader(here)
-    segment = os.memfd_create("x")
+    memfd = os.memfd_create("x")
     try:
-        socket.send_fds(there, [bridge.encode({"event": "segments"}, 5)], [segment] * 5)
+        socket.send_fds(there, [bridge.encode({"event": "memfds"}, 5)], [memfd] * 5)
         there.sendall(bridge.encode({"event": "lost"}))
         # as if the process could take one of the two only
         monkeypatch.setattr(bridge, "_MAX_DESCRIPTORS", 1)
         found = []
         while len(found) < 2:
             found += reader.receive()
-        assert json.dumps(found) == json.dumps([[{"event": "segments"}, []], [{"event": "lost"}, []]])
+        assert json.dumps(found) == json.dumps([[{"event": "memfds"}, []], [{"event": "lost"}, []]])
     finally:
-        os.close(segment)
+        os.close(memfd)
         here.close()
         there.close()

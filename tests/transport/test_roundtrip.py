@@ -23,9 +23,9 @@ DTYPES = [dtype for dtype in _DTYPES.values() if dtype != torch.complex32]
     ids=lambda param: "-".join(param),
 )
 def pair(request):
-    """Messages by reference to shared memory, and in pieces over TCP, which wrap around in the mirror as in the ring."""
+    """Messages by reference to shared memory, and in pieces over TCP, which wrap around in the receive ring as in the ring."""
     proxy, rail = request.param
-    with line(2, proxy=proxy, rail=rail, chunk_kib=64) as endpoints:
+    with line(2, proxy=proxy, rail=rail, segment_kib=64) as endpoints:
         yield endpoints
 
 
@@ -91,7 +91,7 @@ def test_any_tensors(pair, sent, tag, microbatch, direction):
     ids=str,
 )
 def test_layouts(pair, tensor):
-    key = gradient(0, epoch=2)
+    key = gradient(0, step_id=2)
     pair[1].channel(0).send(key, [tensor])
     (got,) = pair[0].channel(1).recv(key).wait().tensors
     assert same(tensor, got)
@@ -100,7 +100,7 @@ def test_layouts(pair, tensor):
 
 
 def test_the_tensor_may_be_overwritten_after_send_and_the_received_one_is_the_callers(pair):
-    key = activation(0, epoch=3)
+    key = activation(0, step_id=3)
     x = torch.zeros(1000)
     for number in range(5):
         x.fill_(number)
@@ -112,16 +112,16 @@ def test_the_tensor_may_be_overwritten_after_send_and_the_received_one_is_the_ca
 
 
 def test_receives_are_matched_by_key_in_whatever_order_they_are_posted(pair):
-    keys = [activation(m, epoch=4) for m in range(12)]
+    keys = [activation(m, step_id=4) for m in range(12)]
     random.Random(0).shuffle(keys)
-    tickets = {key: pair[1].channel(0).recv(key) for key in keys[:6]}
+    works = {key: pair[1].channel(0).recv(key) for key in keys[:6]}
     for key in sorted(keys, key=lambda k: k.microbatch):
         pair[0].channel(1).send(key, [torch.tensor(key.microbatch)], tag=key.microbatch)
-    tickets |= {key: pair[1].channel(0).recv(key) for key in keys[6:]}
+    works |= {key: pair[1].channel(0).recv(key) for key in keys[6:]}
     for key in keys:
-        message = tickets[key].wait()
+        message = works[key].wait()
         assert (int(message.tensors[0]), message.tag) == (key.microbatch, key.microbatch)
-    assert tickets[keys[0]].wait() is tickets[keys[0]].wait()
+    assert works[keys[0]].wait() is works[keys[0]].wait()
 
 
 def test_messages_of_one_key_arrive_in_order_and_both_ways_at_once(pair):
@@ -130,33 +130,33 @@ def test_messages_of_one_key_arrive_in_order_and_both_ways_at_once(pair):
             here.channel(there).send(key, [torch.full((100,), number)], tag=number)
 
     threads = [
-        threading.Thread(target=talk, args=(pair[0], 1, activation(3, epoch=5))),
-        threading.Thread(target=talk, args=(pair[1], 0, activation(3, epoch=5))),
+        threading.Thread(target=talk, args=(pair[0], 1, activation(3, step_id=5))),
+        threading.Thread(target=talk, args=(pair[1], 0, activation(3, step_id=5))),
     ]
     for thread in threads:
         thread.start()
     for number in range(200):
         for here, there in ((pair[0], 1), (pair[1], 0)):
-            message = here.channel(there).recv(activation(3, epoch=5)).wait()
+            message = here.channel(there).recv(activation(3, step_id=5)).wait()
             assert message.tag == number == int(message.tensors[0][99])
     for thread in threads:
         thread.join()
 
 
 def test_ready_tells_whether_wait_would_block(pair):
-    key = activation(1, epoch=6)
-    ticket = pair[1].channel(0).recv(key)
-    assert not ticket.ready()
+    key = activation(1, step_id=6)
+    work = pair[1].channel(0).recv(key)
+    assert not work.ready()
     sent = pair[0].channel(1).send(key, [torch.ones(3)])
     sent.wait()
     assert sent.ready()
-    ticket.wait()
-    assert ticket.ready()
+    work.wait()
+    assert work.ready()
 
 
 def test_no_random_numbers_are_drawn(pair):
     states = torch.get_rng_state().clone(), random.getstate()
-    key = activation(2, epoch=7)
+    key = activation(2, step_id=7)
     pair[0].channel(1).send(key, [torch.ones(1000)])
     pair[1].channel(0).recv(key).wait()
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -164,7 +164,7 @@ def test_no_random_numbers_are_drawn(pair):
 
 
 def test_torchs_default_device_and_dtype_do_not_matter(pair):
-    key = activation(2, epoch=8)
+    key = activation(2, step_id=8)
     pair[0].channel(1).send(key, [torch.ones(4, dtype=torch.bfloat16)])
     with torch.device("meta"):
         (got,) = pair[1].channel(0).recv(key).wait().tensors
@@ -182,7 +182,7 @@ def test_torchs_default_device_and_dtype_do_not_matter(pair):
     ids=["meta", "sparse", "quantized"],
 )
 def test_what_cannot_travel_is_refused_and_leaves_the_link_as_it_was(pair, tensor):
-    key = activation(2, epoch=9)
+    key = activation(2, step_id=9)
     with pytest.raises(TransportError, match=r"tensor 1 .* cannot be sent: make it a dense tensor"):
         pair[0].channel(1).send(key, [torch.ones(1), tensor])
     pair[0].channel(1).send(key, [torch.ones(1)])
@@ -191,13 +191,13 @@ def test_what_cannot_travel_is_refused_and_leaves_the_link_as_it_was(pair, tenso
 
 def test_numbers_that_do_not_fit_the_header_are_refused(pair):
     with pytest.raises(TransportError, match="a number is too large"):
-        pair[0].channel(1).send(activation(0, epoch=2**70), [])
+        pair[0].channel(1).send(activation(0, step_id=2**70), [])
     with pytest.raises(TransportError, match="a number is too large"):
         pair[0].channel(1).send(activation(0), [], tag=2**63)
 
 
 def test_message_moves_to_a_device(pair):
-    key = activation(4, epoch=10)
+    key = activation(4, step_id=10)
     pair[0].channel(1).send(key, [torch.ones(2)], tag=5)
     message = pair[1].channel(0).recv(key).wait()
     moved = message.to("meta")

@@ -17,8 +17,8 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.report.worker import Worker
 from adaptra_plugin.transport import spawn
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.ring import Memory
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.slabs import Slabs
 
 from .support import activation, config, endpoint, line
@@ -152,7 +152,7 @@ def test_rings_longer_than_a_file_may_be():
 
 def test_no_addresses_left_for_rings_and_received_tensors():
     used = psutil.Process().memory_info().vms
-    ring = Memory(Segment.create(256 * MIB))
+    ring = Memory(Memfd.create(256 * MIB))
     with limited(resource.RLIMIT_AS, used + 64 * MIB):
         with pytest.raises(TransportError, match=r"a staging ring of 268435456 bytes cannot be mapped .*\(RLIMIT_AS\)"):
             ring.tensor  # noqa: B018

@@ -29,17 +29,17 @@ def test_the_copy_waits_for_the_computation_and_the_caller_does_not(device):
         tensor = device.put(torch.zeros(50_000))
         device.compute.run(late(tensor, 7.0))
         started = time.monotonic()
-        ticket = out.send(activation(0), [tensor])
+        work = out.send(activation(0), [tensor])
         assert time.monotonic() - started < SLOW_S / 2
         message = into.recv(activation(0)).wait()
         assert torch.equal(message.tensors[0], torch.full((50_000,), 7.0))
-        ticket.wait()
+        work.wait()
         assert message.delay_ms < SLOW_S * 500  # neither the computation nor the copy is the link's
 
 
-@pytest.mark.parametrize("part_chunks", [1, 4])
-def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(device, part_chunks, monkeypatch):
-    monkeypatch.setattr("adaptra_plugin.transport.lanes.PART_CHUNKS", part_chunks)
+@pytest.mark.parametrize("part_segments", [1, 4])
+def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(device, part_segments, monkeypatch):
+    monkeypatch.setattr("adaptra_plugin.transport.lanes.PART_SEGMENTS", part_segments)
     device.upload_s = 0.0
     with pair(device) as ends:
         out, into = channels(ends)
@@ -48,7 +48,7 @@ def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(devic
             for index, tensor in enumerate(sent):
                 if (index + turn) % 3:  # the others are in host memory
                     device.put(tensor)
-            tickets = [out.send(activation(microbatch, turn), sent) for microbatch in (0, 1)]
+            works = [out.send(activation(microbatch, turn), sent) for microbatch in (0, 1)]
             for microbatch in (0, 1):
                 got = into.recv(activation(microbatch, turn), device=THERE if turn % 2 else None).wait().tensors
                 device.compute.mark().synchronize()
@@ -56,8 +56,8 @@ def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(devic
                     assert mine.dtype == theirs.dtype
                     assert mine.shape == theirs.shape
                     assert torch.equal(mine, theirs)
-            for ticket in tickets:
-                ticket.wait()
+            for work in works:
+                work.wait()
         assert device.copies > 12
         lanes = ends[0]._links[1].send_lanes()
         assert [lane._copying for lane in lanes] == [0, 0, 0, 0]
@@ -92,11 +92,11 @@ def test_a_copy_that_fails_ends_the_endpoint_with_its_reason(device):
     with pair(device) as ends:
         out, _ = channels(ends)
         device.broken = "an illegal memory access was encountered"
-        ticket = out.send(activation(0), [device.put(torch.zeros(10))])
+        work = out.send(activation(0), [device.put(torch.zeros(10))])
         with pytest.raises(
             TransportError, match=r"activation of microbatch 0 .* copied from the device: .*illegal memory"
         ):
-            ticket.wait()
+            work.wait()
         with pytest.raises(TransportError, match="illegal memory"):
             out.send(activation(1), [torch.zeros(1)])
         with pytest.raises(TransportError, match="illegal memory"):
@@ -108,10 +108,10 @@ def test_a_tensor_that_is_changed_before_it_is_copied_is_noticed(device):
         out, _ = channels(ends)
         tensor = device.put(torch.zeros(10))
         device.compute.run(lambda: time.sleep(SLOW_S))
-        ticket = out.send(activation(0), [tensor.detach()])
+        work = out.send(activation(0), [tensor.detach()])
         tensor.add_(1)
         with pytest.raises(TransportError, match="changed in place before it was copied"):
-            ticket.wait()
+            work.wait()
 
 
 def test_what_is_not_contiguous_is_copied_at_once_and_may_be_changed(device):
@@ -140,12 +140,12 @@ def test_a_device_that_hangs_does_not_keep_the_endpoint_from_closing(device, mon
     with pair(device) as ends:
         out, _ = channels(ends)
         device.compute.run(lambda: hang.wait(20))
-        ticket = out.send(activation(0), [device.put(torch.zeros(10))])
+        work = out.send(activation(0), [device.put(torch.zeros(10))])
         started = time.monotonic()
         ends[0].close(linger_s=0.1)
         assert time.monotonic() - started < 5
         with pytest.raises(TransportError):
-            ticket.wait()
+            work.wait()
         assert "does not complete a copy" in caplog.text
         hang.set()
         until(lambda: not ends[0]._copier.copies.alive)
@@ -169,32 +169,32 @@ def test_what_is_received_is_complete_for_the_stream_and_the_host_does_not_wait(
     with pair(device) as ends:
         out, into = channels(ends)
         sent = [torch.arange(6.0).reshape(2, 3), torch.ones(3, dtype=torch.int8)]
-        ticket = into.recv(activation(0), device=THERE)
+        work = into.recv(activation(0), device=THERE)
         out.send(activation(0), sent, tag=9).wait()
         started = time.monotonic()
-        message = ticket.wait()
+        message = work.wait()
         assert time.monotonic() - started < SLOW_S / 2
         assert message.tag == 9
         seen: list[torch.Tensor] = []
         device.compute.run(lambda: seen.extend(tensor.clone() for tensor in message.tensors))
         device.compute.mark().synchronize()
         assert all(torch.equal(a, b) for a, b in zip(seen, sent, strict=True))
-        assert ticket.wait() is message
+        assert work.wait() is message
 
 
 def test_the_next_message_of_a_lane_is_fetched_ahead_and_no_more(device):
     with pair(device) as ends:
         out, into = channels(ends)
-        tickets = [into.recv(activation(microbatch), device=THERE) for microbatch in (0, 2, 4)]  # all of lane 0
+        works = [into.recv(activation(microbatch), device=THERE) for microbatch in (0, 2, 4)]  # all of lane 0
         other = into.recv(activation(6))
         for microbatch in (0, 2, 4, 6):
             out.send(activation(microbatch), [torch.full((1000,), float(microbatch))]).wait()
             until(heard(ends[1], lambda: device.uploads == 1), "upload before it is waited for")
-        for turn, ticket in enumerate(tickets):
+        for turn, work in enumerate(works):
             until(heard(ends[1], lambda turn=turn: device.uploads == turn + 1), "upload of the next one")
             time.sleep(0.05)  # for one too many to show
             assert device.uploads == turn + 1
-            message = ticket.wait()
+            message = work.wait()
             seen: list[torch.Tensor] = []
             device.compute.run(lambda message=message, seen=seen: seen.append(message.tensors[0].clone()))
             device.compute.mark().synchronize()
@@ -210,9 +210,9 @@ def test_a_message_that_came_before_it_was_asked_for_is_fetched_too(device):
         [lane] = [lane for lane in ends[1]._links[0].recv_lanes() if lane.direction == 0 and lane.index == 0]
         until(heard(ends[1], lambda: lane._held))
         assert device.uploads == 0
-        ticket = into.recv(activation(0), device=THERE)
+        work = into.recv(activation(0), device=THERE)
         until(lambda: device.uploads == 1)
-        message = ticket.wait()
+        message = work.wait()
         device.compute.mark().synchronize()
         assert message.tensors[0].tolist() == [1.0] * 10
 
@@ -233,15 +233,15 @@ def test_a_fetch_waits_for_no_computation(device):
 def test_an_upload_that_fails_may_be_tried_again(device):
     with pair(device) as ends:
         out, into = channels(ends)
-        ticket = into.recv(activation(0), device=THERE)
+        work = into.recv(activation(0), device=THERE)
         out.send(activation(0), [torch.ones(4)])
         device.uploads_fail = 2  # once ahead of its turn, which is nobody's error
         until(heard(ends[1], lambda: device.uploads_fail == 1))
         with pytest.raises(RuntimeError, match="out of memory"):
-            ticket.wait()
+            work.wait()
         out.send(activation(2), [torch.zeros(200_000)])  # into the room of the first one, which is free
         into.recv(activation(2)).wait()
-        message = ticket.wait()
+        message = work.wait()
         device.compute.mark().synchronize()
         assert message.tensors[0].tolist() == [1.0] * 4
 
@@ -254,9 +254,9 @@ def test_host_memory_needs_neither_thread_nor_copies(device):
         started = time.monotonic()
         out.send(activation(0), [tensor])
         tensor.add_(1)  # at once
-        ticket = into.recv(activation(0), device=torch.device("cpu"))
-        assert ticket._device is None  # as without one
-        got = ticket.wait()
+        work = into.recv(activation(0), device=torch.device("cpu"))
+        assert work._device is None  # as without one
+        got = work.wait()
         assert time.monotonic() - started < SLOW_S / 2
         assert got.tensors[0].tolist() == [0.0] * 10
         assert (device.copies, ends[0]._copier.copies.alive, ends[1]._copier.fetches.alive) == (0, False, False)

@@ -23,7 +23,7 @@ class Traffic:
 
     def __init__(self, first, second):
         self.ends = (first, second)
-        self.epoch = 0
+        self.step_id = 0
         self.steps = []
         for e in self.ends:
             e.on_rail = lambda peer, rail, state, why: self.steps.append((rail, state, why))
@@ -31,17 +31,17 @@ class Traffic:
     def round(self, during=lambda number: None, nbytes=4000):
         """Delays (ms) that each rank's link shows: as measured, and what is left of them."""
         first, second = self.ends
-        self.epoch += 1
+        self.step_id += 1
         there, back = first.channel(1), second.channel(0)
         got = ([], [])
         for number in range(MESSAGES):
             during(number)
-            there.send(activation(number, self.epoch), [torch.ones(nbytes)])
-            back.send(gradient(number, self.epoch), [torch.ones(nbytes)])
+            there.send(activation(number, self.step_id), [torch.ones(nbytes)])
+            back.send(gradient(number, self.step_id), [torch.ones(nbytes)])
             time.sleep(0.01)
         for number in range(MESSAGES):
-            got[1].append(back.recv(activation(number, self.epoch)).wait())
-            got[0].append(there.recv(gradient(number, self.epoch)).wait())
+            got[1].append(back.recv(activation(number, self.step_id)).wait())
+            got[0].append(there.recv(gradient(number, self.step_id)).wait())
         return [
             ([m.delay_ms for m in messages], messages[0].pauses.undisturbed([(m.delay_ms, m.came_s) for m in messages]))
             for messages in got

@@ -39,16 +39,16 @@ def payload(number: int, rng: random.Random) -> list[torch.Tensor]:
 
 def send_all(end: Endpoint, rank: int, keys: list[Key], seed: int) -> None:
     rng = random.Random(seed)
-    tickets = [end.channel(rank).send(key, payload(n, rng), tag=n) for n, key in enumerate(keys)]
-    for ticket in tickets:
-        ticket.wait()
+    works = [end.channel(rank).send(key, payload(n, rng), tag=n) for n, key in enumerate(keys)]
+    for work in works:
+        work.wait()
 
 
 def receive_all(end: Endpoint, rank: int, keys: list[Key], seed: int) -> None:
     rng = random.Random(seed)
-    tickets = [end.channel(rank).recv(key) for key in keys]
-    for number, ticket in enumerate(tickets):
-        message = ticket.wait()
+    works = [end.channel(rank).recv(key) for key in keys]
+    for number, work in enumerate(works):
+        message = work.wait()
         assert message.tag == number
         (expected,) = payload(number, rng)
         assert torch.equal(message.tensors[0], expected)
@@ -73,12 +73,12 @@ def exchange(first: Endpoint, second: Endpoint, messages: int, seed: int) -> Non
 @given(
     storm=st.lists(faults(STORM_S, mild=True), min_size=1, max_size=5),
     rail=st.sampled_from(["auto", "tcp"]),
-    chunk_kib=st.sampled_from([64, 256]),
+    segment_kib=st.sampled_from([64, 256]),
     seed=st.integers(0, 1000),
 )
-def test_everything_arrives_once_in_order_and_whole(storm, rail, chunk_kib, seed):
+def test_everything_arrives_once_in_order_and_whole(storm, rail, segment_kib, seed):
     found = [Fault(**fault, from_iteration=1) for fault in storm]
-    with line(2, faults=found, rail=rail, chunk_kib=chunk_kib, **DETERMINED) as (first, second):
+    with line(2, faults=found, rail=rail, segment_kib=segment_kib, **DETERMINED) as (first, second):
         for end in (first, second):
             end.set_iteration(1)
         exchange(first, second, 150, seed)
@@ -118,31 +118,31 @@ class Consumption:
 @pytest.mark.timeout(max(120, SOAK))
 @pytest.mark.parametrize(("proxy", "rail"), [("thread", "tcp"), ("process", "auto")])
 def test_nothing_grows_over_many_iterations(proxy, rail):
-    options = {**DETERMINED, "proxy": proxy, "rail": rail, "chunk_kib": 64}
+    options = {**DETERMINED, "proxy": proxy, "rail": rail, "segment_kib": 64}
     with line(2, faults=every_day(), **options) as ends:
         measured: list[Consumption] = []
         failures: list[BaseException] = []
         data = [torch.arange(20_000, dtype=torch.int64), torch.arange(3, dtype=torch.int64)]
 
-        def iterate(end: Endpoint, other: int, epoch: int) -> None:
+        def iterate(end: Endpoint, other: int, step_id: int) -> None:
             mine, theirs = (activation, gradient) if end.me.rank == 0 else (gradient, activation)
             end.set_iteration(1)
-            tickets = [end.channel(other).recv(theirs(n, epoch)) for n in range(4)]
-            sent = [end.channel(other).send(mine(n, epoch), data, tag=epoch) for n in range(4)]
-            for ticket in tickets:
-                message = ticket.wait()
-                assert message.tag == epoch
+            works = [end.channel(other).recv(theirs(n, step_id)) for n in range(4)]
+            sent = [end.channel(other).send(mine(n, step_id), data, tag=step_id) for n in range(4)]
+            for work in works:
+                message = work.wait()
+                assert message.tag == step_id
                 assert all(torch.equal(got, expected) for got, expected in zip(message.tensors, data, strict=True))
-            for ticket in sent:
-                ticket.wait()
+            for work in sent:
+                work.wait()
 
         def run(end: Endpoint, other: int) -> None:
             try:
-                for epoch in range(SOAK):
+                for step_id in range(SOAK):
                     if failures:
                         return
-                    iterate(end, other, epoch)
-                    if end.me.rank == 0 and epoch % max(1, SOAK // 20) == 0:
+                    iterate(end, other, step_id)
+                    if end.me.rank == 0 and step_id % max(1, SOAK // 20) == 0:
                         measured.append(Consumption())
             except BaseException as error:  # noqa: BLE001  handed to the test
                 failures.append(error)

@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 
 from adaptra_plugin.errors import HandshakeError, TransportError
 from adaptra_plugin.transport.log import RateLimit
-from adaptra_plugin.transport.proxy import handshake, meeting
-from adaptra_plugin.transport.proxy.handshake import Acceptor, Claim, Initiator, Purpose, Refused, Settings
+from adaptra_plugin.transport.proxy import handshake, handshake_connection
+from adaptra_plugin.transport.proxy.handshake import (
+    AcceptorMachine,
+    Claim,
+    InitiatorMachine,
+    Purpose,
+    Refused,
+    Settings,
+)
 
 from .support import SECRET, activation, config, connect_line, endpoint, everywhere, line, table, until
 
@@ -35,11 +42,11 @@ def answer(sock):
     return data
 
 
-def traffic(first, second, epoch):
+def traffic(first, second, step_id):
     for number in range(8):
         x = torch.full((1000,), float(number))
-        first.channel(1).send(activation(number, epoch), [x])
-        assert torch.equal(second.channel(0).recv(activation(number, epoch)).wait().tensors[0], x)
+        first.channel(1).send(activation(number, step_id), [x])
+        assert torch.equal(second.channel(0).recv(activation(number, step_id)).wait().tensors[0], x)
 
 
 # --- over sockets
@@ -77,7 +84,7 @@ def test_garbage_is_refused_logged_and_counted(garbage, reason, caplog):
 def test_wrong_secret_is_refused_and_gets_no_proof_in_return(caplog):
     with line(2) as (first, second):
         with dial(second) as sock:
-            machine = Initiator(b"x" * 32, Claim(0, 0, 1, Purpose.TCP, 0), SETTINGS)
+            machine = InitiatorMachine(b"x" * 32, Claim(0, 0, 1, Purpose.TCP, 0), SETTINGS)
             sock.sendall(machine.feed(sock.recv(machine.expects, socket.MSG_WAITALL)))
             welcome = sock.recv(machine.expects, socket.MSG_WAITALL)
             assert welcome[-32:] == bytes(32)
@@ -99,8 +106,8 @@ def test_a_silent_connection_is_dropped_after_the_handshake_timeout(caplog):
 
 
 def test_a_flood_of_half_open_connections_is_bounded_and_does_not_keep_peers_out(monkeypatch):
-    monkeypatch.setattr(meeting, "HALF_OPEN", 8)
-    monkeypatch.setattr(meeting, "HALF_OPEN_GRACE_S", 0.05)
+    monkeypatch.setattr(handshake_connection, "HALF_OPEN", 8)
+    monkeypatch.setattr(handshake_connection, "HALF_OPEN_GRACE_S", 0.05)
     endpoints = [endpoint(rank, config()) for rank in (0, 1)]
     strangers = []
     try:
@@ -110,7 +117,7 @@ def test_a_flood_of_half_open_connections_is_bounded_and_does_not_keep_peers_out
         traffic(*endpoints, 1)
         for e in endpoints:
             until(lambda e=e: e.stats()["refused_connections"] >= 20, "refusals")
-            assert len(e._proxy._proxy._listeners[0]._half_open) <= 8
+            assert len(e._proxy._proxy._acceptors[0]._half_open) <= 8
     finally:
         for sock in strangers:
             sock.close()
@@ -139,7 +146,7 @@ def test_a_flood_of_strangers_writes_few_lines(caplog):
 def test_a_connection_that_has_no_place_is_refused_though_it_knows_the_secret(claim, reason, caplog):
     with line(2) as (first, second):
         with dial(second) as sock:
-            machine = Initiator(SECRET, claim, SETTINGS)
+            machine = InitiatorMachine(SECRET, claim, SETTINGS)
             while not machine.done:
                 sock.sendall(machine.feed(sock.recv(machine.expects, socket.MSG_WAITALL)))
             assert sock.recv(1) == b""
@@ -176,11 +183,11 @@ def talk(acceptor, initiator, tamper=lambda number, raw: raw):
 
 
 def pair(rank=0, secret=SECRET, settings=SETTINGS):
-    return Acceptor(SECRET, rank, SETTINGS), Initiator(secret, CLAIM, settings)
+    return AcceptorMachine(SECRET, rank, SETTINGS), InitiatorMachine(secret, CLAIM, settings)
 
 
 def test_both_ends_learn_the_other_and_its_settings():
-    acceptor, initiator = Acceptor(SECRET, 0, Settings(2, 1 << 21)), Initiator(SECRET, CLAIM, SETTINGS)
+    acceptor, initiator = AcceptorMachine(SECRET, 0, Settings(2, 1 << 21)), InitiatorMachine(SECRET, CLAIM, SETTINGS)
     talk(acceptor, initiator)
     assert acceptor.done and initiator.done
     assert acceptor.claim == CLAIM
@@ -221,12 +228,12 @@ def test_random_bytes_never_pass_nor_crash(data):
 def test_a_recorded_proof_cannot_be_replayed_nor_reflected():
     first, initiator = pair()
     proof = initiator.feed(first.start())
-    second = Acceptor(SECRET, 0, SETTINGS)
+    second = AcceptorMachine(SECRET, 0, SETTINGS)
     second.start()  # another nonce
     second.feed(proof)
     assert second.refused == "it does not know the secret of this job" and not second.done
     welcome = first.feed(proof)
-    third = Initiator(SECRET, CLAIM, SETTINGS)
+    third = InitiatorMachine(SECRET, CLAIM, SETTINGS)
     third.feed(first.start())
     with pytest.raises(Refused):
         third.feed(welcome)
@@ -238,7 +245,7 @@ def test_wrong_target_and_versions_are_named():
         talk(acceptor, initiator)
     assert acceptor.refused == "rank 1 looks for rank 0, this is rank 5"
     _, initiator = pair()
-    greeting = bytearray(Acceptor(SECRET, 0, SETTINGS).start())
+    greeting = bytearray(AcceptorMachine(SECRET, 0, SETTINGS).start())
     struct.pack_into("<H", greeting, 8, 9)
     with pytest.raises(HandshakeError, match="protocol version 9, this side 2"):
         initiator.feed(bytes(greeting))

@@ -12,7 +12,7 @@ from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.peer import Neighbour, Peer
 from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
-from adaptra_plugin.transport.types import Address, Card, PeerInfo
+from adaptra_plugin.transport.types import Address, EndpointInfo, PeerInfo
 from tests.transport.proxy import certificates
 
 from .support import activation, config, connect_line, endpoint, everywhere, gradient
@@ -64,7 +64,7 @@ def test_ranks_that_do_not_fit_together_say_so_within_the_handshake_timeout(star
     began = time.monotonic()
     with pytest.raises(HandshakeError, match=reason):
         # the coordinator is dialled, and hears of it in its log
-        second.connect({e.me.rank: (e.me, e.card) for e in (first, second)}, neighbours=[0], coordinator=0)
+        second.connect({e.me.rank: (e.me, e.endpoint_info) for e in (first, second)}, neighbours=[0], coordinator=0)
     assert time.monotonic() - began < 5
 
 
@@ -90,15 +90,19 @@ def test_the_configuration_wants_three_files_and_no_rdma_beside_them():
 
 @pytest.mark.parametrize(("tls", "boot", "skipped"), [(True, "x", True), (True, "b", False), (False, "x", False)])
 def test_rdma_is_not_used_between_hosts_and_the_reason_is_reported(tls, boot, skipped):
-    def card(name):
-        return Card((Address("127.0.0.1", 1),), 1 << 20, 2, boot=name, unix="u")
+    def endpoint_info(name):
+        return EndpointInfo((Address("127.0.0.1", 1),), 1 << 20, 2, boot=name, unix="u")
 
     loop = Loop()
     try:
         owner = SimpleNamespace(
-            settings=ProxySettings(), card=card("b"), loop=loop, tls=object() if tls else None, ports=Ports()
+            settings=ProxySettings(),
+            endpoint_info=endpoint_info("b"),
+            loop=loop,
+            tls=object() if tls else None,
+            ports=Ports(),
         )
-        peer = Peer(owner, PeerInfo(1, 1, "h"), card(boot), Neighbour({}, 1), dials=False)
+        peer = Peer(owner, PeerInfo(1, 1, "h"), endpoint_info(boot), Neighbour({}, 1), dials=False)
         why = peer.skipped.get("rdma", "")
         assert ("adaptra.transport.tls is set, and RDMA does not encrypt" in why) == skipped
     finally:

@@ -13,8 +13,8 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport import Direction
 from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, pairs
-from adaptra_plugin.transport.mailbox import Mailbox
-from adaptra_plugin.transport.segment import Segment
+from adaptra_plugin.transport.event_pump import EventPump
+from adaptra_plugin.transport.memfd import Memfd
 
 from .support import activation, everywhere, gradient, heard, line, until
 
@@ -32,7 +32,7 @@ def test_the_proxy_imports_nothing_heavy(module):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-# --- the mailbox
+# --- the event pump
 
 
 def test_one_thread_reads_and_hands_the_role_on():
@@ -40,7 +40,7 @@ def test_one_thread_reads_and_hands_the_role_on():
     for end in control:
         end.close()
     got = []
-    box = Mailbox(near, got.append)
+    box = EventPump(near, got.append)
     try:
         order = []
 
@@ -67,7 +67,7 @@ def test_a_record_that_comes_between_a_followers_look_and_its_sleep_wakes_it():
     for end in control:
         end.close()
     got = []
-    box = Mailbox(near, got.append)
+    box = EventPump(near, got.append)
     looks = []
 
     def done():
@@ -131,7 +131,7 @@ def test_records_that_an_interrupted_reader_has_taken_are_handled_by_the_next_on
             raise Interrupt
         got.append(record)
 
-    box = Mailbox(near, dispatch)
+    box = EventPump(near, dispatch)
     records = [RECORD.pack(Op.ACKED, 0, 0, 0, 1, 64 * n, 0, 0.0, 0) for n in range(5)]
     far.send(b"".join(records))
     far.send(records[0])
@@ -153,61 +153,62 @@ def test_no_place_of_an_interruption_loses_a_message(fake_pair):
 
     def ours(code):
         file, name = code.co_filename, code.co_name
-        return (file.endswith("mailbox.py") and name in ("_read", "_let_go")) or (
+        return (file.endswith("pump.py") and name in ("_read", "_let_go")) or (
             file.endswith("lanes.py") and name in ("deliver", "_understand", "_enter", "acked", "consumed")
         )
 
     line, interrupted = 0, True
     while interrupted:
         line += 1
-        epoch = line
-        early = channel.recv(gradient(0, epoch))
-        long = channel.recv(gradient(2, epoch))
-        sent = channel.send(activation(0, epoch), [torch.ones(4)])
+        step_id = line
+        early = channel.recv(gradient(0, step_id))
+        long = channel.recv(gradient(2, step_id))
+        sent = channel.send(activation(0, step_id), [torch.ones(4)])
         position = fake.expect(Op.SEND)[5]
-        at = fake.deliver(gradient(0, epoch), torch.full((4,), float(epoch)), 4096 * epoch)
-        parts = fake.deliver(gradient(1, epoch), torch.full((4,), -float(epoch)), at)
-        other = fake.deliver(gradient(2, epoch), torch.full((40,), float(epoch)), parts, step=128)
-        fake.deliver(gradient(3, epoch), torch.full((40,), -float(epoch)), other, step=128)
+        at = fake.deliver(gradient(0, step_id), torch.full((4,), float(step_id)), 4096 * step_id)
+        parts = fake.deliver(gradient(1, step_id), torch.full((4,), -float(step_id)), at)
+        other = fake.deliver(gradient(2, step_id), torch.full((40,), float(step_id)), parts, step=128)
+        fake.deliver(gradient(3, step_id), torch.full((40,), -float(step_id)), other, step=128)
         fake.record(Op.ACKED, position=position)
         fake.record(Op.CONSUMED, position=position)
         trace, local = interrupting(ours, line)
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            first._mailbox.drain()
+            first._pump.drain()
         except Interrupt:
             pass
         finally:
             sys.settrace(before)
         interrupted = local.seen >= line
-        assert not first._mailbox._reading, f"line {line}: the role is not let go"
-        assert early.wait(2).tensors[0].tolist() == [epoch] * 4, f"line {line}"
-        assert channel.recv(gradient(1, epoch)).wait(2).tensors[0].tolist() == [-epoch] * 4, f"line {line}"
-        assert long.wait(2).tensors[0].tolist() == [epoch] * 40, f"line {line}"
-        assert channel.recv(gradient(3, epoch)).wait(2).tensors[0].tolist() == [-epoch] * 40, f"line {line}"
+        assert not first._pump._reading, f"line {line}: the role is not let go"
+        assert early.wait(2).tensors[0].tolist() == [step_id] * 4, f"line {line}"
+        assert channel.recv(gradient(1, step_id)).wait(2).tensors[0].tolist() == [-step_id] * 4, f"line {line}"
+        assert long.wait(2).tensors[0].tolist() == [step_id] * 40, f"line {line}"
+        assert channel.recv(gradient(3, step_id)).wait(2).tensors[0].tolist() == [-step_id] * 40, f"line {line}"
         sent.wait(2)
         released = [fake.expect(Op.RELEASE)[5] for _ in range(6)]
-        assert released[:3] == [4096 * epoch, at, parts] and released[4] == other
+        assert released[:3] == [4096 * step_id, at, parts] and released[4] == other
         lane = first._links[1].receiving[Direction.GRADIENT][0]
-        first._mailbox.drain()
+        first._pump.drain()
         assert (
-            not (lane._held or lane._posted or lane._arrived or lane._parts) and not first._links[1].sending[0][0].book
+            not (lane._held or lane._posted or lane._arrived or lane._parts)
+            and not first._links[1].sending[0][0].allocator
         )
         # the counts are entered in a line of their own, where no signal handler can run
-        assert 4 * epoch - 4 <= lane.counters.messages <= 4 * epoch
+        assert 4 * step_id - 4 <= lane.counters.messages <= 4 * step_id
     assert line > 60
 
 
 def test_a_record_that_comes_again_after_its_message_was_taken_is_no_message(fake_pair):
     first, fake = fake_pair()
     channel = first.channel(1)
-    ticket = channel.recv(gradient(0))
+    work = channel.recv(gradient(0))
     fake.deliver(gradient(0), torch.ones(4), 0)
-    assert ticket.wait().tensors[0].tolist() == [1.0] * 4
-    fake.mirror(Direction.GRADIENT).write(0, b"\xff" * 192)  # the room is the peer's again
+    assert work.wait().tensors[0].tolist() == [1.0] * 4
+    fake.receive_ring(Direction.GRADIENT).write(0, b"\xff" * 192)  # the room is the peer's again
     fake.record(Op.ARRIVED, Direction.GRADIENT, 0, 192)
-    first._mailbox.drain()
+    first._pump.drain()
     lane = first._links[1].receiving[Direction.GRADIENT][0]
     assert lane.loss is None and not lane._arrived and lane.counters.messages == 1
 
@@ -216,7 +217,7 @@ def test_what_no_record_tells_is_noticed_by_the_reader_and_by_the_others():
     (near, far), control = pairs()
     for end in control:
         end.close()
-    box = Mailbox(near, lambda packet: None)
+    box = EventPump(near, lambda packet: None)
     try:
         flag = threading.Event()
         calls = [lambda: box.wait(flag.is_set, time.monotonic() + 20) or 1 / 0] * 3
@@ -236,7 +237,7 @@ def test_a_full_socket_is_waited_for_and_a_closed_one_ends_nothing():
     (near, far), control = pairs()
     for end in control:
         end.close()
-    box = Mailbox(near, lambda packet: None)
+    box = EventPump(near, lambda packet: None)
     received = []
     reader = threading.Thread(target=lambda: [received.append(far.recv(MAX_PACKET)) for _ in range(5000)])
     threading.Timer(0.2, reader.start).start()
@@ -259,12 +260,12 @@ def test_a_full_socket_is_waited_for_and_a_closed_one_ends_nothing():
 def test_room_is_free_again_from_the_oldest_message_on(fake_pair):
     first, fake = fake_pair()
     channel = first.channel(1)
-    tickets = [channel.send(activation(n), [torch.zeros(75_000)]) for n in range(3)]
+    works = [channel.send(activation(n), [torch.zeros(75_000)]) for n in range(3)]
     records = [fake.expect(Op.SEND) for _ in range(3)]
     assert [r[5] for r in records] == [0, 300_160, 600_320] and {r[6] for r in records} == {300_160}
     fake.record(Op.CONSUMED, position=300_160)  # the second one: no room for the fourth yet, but it has arrived
-    tickets[1].wait()
-    assert not tickets[0].ready()
+    works[1].wait()
+    assert not works[0].ready()
     sent = []
     thread = threading.Thread(target=lambda: sent.append(channel.send(activation(3), [torch.ones(75_000)])))
     thread.start()
@@ -277,13 +278,13 @@ def test_room_is_free_again_from_the_oldest_message_on(fake_pair):
     thread.join(10)
     assert record[5] == 900_480  # around the end
     assert fake.ring(Direction.ACTIVATION).read(900_480, 4) == b"ADm3"
-    tickets[0].wait()
+    works[0].wait()
     for position in (600_320, 900_480):
         fake.record(Op.ACKED, position=position)
         fake.record(Op.CONSUMED, position=position)
-    tickets[2].wait()
+    works[2].wait()
     sent[0].wait()
-    first._mailbox.drain()
+    first._pump.drain()
     assert channel.send(activation(4), []).ready() is False
     assert fake.expect(Op.SEND)[5] == 2 << 20  # an empty ring is filled from its start again
 
@@ -314,12 +315,12 @@ def test_a_message_names_the_earlier_one_of_its_key_until_that_is_consumed(fake_
 def test_messages_arrive_in_any_order_in_the_mirror_and_in_the_peers_own_ring(fake_pair):
     first, fake = fake_pair()
     channel = first.channel(1)
-    rings = [Segment.create(1 << 20) for _ in Direction]
-    fake.tell("segments", [ring.fd for ring in rings], rank=1)
+    rings = [Memfd.create(1 << 20) for _ in Direction]
+    fake.tell("memfds", [ring.fd for ring in rings], rank=1)
     until(lambda: {"op": "mapped", "rank": 1} in fake.heard, "mapped")
     late, early = channel.recv(gradient(1)), channel.recv(gradient(0))
     end = (1 << 20) - 128  # over the end of the ring
-    fake.deliver(gradient(1), torch.arange(100.0), 5 << 20, segment=rings[1], flags=1)
+    fake.deliver(gradient(1), torch.arange(100.0), 5 << 20, memfd=rings[1], flags=1)
     fake.deliver(gradient(0), torch.arange(100.0) + 1, end)
     assert early.wait().tensors[0].tolist() == list(range(1, 101))
     assert fake.expect(Op.RELEASE)[5] == end
@@ -334,9 +335,9 @@ def test_messages_arrive_in_any_order_in_the_mirror_and_in_the_peers_own_ring(fa
 
 def test_rings_of_a_peer_that_are_too_small_are_refused(fake_pair, caplog):
     _, fake = fake_pair()
-    rings = [Segment.create(1 << 20), Segment.create(1 << 19)]
-    fake.tell("segments", [ring.fd for ring in rings], rank=1)
-    fake.tell("segments", [rings[0].fd], rank=1)
+    rings = [Memfd.create(1 << 20), Memfd.create(1 << 19)]
+    fake.tell("memfds", [ring.fd for ring in rings], rank=1)
+    fake.tell("memfds", [rings[0].fd], rank=1)
     until(lambda: caplog.text.count("cannot be mapped") == 2, "warning")
     assert "524288 bytes, 1048576 were announced" in caplog.text and "1 rings came, 2 were expected" in caplog.text
     assert not [m for m in fake.heard if m["op"] == "mapped"]
@@ -348,7 +349,7 @@ def test_the_oldest_gradient_is_absorbed_whatever_arrived_first(fake_pair):
     """And only while the peer says that it waits for room."""
     first, fake = fake_pair()
     channel = first.channel(1)
-    tickets = [channel.recv(gradient(n)) for n in (0, 1)]
+    works = [channel.recv(gradient(n)) for n in (0, 1)]
     for n in range(3):
         channel.send(activation(n), [torch.zeros(75_000)])
         fake.expect(Op.SEND)
@@ -359,26 +360,26 @@ def test_the_oldest_gradient_is_absorbed_whatever_arrived_first(fake_pair):
     third = fake.deliver(gradient(1), torch.ones(10), second)
     assert fake.deliver(gradient(0), torch.ones(10), 0) == second
     fake.deliver(gradient(2), torch.ones(10), third)  # nobody has asked for it
-    until(tickets[0].ready, "arrival")
+    until(works[0].ready, "arrival")
     lane = first._links[1].receiving[Direction.GRADIENT][0]
-    assert lane.counters.absorbed == 0
+    assert lane.counters.drained_early == 0
     fake.record(Op.PEER_STUCK, Direction.GRADIENT, total=1)
     assert [fake.expect(Op.RELEASE)[5] for _ in range(2)] == [0, second]
-    until(lambda: lane.counters.absorbed == 2, "count")
+    until(lambda: lane.counters.drained_early == 2, "count")
     late = channel.recv(gradient(2))  # a receive posted late counts too
     assert fake.expect(Op.RELEASE)[5] == third
-    until(lambda: lane.counters.absorbed == 3, "count")
+    until(lambda: lane.counters.drained_early == 3, "count")
     fake.record(Op.PEER_STUCK, Direction.GRADIENT, total=0)
     fake.deliver(gradient(3), torch.ones(10), 1 << 20)
     kept = channel.recv(gradient(3))
     until(kept.ready, "arrival")
-    assert lane.counters.absorbed == 3
+    assert lane.counters.drained_early == 3
     fake.record(Op.CONSUMED, position=0)
     assert fake.expect(Op.STUCK)[6] == 0
     fake.expect(Op.SEND)
     blocked.join(10)
-    for ticket in (*tickets, late, kept):
-        assert ticket.wait().tensors[0].tolist() == [1.0] * 10
+    for work in (*works, late, kept):
+        assert work.wait().tensors[0].tolist() == [1.0] * 10
     assert fake.expect(Op.RELEASE)[5] == 1 << 20
 
 
@@ -410,7 +411,7 @@ def test_other_settings_of_a_peer_are_refused_before_anything_is_dialled():
         first = endpoint(0, config())
         try:
             with pytest.raises(HandshakeError, match=says) as caught:
-                first.connect({1: (info(1), replace(first.card, **change))}, neighbours=[1], coordinator=0)
+                first.connect({1: (info(1), replace(first.endpoint_info, **change))}, neighbours=[1], coordinator=0)
             assert "rank 1 (stage 1, host n1)" in str(caught.value)
         finally:
             first.close()

@@ -1,4 +1,4 @@
-"""What frames that are no chunks say: JSON messages, once and in order whatever comes first, and lists; checksums. Pure."""
+"""What frames that are no segments say: JSON messages, once and in order whatever comes first, and lists; checksums. Pure."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.health import State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.rails.base import Rail
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 
 LaneKey = tuple[Direction, int]
@@ -37,7 +37,7 @@ class LinkEvents(Protocol):
 class Rings:
     """The memory of one lane and direction."""
 
-    ring: Segment
+    ring: Memfd
     """What this rank fills."""
-    mirror: Segment
+    receive_ring: Memfd
     """The image of what the peer fills."""

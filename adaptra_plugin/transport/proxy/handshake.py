@@ -97,7 +97,7 @@ def _check_turn(raw: bytes, expects: int, *, over: bool) -> None:
         raise HandshakeError(f"{len(raw)} bytes came where {0 if over else expects} were expected")
 
 
-class Acceptor:
+class AcceptorMachine:
     """The listening side."""
 
     def __init__(self, secret: bytes, rank: int, settings: Settings) -> None:
@@ -163,7 +163,7 @@ class Acceptor:
         return b""
 
 
-class Initiator:
+class InitiatorMachine:
     """The dialling side."""
 
     def __init__(self, secret: bytes, claim: Claim, settings: Settings) -> None:

@@ -1,42 +1,42 @@
-"""What has come: chunks of messages that fill the mirror of the peer's ring. Pure, but for the bytes themselves."""
+"""What has come: segments of messages that fill the receive ring of the peer's ring. Pure, but for the bytes themselves."""
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.wire import UNIT, Header, MalformedFrame
-from adaptra_plugin.transport.segment import Segment
 
 
 @dataclass(slots=True)
 class Incoming:
-    """A message of which at least a chunk is known."""
+    """A message of which at least a segment is known."""
 
     message: int
     total: int
     sent: float
     after: int | None
     """Position of a message of the same key that has to be delivered before this one."""
-    chunks: set[int] = field(default_factory=set)
+    segments: set[int] = field(default_factory=set)
     missing: int = 0
     by_reference: bool = False
     delivered: bool = False
     released: bool = False
     writing: int = 0
-    """Rails that are in the middle of a chunk of it: its room must not be reused before they are done."""
+    """Rails that are in the middle of a segment of it: its room must not be reused before they are done."""
 
 
 class LaneInbox:
     """One lane of one direction.
 
     Args:
-        mirror: memory of the same size as the peer's ring.
+        receive ring: memory of the same size as the peer's ring.
         limit: longest message (bytes).
     """
 
-    def __init__(self, mirror: Segment, limit: int) -> None:
-        self.mirror = mirror
+    def __init__(self, receive_ring: Memfd, limit: int) -> None:
+        self.receive_ring = receive_ring
         self.limit = limit
         self.messages: dict[int, Incoming] = {}
         self.gone: set[int] = set()  # released, and the sender may not know yet
@@ -46,7 +46,7 @@ class LaneInbox:
         self.duplicates = 0
 
     def _message(self, header: Header) -> Incoming | None:
-        """The message that a chunk belongs to; None: it is done with."""
+        """The message that a segment belongs to; None: it is done with."""
         if header.floor > self.floor:
             self.floor = header.floor
             while self._gone_first and self._gone_first[0] < self.floor:
@@ -63,7 +63,7 @@ class LaneInbox:
                 self._followers.setdefault(after, []).append(found.message)
         elif found.total != header.total:
             raise MalformedFrame(
-                f"a chunk says its message at {header.message} has {header.total} bytes, another said {found.total}"
+                f"a segment says its message at {header.message} has {header.total} bytes, another said {found.total}"
             )
         return found
 
@@ -71,42 +71,42 @@ class LaneInbox:
         """A new message. One that its sender's ring cannot hold, or ever so many, would fill this process."""
         if header.total > self.limit:
             raise MalformedFrame(f"a message of {header.total} bytes is announced; at most {self.limit} fit here")
-        if header.message + header.total > header.floor + self.mirror.capacity:
+        if header.message + header.total > header.floor + self.receive_ring.capacity:
             raise MalformedFrame(
                 f"a message of {header.total} bytes at {header.message} is announced, and a ring of "
-                f"{self.mirror.capacity} that begins at {header.floor} cannot hold it"
+                f"{self.receive_ring.capacity} that begins at {header.floor} cannot hold it"
             )
-        if len(self.messages) >= self.mirror.capacity // UNIT:
+        if len(self.messages) >= self.receive_ring.capacity // UNIT:
             raise MalformedFrame(f"{len(self.messages)} messages have been begun, more than the ring has room for")
 
     def has(self, header: Header) -> bool:
-        """Whether the bytes of a chunk have come, or the message is done with."""
+        """Whether the bytes of a segment have come, or the message is done with."""
         found = self._message(header)
-        return found is None or not found.missing or header.at in found.chunks
+        return found is None or not found.missing or header.at in found.segments
 
     def place(self, header: Header) -> list[memoryview] | None:
-        """Where the bytes of a chunk go; None if they have come before. Every place must be ended by `filled` or `left`."""
+        """Where the bytes of a segment go; None if they have come before. Every place must be ended by `filled` or `left`."""
         if self.has(header):
             self.duplicates += 1
             return None
         self.messages[header.message].writing += 1
-        return self.mirror.slices(header.message + header.at, header.length)
+        return self.receive_ring.slices(header.message + header.at, header.length)
 
     def left(self, header: Header) -> Incoming | None:
-        """A chunk that was placed will not be completed. The message, if its room has become free by that."""
+        """A segment that was placed will not be completed. The message, if its room has become free by that."""
         found = self.messages[header.message]
         found.writing -= 1
         return self._freed(found)
 
     def filled(self, header: Header) -> tuple[list[Incoming], Incoming | None]:
-        """A chunk that was placed is complete. The messages that can be delivered by that, and the one whose room is free
+        """A segment that was placed is complete. The messages that can be delivered by that, and the one whose room is free
         by that."""
         found = self.messages[header.message]
         found.writing -= 1
-        if not found.missing or header.at in found.chunks:
+        if not found.missing or header.at in found.segments:
             self.duplicates += 1
             return [], self._freed(found)
-        found.chunks.add(header.at)
+        found.segments.add(header.at)
         found.missing = max(0, found.missing - header.length)
         return self._deliverable(found), None
 

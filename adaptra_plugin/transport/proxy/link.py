@@ -1,6 +1,6 @@
 """The reliable protocol to one peer, over however many rails there are.
 
-Every chunk and every frame of state is acknowledged by the rail it came over. What is not acknowledged in time, or was
+Every segment and every frame of state is acknowledged by the rail it came over. What is not acknowledged in time, or was
 under way on a rail that failed, goes again, over another rail if there is one; the receiver recognises what it has. So
 everything arrives once, whatever a rail loses, doubles, reorders or takes with it. No I/O here: rails take frames, and
 the link is told the time.
@@ -19,9 +19,9 @@ from adaptra_plugin.transport.proxy.events import LaneKey, LinkEvents, Rings
 from adaptra_plugin.transport.proxy.health import Health, State
 from adaptra_plugin.transport.proxy.inbox import LaneInbox
 from adaptra_plugin.transport.proxy.outbox import Item, Outbox
+from adaptra_plugin.transport.proxy.rail_connection import MAX_WINDOW, MOST_PATIENCE, RailConnection, Sent
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
 from adaptra_plugin.transport.proxy.striping import Striping
-from adaptra_plugin.transport.proxy.tracks import MAX_WINDOW, MOST_PATIENCE, Sent, Track
 from adaptra_plugin.transport.proxy.wire import (
     MAX_BODY_BYTES,
     POSITIONS,
@@ -52,8 +52,8 @@ class Link:
     Args:
         lanes: rings per direction and lane, both ends the same.
         limit: longest message (bytes).
-        chunk_bytes: size of the pieces.
-        checksum: per kind of rail, whether chunks carry one.
+        segment_bytes: size of the pieces.
+        checksum: per kind of rail, whether segments carry one.
         clock: seconds.
     """
 
@@ -64,7 +64,7 @@ class Link:
         clock: Callable[[], float],
         *,
         limit: int,
-        chunk_bytes: int,
+        segment_bytes: int,
         checksum: Callable[[Rail], bool],
     ) -> None:
         self.limit = limit
@@ -73,21 +73,21 @@ class Link:
         self.retries = 0
         self.corrupt = 0
         self._untold, self._told_damage = 0, float("-inf")
-        self.tracks: dict[str, Track] = {}
+        self.connections: dict[str, RailConnection] = {}
         self._events = events
         self._clock = clock
         self._checksum = checksum
         self._rings = dict(lanes)
-        self._outbox = Outbox(len(lanes) // 2, chunk_bytes)
-        self._inboxes = {key: LaneInbox(rings.mirror, limit) for key, rings in lanes.items()}
+        self._outbox = Outbox(len(lanes) // 2, segment_bytes)
+        self._inboxes = {key: LaneInbox(rings.receive_ring, limit) for key, rings in lanes.items()}
         self._urgent: deque[Item] = deque()
         self._unacked_state = 0
         self._free: list[bytes] = []  # CONSUMED entries of this turn
         self.untaken = Untaken()
         self._control_in = Ordered()
-        self._striping = Striping(self.tracks, self.health)
+        self._striping = Striping(self.connections, self.health)
         self._known: dict[str, tuple[float, float, float]] = {}  # of a rail's last connection: speed, trip, patience
-        self._connections = 0
+        self._connection_count = 0
         self._stuck_out: dict[LaneKey, int] = {}
         self._stuck_in: dict[LaneKey, int] = {}
         self._saying_goodbye = False
@@ -99,11 +99,11 @@ class Link:
 
     def add_rail(self, rail: Rail, *, ready: bool = True) -> None:
         """A connection that stands. The rail of that name must not be there any more."""
-        assert rail.name not in self.tracks
-        self._connections += 1
-        track = self.tracks[rail.name] = Track(rail, ready, self._connections)
+        assert rail.name not in self.connections
+        self._connection_count += 1
+        connection = self.connections[rail.name] = RailConnection(rail, ready, self._connection_count)
         if rail.name in self._known:
-            track.speed, track.round_trip, track.patience_factor = self._known[rail.name]
+            connection.speed, connection.round_trip, connection.patience_factor = self._known[rail.name]
         health = self.health.setdefault(rail.name, Health())
         if health.answered(self._clock()):
             self._events.rail_state(rail, health.state, "connected")
@@ -111,33 +111,33 @@ class Link:
 
     def make_ready(self, name: str) -> None:
         """The peer has mapped this rank's rings: data may go by reference."""
-        if (track := self.tracks.get(name)) is not None:
-            track.ready = True
+        if (connection := self.connections.get(name)) is not None:
+            connection.ready = True
             self.pump()
 
     def drop_rail(self, name: str, reason: str) -> None:
         """Closes a rail of our own accord, or because the peer has closed its end."""
-        if (track := self.tracks.get(name)) is not None:
-            track.rail.close()
-            self.failed(track.rail, reason)
+        if (connection := self.connections.get(name)) is not None:
+            connection.rail.close()
+            self.failed(connection.rail, reason)
 
     def failed(self, rail: Rail, reason: str) -> None:
         """Sink: the rail is gone."""
-        track = self.tracks.get(rail.name)
-        if track is None or track.rail is not rail:
+        connection = self.connections.get(rail.name)
+        if connection is None or connection.rail is not rail:
             return
-        del self.tracks[rail.name]
+        del self.connections[rail.name]
         # one that did not answer in time may only have become slow: be more patient with its next connection
-        patience = min(2 * track.patience_factor, 16.0) if track.silent_since is not None else 1.0
-        self._known[rail.name] = (track.speed, track.best_trip, patience)
-        for header in list(track.placed.values()):
-            self._leave(track, header)
+        patience = min(2 * connection.patience_factor, 16.0) if connection.silent_since is not None else 1.0
+        self._known[rail.name] = (connection.speed, connection.best_trip, patience)
+        for header in list(connection.placed.values()):
+            self._leave(connection, header)
         health = self.health[rail.name]
         health.failed(self._clock())
-        self._again(track.take_all())
+        self._again(connection.take_all())
         # on every rail, in front of what goes again: the peer lets go of its end, and of the room that it was filling
-        note = json.dumps({"closed": rail.name, "ours": track.ours, "yours": track.theirs}).encode()
-        for other in self.tracks.values():
+        note = json.dumps({"closed": rail.name, "ours": connection.ours, "yours": connection.theirs}).encode()
+        for other in self.connections.values():
             other.tell(Header(FrameKind.RAIL), note)
         self._events.rail_state(rail, health.state, reason)
         self._events.rail_lost(rail, reason)
@@ -185,9 +185,9 @@ class Link:
 
     def close(self) -> None:
         self._closed = True
-        for track in self.tracks.values():
-            track.rail.close()
-        self.tracks.clear()
+        for connection in self.connections.values():
+            connection.rail.close()
+        self.connections.clear()
 
     @property
     def unsent(self) -> int:
@@ -212,45 +212,45 @@ class Link:
                 body = b"".join(self._free[start : start + step])
                 self._say(Item(FrameKind.CONSUMED, len(body), body=body))
             self._free.clear()
-        while self._urgent and (track := self._striping.for_small()) is not None:
-            self._submit_state(track, self._urgent.popleft())
+        while self._urgent and (connection := self._striping.for_small()) is not None:
+            self._submit_state(connection, self._urgent.popleft())
         while (item := self._outbox.peek()) is not None:
-            track = self._striping.for_chunk(item, self._outbox.waiting_bytes)
-            if track is None:
+            connection = self._striping.for_segment(item, self._outbox.waiting_bytes)
+            if connection is None:
                 break
-            self._submit_chunk(track, self._outbox.pop())
+            self._submit_segment(connection, self._outbox.pop())
         if self._saying_goodbye and self._goodbye is None and not self.unsent:
             self._goodbye = Item(FrameKind.GOODBYE, 0)
             self._say(self._goodbye)
             self.pump()
 
-    def _submit_state(self, track: Track, item: Item) -> None:
+    def _submit_state(self, connection: RailConnection, item: Item) -> None:
         item.sends += 1
         header = Header(item.kind, direction=item.direction, lane=item.lane, message=item.number, total=item.total)
-        header.sequence, header.behind = track.number(item, self._clock())
-        track.tell(header, item.body)
+        header.sequence, header.behind = connection.number(item, self._clock())
+        connection.tell(header, item.body)
 
-    def _submit_chunk(self, track: Track, item: Item) -> None:
+    def _submit_segment(self, connection: RailConnection, item: Item) -> None:
         found = item.outgoing
         assert found is not None
         header = self._outbox.header(item)
         rings = self._rings[found.direction, found.lane]
-        if track.rail.by_reference:
+        if connection.rail.by_reference:
             header.flags |= Flag.REFERENCE
             header.at, header.length = 0, found.total
             for other in found.items:
                 other.covered = True
-            header.sequence, header.behind = track.number(item, self._clock(), reference=True)
+            header.sequence, header.behind = connection.number(item, self._clock(), reference=True)
             item.sends += 1
-            track.rail.submit(Frame(header))
+            connection.rail.submit(Frame(header))
             return
         body = rings.ring.slices(found.message + item.at, item.length)
-        if self._checksum(track.rail):
+        if self._checksum(connection.rail):
             header.flags |= Flag.VERIFIED
             header.checksum = checksum_of(body)
-        header.sequence, header.behind = track.number(item, self._clock())
+        header.sequence, header.behind = connection.number(item, self._clock())
         item.sends += 1
-        track.rail.submit(Frame(header, body))
+        connection.rail.submit(Frame(header, body))
 
     def _again(self, frames: Sequence[Sent]) -> None:
         """Frames that may not have arrived go again, in their order."""
@@ -272,93 +272,99 @@ class Link:
     # --- receiving: the rails' sink
 
     def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
-        """Sink: where the body of a chunk goes."""
+        """Sink: where the body of a segment goes."""
         inbox = self._inboxes.get((header.direction, header.lane))
-        track = self.tracks.get(rail.name)
-        if inbox is None or track is None or track.rail is not rail or not header.sequence:
-            raise MalformedFrame("a chunk has no number, or came from a peer that is no neighbour")
-        if header.sequence in track.placed:
+        connection = self.connections.get(rail.name)
+        if inbox is None or connection is None or connection.rail is not rail or not header.sequence:
+            raise MalformedFrame("a segment has no number, or came from a peer that is no neighbour")
+        if header.sequence in connection.placed:
             return None  # the same frame twice
         windows = inbox.place(header)
         if windows is not None:
-            track.placed[header.sequence] = header
+            connection.placed[header.sequence] = header
         return windows
 
     def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
         """Sink: a whole frame."""
-        track = self.tracks.get(rail.name)
-        if track is None or track.rail is not rail or self._closed:
+        connection = self.connections.get(rail.name)
+        if connection is None or connection.rail is not rail or self._closed:
             return
         if body and not (header.flags & Flag.VERIFIED and checksum_of([memoryview(body)]) == header.checksum):
-            self._damaged(track)
+            self._damaged(connection)
             return
         if header.sequence:
-            track.settle(header.sequence - header.behind - 1)
-        if header.kind == FrameKind.CHUNK:
-            if not self._chunk(track, header):
+            connection.ack_through(header.sequence - header.behind - 1)
+        if header.kind == FrameKind.SEGMENT:
+            if not self._segment(connection, header):
                 return
-            track.came(header.sequence)
+            connection.came(header.sequence)
         elif header.sequence:
-            if track.came(header.sequence):
+            if connection.came(header.sequence):
                 self._state(rail, header, body)
         elif header.kind == FrameKind.ACK:
-            self._acknowledged(track, header, body)
+            self._acknowledged(connection, header, body)
         elif header.kind == FrameKind.PING:
-            track.theirs = header.message
+            connection.theirs = header.message
             if rail.backlog > ANSWERS_BACKLOG:
                 return
             answer = TIMES.pack(header.sent, self._clock())
-            track.tell(Header(FrameKind.PONG, sent=self._clock()), answer)
+            connection.tell(Header(FrameKind.PONG, sent=self._clock()), answer)
         elif header.kind == FrameKind.PONG and len(body) == TIMES.size:
             sent, remote_received = TIMES.unpack(body)
             if not (math.isfinite(sent) and math.isfinite(remote_received)):
                 raise MalformedFrame(f"a pong has the times {sent} and {remote_received}")
-            track.ponged(sent, self._clock())
-            if not track.overdue(self._clock()):
-                self._well(track)
+            connection.ponged(sent, self._clock())
+            if not connection.overdue(self._clock()):
+                self._well(connection)
             self._events.pong(sent, remote_received, header.sent, self._clock())
         elif header.kind == FrameKind.RAIL:
             self._note(rail, parse_object(body))
         else:
             raise MalformedFrame(f"a {header.kind.name.lower()} frame of {header.length} bytes has no number")
-        if track.ack_due >= ACK_EVERY:
-            self._acknowledge(track)
+        if connection.ack_due >= ACK_EVERY:
+            self._acknowledge(connection)
 
     def _note(self, rail: Rail, message: dict[str, Any]) -> None:
         """The peer speaks of rails. A connection that it has closed may have been replaced meanwhile."""
         if isinstance(name := message.get("closed"), str):
-            track, ours = self.tracks.get(name), message.get("ours")
-            if track is None or (message.get("yours") != track.ours and (not ours or ours != track.theirs)):
+            connection, ours = self.connections.get(name), message.get("ours")
+            if connection is None or (
+                message.get("yours") != connection.ours and (not ours or ours != connection.theirs)
+            ):
                 return
         self._events.rail_message(rail, message)
 
-    def _damaged(self, track: Track) -> None:
+    def _damaged(self, connection: RailConnection) -> None:
         """It is not acknowledged, so it will come again."""
         self.corrupt += 1
         self._untold += 1
         if self._clock() - self._told_damage >= 1.0:  # a bad cable must not flood the report
             self._told_damage, count, self._untold = self._clock(), self._untold, 0
-            self._events.rail_state(track.rail, self.health[track.rail.name].state, f"{count} frames arrived damaged")
+            self._events.rail_state(
+                connection.rail, self.health[connection.rail.name].state, f"{count} frames arrived damaged"
+            )
 
-    def _chunk(self, track: Track, header: Header) -> bool:
+    def _segment(self, connection: RailConnection, header: Header) -> bool:
         """False if its bytes have not come, or are not what was sent: it will come again."""
         inbox = self._inboxes.get((header.direction, header.lane))
         if inbox is None or not header.sequence:
-            raise MalformedFrame("a chunk has no number, or came from a peer that is no neighbour")
+            raise MalformedFrame("a segment has no number, or came from a peer that is no neighbour")
         if header.flags & Flag.REFERENCE:
-            if not track.rail.by_reference:
-                raise MalformedFrame(f"a reference came over {track.rail.name}: nobody has mapped what it points to")
+            if not connection.rail.by_reference:
+                raise MalformedFrame(
+                    f"a reference came over {connection.rail.name}: nobody has mapped what it points to"
+                )
             ready = inbox.referenced(header)
-        elif header.sequence not in track.placed:
+        elif header.sequence not in connection.placed:
             return inbox.has(header)  # it was declined
         else:
             if header.flags & Flag.VERIFIED:
-                found = checksum_of(inbox.mirror.slices(header.message + header.at, header.length))
+                found = checksum_of(inbox.receive_ring.slices(header.message + header.at, header.length))
                 if found != header.checksum:
-                    self._leave(track, header)
-                    self._damaged(track)
+                    self._leave(connection, header)
+                    self._damaged(connection)
                     return False
-            del track.placed[header.sequence]
+            del connection.placed[header.sequence]
             ready, freed = inbox.filled(header)
             if freed is not None:
                 self._set_free(header.direction, header.lane, freed.message)
@@ -372,15 +378,15 @@ class Link:
         found = inbox.messages.get(header.message)
         if found is None or not found.writing:
             return
-        for track in self.tracks.values():
-            for other in list(track.placed.values()):
+        for connection in self.connections.values():
+            for other in list(connection.placed.values()):
                 here = self._inboxes[other.direction, other.lane] is inbox and other.message == header.message
-                if here and inbox.has(other) and track.rail.discard(other):
-                    self._leave(track, other)
+                if here and inbox.has(other) and connection.rail.discard(other):
+                    self._leave(connection, other)
 
-    def _leave(self, track: Track, header: Header) -> None:
-        """A chunk that a rail was filling will not be completed."""
-        del track.placed[header.sequence]
+    def _leave(self, connection: RailConnection, header: Header) -> None:
+        """A segment that a rail was filling will not be completed."""
+        del connection.placed[header.sequence]
         freed = self._inboxes[header.direction, header.lane].left(header)
         if freed is not None:
             self._set_free(header.direction, header.lane, freed.message)
@@ -402,7 +408,7 @@ class Link:
         elif kind == FrameKind.TAKEN:
             self.untaken.taken(header.message)
         elif kind == FrameKind.GOODBYE:
-            self._acknowledge(self.tracks[rail.name])
+            self._acknowledge(self.connections[rail.name])
             self._events.goodbye()
         else:
             raise MalformedFrame(f"a {kind.name.lower()} frame came with a number")
@@ -411,14 +417,14 @@ class Link:
         for key, message in positions(body, self._inboxes):
             found = self._outbox.consumed(*key, message)
             if found is not None:
-                if self._outbox.whole(found) is not None:  # the acknowledgement of its last chunk was lost
+                if self._outbox.whole(found) is not None:  # the acknowledgement of its last segment was lost
                     self._events.acked(*key, message)
                 self._events.consumed(*key, message)
 
-    def _acknowledged(self, track: Track, header: Header, body: bytes) -> None:
-        arrived, lost = track.acknowledged(header.message, body, self._clock())
+    def _acknowledged(self, connection: RailConnection, header: Header, body: bytes) -> None:
+        arrived, lost = connection.acknowledged(header.message, body, self._clock())
         if arrived:
-            self._well(track)
+            self._well(connection)
         for sent in arrived:
             item = sent.item
             if item.outgoing is not None:
@@ -436,26 +442,26 @@ class Link:
         if arrived or lost:
             self.pump()
 
-    def _well(self, track: Track) -> None:
-        health = self.health[track.rail.name]
+    def _well(self, connection: RailConnection) -> None:
+        health = self.health[connection.rail.name]
         if health.answered(self._clock()):
-            self._events.rail_state(track.rail, health.state, "it answers again")
+            self._events.rail_state(connection.rail, health.state, "it answers again")
             # what it answers to has waited: clocks are compared anew, should its host's have stood still
-            self.ping(track.rail.name)
+            self.ping(connection.rail.name)
             self.pump()
 
     def flush(self) -> None:
         """At the end of the loop's turn: acknowledges what has come, and pumps."""
-        for track in self.tracks.values():
-            if track.ack_due:
-                self._acknowledge(track)
+        for connection in self.connections.values():
+            if connection.ack_due:
+                self._acknowledge(connection)
         if self._free:
             self.pump()
 
-    def _acknowledge(self, track: Track) -> None:
-        if track.rail.backlog > ANSWERS_BACKLOG:
+    def _acknowledge(self, connection: RailConnection) -> None:
+        if connection.rail.backlog > ANSWERS_BACKLOG:
             return  # it stays due
-        track.tell(Header(FrameKind.ACK, message=track.cumulative), track.acknowledgement())
+        connection.tell(Header(FrameKind.ACK, message=connection.cumulative), connection.acknowledgement())
 
     # --- time
 
@@ -464,39 +470,41 @@ class Link:
         now = self._clock()
         if now - self._pinged_at >= PING_EVERY_S:
             self._pinged_at = now
-            for name in list(self.tracks):
+            for name in list(self.connections):
                 self.ping(name)
-        for track in list(self.tracks.values()):
-            if track.overdue(now):
-                self._late(track, now)
+        for connection in list(self.connections.values()):
+            if connection.overdue(now):
+                self._late(connection, now)
 
     def ping(self, name: str) -> None:
         """Asks for a sign of life, and compares clocks."""
-        track = self.tracks[name]
+        connection = self.connections[name]
         now = self._clock()
-        track.pinged = now if track.pinged is None else track.pinged
-        track.asked = now
-        track.tell(Header(FrameKind.PING, message=track.ours, sent=now))
+        connection.pinged = now if connection.pinged is None else connection.pinged
+        connection.asked = now
+        connection.tell(Header(FrameKind.PING, message=connection.ours, sent=now))
 
-    def _late(self, track: Track, now: float) -> None:
-        name, silent, busy = track.rail.name, track.silent_s(now), track.rail.backlog > 0
+    def _late(self, connection: RailConnection, now: float) -> None:
+        name, silent, busy = connection.rail.name, connection.silent_s(now), connection.rail.backlog > 0
         if self.health[name].late(now):
-            self._events.rail_state(track.rail, State.SUSPECT, f"no answer for {silent:.2f} s")
-            for other in self.tracks:  # those that answer prove that the peer is there
+            self._events.rail_state(connection.rail, State.SUSPECT, f"no answer for {silent:.2f} s")
+            for other in self.connections:  # those that answer prove that the peer is there
                 self.ping(other)
-        elif not busy and now - track.asked >= min(LATE_PING_EVERY_S, silent / 4):
+        elif not busy and now - connection.asked >= min(LATE_PING_EVERY_S, silent / 4):
             self.ping(name)
-        healthy = [other for other in self.tracks.values() if other is not track and self._striping.healthy(other)]
+        healthy = [
+            other for other in self.connections.values() if other is not connection and self._striping.healthy(other)
+        ]
         if healthy:
             steady = [other for other in healthy if self.health[other.rail.name].steady(now)]
             proof = [other.rail.name for other in steady if other.answered_at > now - silent]
-            if proof and silent > max(DEAD_AFTER_S, track.patience_s):
+            if proof and silent > max(DEAD_AFTER_S, connection.patience_s):
                 self.drop_rail(name, f"no answer for {silent:.2f} s while {', '.join(proof)} work")
                 return
-            self._again(track.take_all())
+            self._again(connection.take_all())
         else:
             # nothing better: again on the same rail, in case that it loses frames, more and more seldom
-            if not busy and (frames := track.take_all(now - track.patience_s)):
-                track.patience_factor = min(2 * track.patience_factor, MOST_PATIENCE)
+            if not busy and (frames := connection.take_all(now - connection.patience_s)):
+                connection.patience_factor = min(2 * connection.patience_factor, MOST_PATIENCE)
                 self._again(frames)
         self.pump()

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy import verbs
+from adaptra_plugin.transport.proxy.arp import ArpQuery
 from adaptra_plugin.transport.proxy.loop import READ, Loop, Timer
-from adaptra_plugin.transport.proxy.neighbours import Way
 from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, QueuePair, Region, VerbsError
-from adaptra_plugin.transport.segment import Segment
 
 RETIRED_S = 5.0
 """Until a queue pair that is out of service is destroyed (s)."""
@@ -43,9 +43,7 @@ class Nic:
         except BaseException:
             self.device.close()
             raise
-        self._rings: dict[
-            Segment, dict[int, Region | None]
-        ] = {}  # by extent; None: it was wanted, and could not be had
+        self._rings: dict[Memfd, dict[int, Region | None]] = {}  # by extent; None: it was wanted, and could not be had
         self._listeners: list[Callable[[str], None]] = []
         self._retired: deque[tuple[Sequence[Any], Timer]] = deque()
         self._events: _Descriptor | None = None
@@ -58,8 +56,8 @@ class Nic:
         where = self.gid.address if self.gid else f"lid {self.port.lid}"
         return f"{self.device.name}/{self.port.number} {where}"
 
-    def card(self) -> dict[str, Any]:
-        """For `Card.rdma`: what a peer has to know to choose between its ports."""
+    def info(self) -> dict[str, Any]:
+        """For `EndpointInfo.rdma`: what a peer has to know to choose between its ports."""
         return {
             "device": self.device.name,
             "port": self.port.number,
@@ -68,31 +66,31 @@ class Nic:
             "address": self.gid.address if self.gid else "",
         }
 
-    def way_to(self, card: Mapping[str, Any]) -> Way:
+    def arp_query(self, info: Mapping[str, Any]) -> ArpQuery:
         """To a peer's port, of that card; the caller closes it."""
         gid = self.gid
         # on InfiniBand the subnet manager knows
         interface = gid.interface if gid is not None and self.port.link_layer == "ethernet" else None
-        return Way(self.loop, interface, gid.address if gid is not None else "", str(card.get("address", "")))
+        return ArpQuery(self.loop, interface, gid.address if gid is not None else "", str(info.get("address", "")))
 
-    def ring(self, segment: Segment) -> None:
+    def ring(self, memfd: Memfd) -> None:
         """Registers a ring that is sent from: its first extent, and what else has been wanted of it before, so that a rail
         that could not have it does not come up again. Raises VerbsError."""
-        for number in tuple(self._rings.setdefault(segment, {0: None})):
-            self._extent(segment, number)
+        for number in tuple(self._rings.setdefault(memfd, {0: None})):
+            self._extent(memfd, number)
 
-    def ring_pieces(self, segment: Segment, position: int, nbytes: int) -> tuple[tuple[Region, int, int], ...]:
+    def ring_pieces(self, memfd: Memfd, position: int, nbytes: int) -> tuple[tuple[Region, int, int], ...]:
         """(region, offset, bytes) of the bytes at `position` of a ring; what is new of it is registered. Raises VerbsError."""
         return tuple(
-            (self._extent(segment, number), start, stop - start)
-            for number, start, stop in segment.extents(position, nbytes)
+            (self._extent(memfd, number), start, stop - start)
+            for number, start, stop in memfd.extents(position, nbytes)
         )
 
-    def _extent(self, segment: Segment, number: int) -> Region:
-        regions = self._rings.setdefault(segment, {})
+    def _extent(self, memfd: Memfd, number: int) -> Region:
+        regions = self._rings.setdefault(memfd, {})
         region = regions.setdefault(number, None)
         if region is None:
-            region = regions[number] = self.device.register(segment.extent_view(number))
+            region = regions[number] = self.device.register(memfd.extent_view(number))
         return region
 
     def listen(self, listener: Callable[[str], None]) -> None:
@@ -209,7 +207,7 @@ def _pick(name: str, known: Sequence[Port]) -> tuple[str, int, str | None] | Non
 
 
 def pairs(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Which of our ports goes with which of a peer's: indices into both lists of `Nic.card`, in our order.
+    """Which of our ports goes with which of a peer's: indices into both lists of `Nic.info`, in our order.
 
     Ports of one kind are joined, each at most once: those whose addresses have most in common first (rails often are subnets
     of their own), then in their order. Both ends come to the same pairs.

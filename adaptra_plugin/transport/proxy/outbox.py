@@ -1,4 +1,4 @@
-"""What is to go: messages of this rank's ring, cut into chunks, until the peer has consumed them. Pure."""
+"""What is to go: messages of this rank's ring, cut into segments, until the peer has consumed them. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = 64 << 10
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """Something that has to arrive once: a chunk, or a frame with a body of its own."""
+    """Something that has to arrive once: a segment, or a frame with a body of its own."""
 
     kind: FrameKind
     length: int
@@ -55,8 +55,8 @@ class Outgoing:
 class Outbox:
     """All lanes of a link. `small` goes before `large`; what is sent again goes first."""
 
-    def __init__(self, lanes: int, chunk_bytes: int) -> None:
-        self._chunk = chunk_bytes
+    def __init__(self, lanes: int, segment_bytes: int) -> None:
+        self._segment = segment_bytes
         self.lanes: dict[tuple[Direction, int], dict[int, Outgoing]] = {
             (direction, lane): {} for direction in Direction for lane in range(lanes)
         }
@@ -72,8 +72,8 @@ class Outbox:
         at = 0
         while at < total:
             # a short first piece lets the receiver know of a large message early
-            step = min(total - at, SMALL if at == 0 and total > self._chunk else self._chunk)
-            item = Item(FrameKind.CHUNK, step, found, at, direction=direction, lane=lane)
+            step = min(total - at, SMALL if at == 0 and total > self._segment else self._segment)
+            item = Item(FrameKind.SEGMENT, step, found, at, direction=direction, lane=lane)
             found.items.append(item)
             self._put(item, at == 0 and step <= SMALL)
             at += step
@@ -89,13 +89,13 @@ class Outbox:
             queue.append(item)
 
     def again(self, item: Item) -> None:
-        """A chunk that may not have arrived."""
+        """A segment that may not have arrived."""
         item.covered = False
         if not item.done and not item.queued:
             self._put(item, item.at == 0 and item.length <= SMALL, again=True)
 
     def peek(self) -> Item | None:
-        """The next chunk; those that have become needless meanwhile are dropped."""
+        """The next segment; those that have become needless meanwhile are dropped."""
         for queue in (self.small, self.large):
             while queue:
                 if not (queue[0].done or queue[0].covered):
@@ -104,7 +104,7 @@ class Outbox:
         return None
 
     def pop(self) -> Item:
-        """The chunk that `peek` has shown."""
+        """The segment that `peek` has shown."""
         return self._drop(self.small or self.large)
 
     def _drop(self, queue: deque[Item]) -> Item:
@@ -118,12 +118,12 @@ class Outbox:
         return next(iter(self.lanes[direction, lane]), None)
 
     def header(self, item: Item) -> Header:
-        """Of a chunk, without what depends on the rail."""
+        """Of a segment, without what depends on the rail."""
         found = item.outgoing
         assert found is not None
         floor = self.floor(found.direction, found.lane)
         return Header(
-            FrameKind.CHUNK,
+            FrameKind.SEGMENT,
             direction=found.direction,
             lane=found.lane,
             message=found.message,
@@ -136,7 +136,7 @@ class Outbox:
         )
 
     def acked(self, item: Item) -> Outgoing | None:
-        """A chunk has arrived. The message, if that was its last one."""
+        """A segment has arrived. The message, if that was its last one."""
         found = item.outgoing
         assert found is not None
         if item.done:

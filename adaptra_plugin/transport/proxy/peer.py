@@ -13,13 +13,14 @@ from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.clock import ClockOffset
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
+from adaptra_plugin.transport.proxy.handshake_connection import Connector
 from adaptra_plugin.transport.proxy.health import Health, State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
-from adaptra_plugin.transport.proxy.meeting import Dialer
 from adaptra_plugin.transport.proxy.news import RailNews
 from adaptra_plugin.transport.proxy.nics import pairs
+from adaptra_plugin.transport.proxy.peer_prober import ONLY_ITS_HOST, PeerProber
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
 from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
@@ -27,8 +28,7 @@ from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.rdma_setup import Ports, RdmaSetup
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
-from adaptra_plugin.transport.proxy.vigil import ONLY_ITS_HOST, Vigil
-from adaptra_plugin.transport.types import Card, Direction, PeerInfo
+from adaptra_plugin.transport.types import Direction, EndpointInfo, PeerInfo
 
 FIRST_PINGS = 8
 """Pings in a row before a link counts as connected: the offset of the clocks must be known for the first message."""
@@ -46,7 +46,7 @@ class Owner(Protocol):
 
     settings: ProxySettings
     me: PeerInfo
-    card: Card
+    endpoint_info: EndpointInfo
     secret: bytes
     loop: Loop
     tls: Tls | None
@@ -62,7 +62,7 @@ class Owner(Protocol):
     def peer_done(self, peer: Peer) -> None: ...
     def peer_control(self, peer: Peer, message: dict[str, Any]) -> None: ...
     def peer_rail(self, peer: Peer, rail: Rail, state: State, why: str) -> None: ...
-    def segments(self, peer: Peer, descriptors: list[int]) -> None: ...
+    def memfds(self, peer: Peer, descriptors: list[int]) -> None: ...
     def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None: ...
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
@@ -87,9 +87,11 @@ class Peer:
         dials: whether this side makes the connections.
     """
 
-    def __init__(self, owner: Owner, info: PeerInfo, card: Card, neighbour: Neighbour | None, *, dials: bool) -> None:
+    def __init__(
+        self, owner: Owner, info: PeerInfo, endpoint_info: EndpointInfo, neighbour: Neighbour | None, *, dials: bool
+    ) -> None:
         self.info = info
-        self.card = card
+        self.endpoint_info = endpoint_info
         self.near = neighbour is not None
         self.clock = ClockOffset()
         self.departed = False
@@ -100,13 +102,13 @@ class Peer:
         self._loop = owner.loop
         self._dials = dials
         self._rings = neighbour.rings if neighbour else {}
-        self._dialers: dict[str, Dialer] = {}
+        self._connectors: dict[str, Connector] = {}
         self._timers: dict[str, Timer] = {}
         self._exchange: RingExchange | None = None
         self._mapped_here = self._mapped_there = False
         self._announced = False
         self._closing = False
-        self._vigil = Vigil(owner.loop, card.addresses[0], owner.settings.reconnect_s, self._lose)
+        self._prober = PeerProber(owner.loop, endpoint_info.addresses[0], owner.settings.reconnect_s, self._lose)
         self._news = RailNews(owner.loop, lambda rail, state, why: owner.peer_rail(self, rail, state, why))
         self._with_rdma = False
         self._expected = self._expected_rails()
@@ -116,16 +118,18 @@ class Peer:
             self,
             owner.loop.clock,
             limit=neighbour.limit if neighbour else 0,
-            chunk_bytes=settings.chunk_kib << 10,
-            checksum=lambda rail: rail.damages or settings.checked(same_host=owner.card.boot == card.boot),
+            segment_bytes=settings.segment_kib << 10,
+            checksum=lambda rail: (
+                rail.damages or settings.checked(same_host=owner.endpoint_info.boot == endpoint_info.boot)
+            ),
         )
         self._rdma = RdmaSetup(
             owner.loop,
             self.link,
             owner.ports.nics if self._with_rdma else (),
-            card.rdma,
+            endpoint_info.rdma,
             {key: rings.ring for key, rings in self._rings.items()},
-            chunk_bytes=settings.chunk_kib << 10,
+            segment_bytes=settings.segment_kib << 10,
             timeout_s=settings.handshake_timeout_s,
             dials=dials,
             on_up=self._rdma_up,
@@ -140,9 +144,9 @@ class Peer:
             return {"tcp0"}
         found = {f"tcp{index}" for index in range(owner.settings.connections_per_direction * self._paths)}
         if owner.settings.wants(RailKind.SHM):
-            if owner.card.boot != self.card.boot:
+            if owner.endpoint_info.boot != self.endpoint_info.boot:
                 self.skipped["shm"] = "it runs on another host"
-            elif not (owner.card.unix and self.card.unix):
+            elif not (owner.endpoint_info.unix and self.endpoint_info.unix):
                 self.skipped["shm"] = "one end does not offer it"
             else:
                 found.add("shm")
@@ -151,9 +155,9 @@ class Peer:
                 self.skipped["rdma"] = "adaptra.transport.tls is set, and RDMA does not encrypt"
             elif not owner.ports.nics:
                 self.skipped["rdma"] = owner.ports.why_none
-            elif not self.card.rdma:
+            elif not self.endpoint_info.rdma:
                 self.skipped["rdma"] = "the other end offers none, see its log"
-            elif not pairs(owner.ports.cards(), self.card.rdma):
+            elif not pairs(owner.ports.infos(), self.endpoint_info.rdma):
                 self.skipped["rdma"] = "its ports are of another kind"
             self._with_rdma = "rdma" not in self.skipped
         return found
@@ -161,21 +165,21 @@ class Peer:
     @property
     def _paths(self) -> int:
         """Pairs of interfaces."""
-        return min(len(self._owner.card.addresses), len(self.card.addresses))
+        return min(len(self._owner.endpoint_info.addresses), len(self.endpoint_info.addresses))
 
     # --- coming up
 
     def start(self) -> None:
         for name in sorted(self._expected.difference(self._rdma.names)) if self._dials else ():
             self._dial(name)
-        self._vigil.begin()
+        self._prober.begin()
         self._announce()
 
     @property
     def up(self) -> bool:
         """All rails stand that will come and, towards a neighbour, the clocks are compared."""
         waiting = self._expected - self.skipped.keys()
-        if not all(name in self.link.tracks and self.link.tracks[name].ready for name in waiting):
+        if not all(name in self.link.connections and self.link.connections[name].ready for name in waiting):
             return False
         return not self.near or (("shm" not in waiting or self._mapped_here) and self.clock.count >= FIRST_PINGS)
 
@@ -194,15 +198,18 @@ class Peer:
 
     def missing(self) -> str:
         """In words, for an error: which rails have not come, and why."""
-        waiting = sorted(self._expected - self.skipped.keys() - self.link.tracks.keys())
-        reasons = sorted({self._dialers[name].last_reason for name in waiting if name in self._dialers})
+        waiting = sorted(self._expected - self.skipped.keys() - self.link.connections.keys())
+        reasons = sorted({self._connectors[name].last_reason for name in waiting if name in self._connectors})
         how = "; ".join(reasons) or ("it has not dialled this rank" if waiting else "no answer to pings")
-        if is_loopback(self.card.addresses[0].host) and self.card.boot != self._owner.card.boot:
+        if (
+            is_loopback(self.endpoint_info.addresses[0].host)
+            and self.endpoint_info.boot != self._owner.endpoint_info.boot
+        ):
             how += f"; that is loopback, {ONLY_ITS_HOST}"
-        return f"{self.info} at {self.card.addresses[0]} ({len(waiting)} connections missing: {how})"
+        return f"{self.info} at {self.endpoint_info.addresses[0]} ({len(waiting)} connections missing: {how})"
 
     def _dial(self, name: str) -> None:
-        if self.gone or self.departed or self._closing or name in self._dialers or name in self.link.tracks:
+        if self.gone or self.departed or self._closing or name in self._connectors or name in self.link.connections:
             return
         if name in self._rdma.names:
             self._rdma.dial(name)
@@ -215,11 +222,11 @@ class Peer:
         claim = Claim(
             self._owner.me.rank, self._owner.me.stage, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
         )
-        source = self._owner.card.addresses[path].host if path else None
+        source = self._owner.endpoint_info.addresses[path].host if path else None
         settings = self._owner.settings
-        self._dialers[name] = Dialer(
+        self._connectors[name] = Connector(
             self._loop,
-            self.card.unix if shm else self.card.addresses[path],
+            self.endpoint_info.unix if shm else self.endpoint_info.addresses[path],
             claim,
             self._owner.secret,
             Settings(settings.connections_per_direction, settings.ring_bytes),
@@ -232,14 +239,14 @@ class Peer:
         )
 
     def _dialled(self, sock: socket.socket, claim: Claim, settings: Settings) -> None:
-        self._dialers.pop(claim.rail, None)
+        self._connectors.pop(claim.rail, None)
         reason = self.adopt(sock, claim)
         if reason is not None:
             log.warning("dropped: connection %s to rank %d: %s", claim.rail, self.info.rank, reason)
             sock.close()
 
     def _turned_away(self, claim: Claim, error: HandshakeError) -> None:
-        self._dialers.pop(claim.rail, None)
+        self._connectors.pop(claim.rail, None)
         if self._announced:
             # who they are was settled at the start: something was in the way, or damaged
             log.warning("rail %s to %s did not come back: %s", claim.rail, self.info, error)
@@ -251,10 +258,10 @@ class Peer:
 
     def _dial_failed(self, claim: Claim, reason: str) -> None:
         if claim.rail == "shm" and not self._announced:
-            self._dialers.pop("shm").close()
+            self._connectors.pop("shm").close()
             self._skip("shm", f"its socket cannot be reached from here ({reason}): is it in another network namespace?")
         elif claim.rail != "shm" and "refused" in reason.lower():
-            self._vigil.refused()
+            self._prober.refused()
 
     def _skip(self, name: str, why: str) -> None:
         """A rail is given up for good; the link does without it."""
@@ -270,7 +277,7 @@ class Peer:
             return f"rank {self.info.rank} has left already"
         if claim.rail not in self._expected or claim.rail in self.skipped:
             return f"no connection {claim.rail} is wanted with rank {self.info.rank}"
-        if claim.rail in self.link.tracks:
+        if claim.rail in self.link.connections:
             if claim.source == self._owner.me.rank:
                 return f"rank {self.info.rank} is connected for {claim.rail} already"
             # it has dialled again because its end has failed, which this end has not noticed yet
@@ -288,7 +295,7 @@ class Peer:
     def _rings_came(self, sock: socket.socket, descriptors: list[int]) -> None:
         self._exchange = None
         self._mapped_here = False
-        self._owner.segments(self, descriptors)
+        self._owner.memfds(self, descriptors)
         # the peer may have said that it has mapped this rank's rings before theirs came
         self._add(StreamRail(RailKind.SHM, "shm", self.link, self._loop, sock), ready=self._mapped_there)
 
@@ -301,7 +308,7 @@ class Peer:
             self._skip("shm", reason)
 
     def _add(self, rail: Rail, *, ready: bool) -> None:
-        self._vigil.end()
+        self._prober.end()
         self._news.alive()
         self.skipped.pop(rail.name, None)
         self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
@@ -360,8 +367,8 @@ class Peer:
         self.clock.add(sent, remote_received, remote_sent, received)
         self._news.answered(sent)
         if not self._announced:
-            if self.clock.count < FIRST_PINGS and self.link.tracks:
-                self.link.ping(next(iter(self.link.tracks)))
+            if self.clock.count < FIRST_PINGS and self.link.connections:
+                self.link.ping(next(iter(self.link.connections)))
             self._announce()
 
     def rail_message(self, rail: Rail, message: dict[str, Any]) -> None:
@@ -402,14 +409,14 @@ class Peer:
             self._ask()
 
     def _ask(self) -> None:
-        for name in list(self.link.tracks):
+        for name in list(self.link.connections):
             self.link.ping(name)
 
     # --- rails go
 
     def rail_lost(self, rail: Rail, reason: str) -> None:
         if self.departed or self._closing or self.gone:
-            if not (self.departed or self.link.tracks) and self.link.unsent:
+            if not (self.departed or self.link.connections) and self.link.unsent:
                 log.warning("closed with %d messages unsent to %s: %s", self.link.unsent, self.info, reason)
             self._check_done()
             return
@@ -417,8 +424,8 @@ class Peer:
             self._mapped_there = False
         if self._dials:
             self._plan_again(rail.name)
-        if not self.link.tracks:
-            self._vigil.begin(reason)
+        if not self.link.connections:
+            self._prober.begin(reason)
 
     def _later(self, name: str) -> None:
         """An attempt to bring a rail back has failed."""
@@ -429,13 +436,13 @@ class Peer:
     def _plan_again(self, name: str) -> None:
         pause = max(0.0, self.link.health[name].until - self._loop.clock())
         # what was the last rail is missed at once
-        wait = pause if self.link.tracks else min(pause, _AT_ONCE_S)
+        wait = pause if self.link.connections else min(pause, _AT_ONCE_S)
         self._timers[name] = self._loop.call_later(wait, lambda: self._again(name))
 
     def _again(self, name: str) -> None:
-        if self.gone or name in self.link.tracks:
+        if self.gone or name in self.link.connections:
             return
-        if name in self._rdma.names and not self.link.tracks:  # nothing carries its offer
+        if name in self._rdma.names and not self.link.connections:  # nothing carries its offer
             self._timers[name] = self._loop.call_later(_AT_ONCE_S, lambda: self._again(name))
             return
         self.link.health[name].probing()
@@ -473,21 +480,21 @@ class Peer:
 
     @property
     def done(self) -> bool:
-        return self.gone or (self._closing and not self.link.tracks)
+        return self.gone or (self._closing and not self.link.connections)
 
     def _check_done(self) -> None:
-        if self._closing and not self.link.tracks:
+        if self._closing and not self.link.connections:
             self._owner.peer_done(self)
 
     def _end_attempts(self) -> None:
-        for dialer in self._dialers.values():
-            dialer.close()
-        self._dialers.clear()
+        for connector in self._connectors.values():
+            connector.close()
+        self._connectors.clear()
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
         self._rdma.close()
-        self._vigil.end()
+        self._prober.end()
         self._news.drop()
         if self._exchange is not None:
             self._exchange.close()
@@ -508,8 +515,10 @@ class Peer:
             "rails": {
                 name: {
                     "state": health.state.value,
-                    "mb_per_s": round(self.link.tracks[name].speed / 1e6, 1) if name in self.link.tracks else 0.0,
-                    "delivered_bytes": self.link.tracks[name].delivered if name in self.link.tracks else 0,
+                    "mb_per_s": round(self.link.connections[name].speed / 1e6, 1)
+                    if name in self.link.connections
+                    else 0.0,
+                    "delivered_bytes": self.link.connections[name].delivered if name in self.link.connections else 0,
                 }
                 for name, health in self.link.health.items()
             },

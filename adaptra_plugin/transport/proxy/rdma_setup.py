@@ -8,7 +8,7 @@ A rail needs numbers of both ends, which travel as notes over whatever rail ther
     the rail stands <============ RDMA ==========   its first slot
 
 A rail that has heard from the other end works both ways, so no data is ever entrusted to one that is only hoped for. Each
-end accepts only once it knows the way to the other one (`neighbours`).
+end accepts only once it knows the way to the other one (`arp`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy import nics
+from adaptra_plugin.transport.proxy.arp import ArpQuery
 from adaptra_plugin.transport.proxy.link import Link
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
-from adaptra_plugin.transport.proxy.neighbours import Way
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.rdma import LANDING_BYTES, RdmaRail
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.verbs import VerbsError
 from adaptra_plugin.transport.proxy.wire import Header, MalformedFrame
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 
 MAX_TEXT = 500
@@ -57,9 +57,9 @@ class Ports:
             for problem in problems:
                 log.warning("an RDMA port is not used: %s", problem)
 
-    def cards(self) -> tuple[dict[str, Any], ...]:
-        """For `Card.rdma`."""
-        return tuple(nic.card() for nic in self.nics)
+    def infos(self) -> tuple[dict[str, Any], ...]:
+        """For `EndpointInfo.rdma`."""
+        return tuple(nic.info() for nic in self.nics)
 
     def abandon(self) -> None:
         """In a forked child: what is open belongs to the parent, and closing it here would close it there."""
@@ -77,7 +77,7 @@ class _Attempt:
     """A rail that does not stand yet, and its sink until it does."""
 
     rail: RdmaRail
-    way: Way
+    arp_query: ArpQuery
     timer: Timer
 
     def __init__(self, number: int, link: Link, on_failed: Callable[[str], None]) -> None:
@@ -87,7 +87,7 @@ class _Attempt:
         self._on_failed = on_failed
 
     def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
-        raise MalformedFrame("a chunk came over a rail that does not stand")
+        raise MalformedFrame("a segment came over a rail that does not stand")
 
     def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
         raise MalformedFrame("a frame came over a rail that does not stand")
@@ -99,7 +99,7 @@ class _Attempt:
 
     def end(self) -> None:
         """It is no attempt any more."""
-        self.way.close()
+        self.arp_query.close()
         self.timer.cancel()
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class RdmaSetup:
         link: carries the notes, and is the sink of rails that stand.
         mine, theirs: this proxy's ports, and the other one's as its card has them.
         rings: what is sent from.
-        chunk_bytes: longest chunk; the landing holds several.
+        segment_bytes: longest segment; the landing holds several.
         timeout_s: for an attempt, from the offer to the first word of the other end.
         dials: whether this end makes the offers.
         on_up: a rail stands. on_failed: `(name, why)`, at the dialling end: this attempt will not succeed.
@@ -126,9 +126,9 @@ class RdmaSetup:
         link: Link,
         mine: Sequence[Nic],
         theirs: Sequence[Mapping[str, Any]],
-        rings: Mapping[tuple[Direction, int], Segment],
+        rings: Mapping[tuple[Direction, int], Memfd],
         *,
-        chunk_bytes: int,
+        segment_bytes: int,
         timeout_s: float,
         dials: bool,
         on_up: Callable[[RdmaRail], None],
@@ -142,15 +142,15 @@ class RdmaSetup:
         self._dials = dials
         self._on_up, self._on_failed = on_up, on_failed
         self._theirs = list(theirs)
-        self._pairs = nics.pairs([nic.card() for nic in mine], theirs)
+        self._pairs = nics.pairs([nic.info() for nic in mine], theirs)
         self.names = [f"rdma{index}" for index in range(len(self._pairs))]
         """The same at both ends, though they may number their ports differently."""
         self._attempts: dict[str, _Attempt] = {}
         self._numbers: dict[str, int] = {}  # of the newest attempt: notes may overtake each other
         self._begun = self._closed = False
-        # never more under way than the peer's rings hold; room for a chunk must always come free
+        # never more under way than the peer's rings hold; room for a segment must always come free
         rings_bytes = sum(ring.capacity for ring in self._rings.values())
-        self._landing_bytes = max(min(LANDING_BYTES, rings_bytes), 4 * chunk_bytes)
+        self._landing_bytes = max(min(LANDING_BYTES, rings_bytes), 4 * segment_bytes)
 
     # --- the dialling end
 
@@ -187,7 +187,7 @@ class RdmaSetup:
             except VerbsError as error:
                 self._give_up(name, number, str(error))
 
-        attempt.way.when_known(accept)
+        attempt.arp_query.when_known(accept)
 
     def _give_up(self, name: str, number: int, why: str) -> None:
         """An attempt has failed. The end that is dialled only forgets it: the other one tries again, or says why not."""
@@ -224,7 +224,7 @@ class RdmaSetup:
             else:
                 self._tell(name, number, answer=answer)
 
-        attempt.way.when_known(accept)
+        attempt.arp_query.when_known(accept)
 
     def _refuse(self, name: str, number: int, error: VerbsError) -> None:
         self._forget(name)
@@ -250,16 +250,16 @@ class RdmaSetup:
         attempt = _Attempt(number, self._link, functools.partial(self._give_up, name, number))
         attempt.rail = RdmaRail(name, attempt, nic, self._rings, landing_bytes=self._landing_bytes)
         attempt.rail.on_heard = functools.partial(self._stands, name, attempt)
-        attempt.way = nic.way_to(self._theirs[theirs] if theirs is not None else {})
+        attempt.arp_query = nic.arp_query(self._theirs[theirs] if theirs is not None else {})
         attempt.timer = self._loop.call_later(self._timeout_s, functools.partial(self._late, name, attempt))
         self._attempts[name] = attempt
         return attempt
 
     def _late(self, name: str, attempt: _Attempt) -> None:
-        if attempt.way.known:
+        if attempt.arp_query.known:
             why = f"the other end was not heard over {attempt.rail.describe()} within {self._timeout_s:g} s"
         else:
-            why = f"{attempt.way} within {self._timeout_s:g} s"
+            why = f"{attempt.arp_query} within {self._timeout_s:g} s"
         self._give_up(name, attempt.number, why)
 
     def _stands(self, name: str, attempt: _Attempt) -> None:

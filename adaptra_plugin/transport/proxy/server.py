@@ -17,23 +17,23 @@ from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer, packed_time
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
+from adaptra_plugin.transport.proxy.handshake_connection import Acceptor
 from adaptra_plugin.transport.proxy.health import State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.interfaces import address_of
 from adaptra_plugin.transport.proxy.link import TICK_S, LaneKey, Rings
 from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop, Timer
-from adaptra_plugin.transport.proxy.meeting import Listener
 from adaptra_plugin.transport.proxy.peer import LEFT, Neighbour, Peer
+from adaptra_plugin.transport.proxy.peer_prober import ONLY_ITS_HOST
 from adaptra_plugin.transport.proxy.placing import place
 from adaptra_plugin.transport.proxy.rails.base import Rail
 from adaptra_plugin.transport.proxy.rails.faulty import Faults
 from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.tls import Tls
-from adaptra_plugin.transport.proxy.vigil import ONLY_ITS_HOST
-from adaptra_plugin.transport.segment import Segment
-from adaptra_plugin.transport.types import Address, Card, Direction, PeerInfo
+from adaptra_plugin.transport.types import Address, Direction, EndpointInfo, PeerInfo
 
 _BACKLOG = 512
 _IDLE_TICK_S = 0.5
@@ -53,7 +53,7 @@ class Proxy:
 
     settings: ProxySettings
     me: PeerInfo
-    card: Card
+    endpoint_info: EndpointInfo
     secret: bytes
     tls: Tls | None = None
 
@@ -68,9 +68,9 @@ class Proxy:
         self._records: deque[bytes] = deque()
         self._peers: dict[int, Peer] | None = None
         self._early: list[tuple[socket.socket, Claim, Settings]] = []  # came before `connect`
-        self._segments: list[Segment] = []
+        self._memfds: list[Memfd] = []
         self._passing: deque[list[int]] = deque()  # descriptors that are on their way to the endpoint
-        self._listeners: list[Listener] = []
+        self._acceptors: list[Acceptor] = []
         self._connecting: Timer | None = None
         self._closing: Timer | None = None
         self._orphaned = False
@@ -128,7 +128,7 @@ class Proxy:
             data = message["message"].encode()
             self._peer(message["rank"], lambda peer: self._send_control(peer, data))
         elif op == "stats":
-            refused = sum(listener.refused for listener in self._listeners)
+            refused = sum(acceptor.refused for acceptor in self._acceptors)
             peers = {peer.info.rank: peer.stats() for peer in self._each_peer()}
             self._tell("stats", id=message["id"], data={"refused_connections": refused, "peers": peers})
         elif op == "close":
@@ -162,15 +162,15 @@ class Proxy:
         try:
             self.tls = Tls(self.settings.tls) if self.settings.tls else None
             self.ports.find(self.loop, self.settings)
-            self.card = self._listen(str(message["bind"]), message.get("shown"))
+            self.endpoint_info = self._listen(str(message["bind"]), message.get("shown"))
         except (TransportError, OSError) as error:
             self._tell("start_failed", text=explain(error))
             return
         self.loop.pulse.stood = self._stood
-        self._tell("ready", card=self.card.to_text())
+        self._tell("ready", endpoint_info=self.endpoint_info.to_text())
         self._tick()
 
-    def _listen(self, bind: str, reached_at: str | None) -> Card:
+    def _listen(self, bind: str, reached_at: str | None) -> EndpointInfo:
         settings = self.settings
         addresses = []
         hosts = dict.fromkeys([bind, *(address_of(name) for name in settings.interfaces)])
@@ -186,20 +186,20 @@ class Proxy:
         sock.listen(_BACKLOG)
         self._add_listener(sock)
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-        return Card(
+        return EndpointInfo(
             addresses=tuple(addresses),
             ring_bytes=settings.ring_bytes,
             connections=settings.connections_per_direction,
             boot=boot,
             unix=unix,
-            rdma=self.ports.cards(),
+            rdma=self.ports.infos(),
         )
 
     def _add_listener(self, sock: socket.socket) -> None:
         settings = self.settings
         known = Settings(settings.connections_per_direction, settings.ring_bytes)
-        self._listeners.append(
-            Listener(
+        self._acceptors.append(
+            Acceptor(
                 self.loop,
                 sock,
                 self.secret,
@@ -229,10 +229,10 @@ class Proxy:
         fds = iter(descriptors)
         for entry in message["peers"]:
             info = PeerInfo(int(entry["rank"]), int(entry["stage"]), str(entry["host"]))
-            card = Card.parse(entry["card"])
-            near = self._neighbour(card, fds) if entry["neighbour"] else None
+            endpoint_info = EndpointInfo.parse(entry["endpoint_info"])
+            near = self._neighbour(endpoint_info, fds) if entry["neighbour"] else None
             dials = self.me.rank != coordinator and (info.rank == coordinator or self.me.rank < info.rank)
-            self._peers[info.rank] = Peer(self, info, card, near, dials=dials)
+            self._peers[info.rank] = Peer(self, info, endpoint_info, near, dials=dials)
         for peer in self._each_peer():
             peer.start()
         early, self._early = self._early, []
@@ -240,14 +240,14 @@ class Proxy:
             self._authenticated(*arrival)
         self._check_connected()
 
-    def _neighbour(self, card: Card, fds: Any) -> Neighbour:
-        capacity = min(self.settings.ring_bytes, card.ring_bytes)
+    def _neighbour(self, endpoint_info: EndpointInfo, fds: Any) -> Neighbour:
+        capacity = min(self.settings.ring_bytes, endpoint_info.ring_bytes)
         rings: dict[LaneKey, Rings] = {}
         for direction in Direction:
             for lane in range(self.settings.connections_per_direction):
-                ring, mirror = Segment(next(fds), capacity, self.settings.ring_extent), Segment(next(fds), capacity)
-                self._segments += (ring, mirror)
-                rings[direction, lane] = Rings(ring, mirror)
+                ring, receive_ring = Memfd(next(fds), capacity, self.settings.ring_extent), Memfd(next(fds), capacity)
+                self._memfds += (ring, receive_ring)
+                rings[direction, lane] = Rings(ring, receive_ring)
         return Neighbour(rings, min(capacity, self.settings.max_message_mib << 20))
 
     def _authenticated(self, sock: socket.socket, claim: Claim, settings: Settings) -> None:
@@ -262,15 +262,15 @@ class Proxy:
         else:
             reason = peer.adopt(sock, claim)
         if reason is not None:
-            self._listeners[0].refuse(sock, reason)
+            self._acceptors[0].refuse(sock, reason)
 
     def _give_up(self, deadline_s: float) -> None:
-        only_here = all(is_loopback(address.host) for address in self.card.addresses)
+        only_here = all(is_loopback(address.host) for address in self.endpoint_info.addresses)
         loopback = f", loopback, {ONLY_ITS_HOST}" if only_here else ""
         self._connect_failed(
             "TransportError",
             f"rank {self.me.rank} is not connected after {deadline_s:g} s; missing: {self._missing()}. It listens on "
-            f"{self.card}{loopback}. Check that they run and that a firewall lets them through, or raise "
+            f"{self.endpoint_info}{loopback}. Check that they run and that a firewall lets them through, or raise "
             "adaptra.transport.connect_deadline_s",
         )
 
@@ -294,7 +294,7 @@ class Proxy:
             self._connecting = None
             links = {
                 peer.info.rank: {
-                    "rails": sorted(peer.link.tracks),
+                    "rails": sorted(peer.link.connections),
                     "why": "; ".join(f"no {name}: {why}" for name, why in sorted(peer.skipped.items())),
                 }
                 for peer in self._each_peer()
@@ -311,7 +311,7 @@ class Proxy:
         self._check_connected()
 
     def peer_refused(self, peer: Peer, text: str) -> None:
-        self._connect_failed("HandshakeError", f"{peer.info} at {peer.card.addresses[0]}: {text}")
+        self._connect_failed("HandshakeError", f"{peer.info} at {peer.endpoint_info.addresses[0]}: {text}")
 
     def peer_lost(self, peer: Peer, error: str, reason: str, remedy: str) -> None:
         self._connect_failed(error, f"{peer.info} was lost while connecting: {reason}. {remedy}")
@@ -337,8 +337,8 @@ class Proxy:
         level("rail %s to %s is %s: %s", rail.describe(), peer.info, state.value, why)
         self._tell("rail", rank=peer.info.rank, rail=rail.name, state=state.value, why=why)
 
-    def segments(self, peer: Peer, descriptors: list[int]) -> None:
-        self._tell("segments", descriptors, rank=peer.info.rank)
+    def memfds(self, peer: Peer, descriptors: list[int]) -> None:
+        self._tell("memfds", descriptors, rank=peer.info.rank)
         self._passing.append(descriptors)
         self._flush_control()
 
@@ -488,7 +488,9 @@ class Proxy:
         for peer in self._each_peer():
             if not peer.gone:
                 peer.link.tick()
-                busy |= bool(peer.link.unsent) or any(track.oldest is not None for track in peer.link.tracks.values())
+                busy |= bool(peer.link.unsent) or any(
+                    connection.oldest is not None for connection in peer.link.connections.values()
+                )
         self.loop.call_later(TICK_S if busy else _IDLE_TICK_S, self._tick)
 
     # --- the end
@@ -530,16 +532,16 @@ class Proxy:
     def _give_back(self) -> None:
         for peer in self._each_peer():
             peer.close()
-        for listener in self._listeners:
-            listener.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         for sock, _, _ in self._early:
             sock.close()
         for descriptors in self._passing:
             for fd in descriptors:
                 os.close(fd)
         self.ports.close()
-        for segment in self._segments:
-            segment.close()
+        for memfd in self._memfds:
+            memfd.close()
         self._data.close()
         self._control.close()
         self.loop.close()

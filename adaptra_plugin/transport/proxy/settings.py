@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from adaptra_plugin.transport.memfd import extent_of, growth_limit
 from adaptra_plugin.transport.proxy.rails.base import RailKind
-from adaptra_plugin.transport.segment import extent_of, growth_limit
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ProxySettings:
     ring_mib: str | int = "auto"
     ring_max_mib: int = 1024
     max_message_mib: int = 4096
-    chunk_kib: int = 1024
+    segment_kib: int = 1024
     checksum: str = "auto"
     interfaces: tuple[str, ...] = ()
     rdma_devices: str | Sequence[str] = "auto"
@@ -41,8 +41,8 @@ class ProxySettings:
 
     @property
     def ring_extent(self) -> int | None:
-        """See `transport.segment`."""
-        return extent_of(self.chunk_kib << 10, grows=isinstance(self.ring_mib, str))
+        """See `transport.memfd`."""
+        return extent_of(self.segment_kib << 10, grows=isinstance(self.ring_mib, str))
 
     def wants(self, kind: RailKind) -> bool:
         """Whether rails of that kind are tried; TCP always is, it brings the others up and is the last resort."""
@@ -53,5 +53,5 @@ class ProxySettings:
         return self.rail == kind.word
 
     def checked(self, *, same_host: bool) -> bool:
-        """Whether chunks carry a checksum: what does not leave a host's memory needs none."""
+        """Whether segments carry a checksum: what does not leave a host's memory needs none."""
         return self.checksum == "on" or (self.checksum == "auto" and not same_host)

@@ -76,7 +76,7 @@ class Tls:
         self._try(paths)
 
     def accepted(self, sock: socket.socket) -> socket.socket:
-        """The listening side of a connection: a socket as far as meetings and rails are concerned."""
+        """The listening side of a connection: a socket as far as handshakes and rails are concerned."""
         return cast(socket.socket, TlsSocket(sock, self._server))
 
     def dialled(self, sock: socket.socket) -> socket.socket:
@@ -129,7 +129,7 @@ def _no_password() -> str:
 
 
 class TlsSocket:
-    """A non-blocking socket with the methods that meetings and rails use. They raise BlockingIOError and OSError as those of a
+    """A non-blocking socket with the methods that handshakes and rails use. They raise BlockingIOError and OSError as those of a
     socket do; `establish` has to be called first, until it returns 0."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:

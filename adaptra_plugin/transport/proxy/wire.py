@@ -3,9 +3,9 @@
 Everything is little-endian; a header carries its own checksum and is checked against the limits before a byte of the
 body is touched. No pickle; JSON only in CONTROL and RAIL bodies.
 
-A message is a piece of a sender's ring, `[message, message + total)` in positions. It travels as chunks, each of which
-says to which message it belongs, so chunks may come in any order, twice, and over different rails. The receiver keeps
-them at the same positions of its own ring, the mirror.
+A message is a piece of a sender's ring, `[message, message + total)` in positions. It travels as segments, each of which
+says to which message it belongs, so segments may come in any order, twice, and over different rails. The receiver keeps
+them at the same positions of its own ring, the receive ring.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _HEADER = struct.Struct("<4sBBBBIIQQQQQQQd")
 _CHECK = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECK.size
 MAX_BODY_BYTES = 4 << 20
-"""Longest body that is no chunk's (bytes)."""
+"""Longest body that is no segment's (bytes)."""
 MAX_NOTE_BYTES = 64 << 10
-"""Longest body of a frame that is neither a chunk's nor the endpoint's (bytes)."""
+"""Longest body of a frame that is neither a segment's nor the endpoint's (bytes)."""
 UNIT = 64
 """Messages begin at multiples of this (bytes)."""
 POSITIONS = struct.Struct("<BBxxxxxxQ")  # direction, lane, message: an entry of a CONSUMED body
@@ -36,7 +36,7 @@ TIMES = struct.Struct("<dd")  # of a pong: when the ping was sent (pinger's cloc
 
 
 class FrameKind(enum.IntEnum):
-    CHUNK = 1
+    SEGMENT = 1
     """A piece of a message."""
     ACK = 2
     """Which numbered frames have come over this rail: all up to `message`, and those of the body. Not numbered."""
@@ -60,7 +60,7 @@ class Flag(enum.IntFlag):
     REFERENCE = 1
     """The bytes stay in the sender's ring, which the receiver has mapped: the frame has no body."""
     VERIFIED = 2
-    """`checksum` is that of the body (xxh3, 64 bits). Always so for bodies that are no chunk's."""
+    """`checksum` is that of the body (xxh3, 64 bits). Always so for bodies that are no segment's."""
 
 
 class MalformedFrame(TransportError):
@@ -93,7 +93,7 @@ class Header:
     @property
     def body_bytes(self) -> int:
         """Bytes that follow on the wire."""
-        return 0 if self.kind == FrameKind.CHUNK and self.flags & Flag.REFERENCE else self.length
+        return 0 if self.kind == FrameKind.SEGMENT and self.flags & Flag.REFERENCE else self.length
 
     def pack(self) -> bytes:
         raw = _HEADER.pack(
@@ -132,13 +132,13 @@ def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> Header:
         raise MalformedFrame(f"a frame is for lane {lane}; there are {lanes}")
     if not math.isfinite(sent):
         raise MalformedFrame(f"a frame says that it was sent at {sent}")
-    if header.kind == FrameKind.CHUNK:
+    if header.kind == FrameKind.SEGMENT:
         if not 0 < total <= limit or length < 1 or at + length > total:
             raise MalformedFrame(
-                f"a chunk announces bytes {at} to {at + length} of a message of {total}; at most {limit} are accepted"
+                f"a segment announces bytes {at} to {at + length} of a message of {total}; at most {limit} are accepted"
             )
         if message + total >= 1 << 63 or floor > message or message % UNIT:
-            raise MalformedFrame(f"a chunk announces the impossible position {message} with floor {floor}")
+            raise MalformedFrame(f"a segment announces the impossible position {message} with floor {floor}")
         if flags & Flag.REFERENCE and length != total:
             raise MalformedFrame(f"a reference is to {length} bytes of a message of {total}")
     elif length > (most := MAX_BODY_BYTES if header.kind == FrameKind.CONTROL else MAX_NOTE_BYTES):

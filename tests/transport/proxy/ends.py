@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.events import Rings
 from adaptra_plugin.transport.proxy.health import State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.link import TICK_S, Link
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.faulty import Faults
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.memory import Cable, MemoryRail, World
 
@@ -45,7 +45,7 @@ class Letter:
     consumed: bool = False
 
 
-class Book:
+class RingAllocator:
     """Positions in a ring, as the endpoint chooses them."""
 
     def __init__(self, capacity: int) -> None:
@@ -78,18 +78,18 @@ class End:
         hold_s: how long after a message was delivered it is copied out (s).
     """
 
-    def __init__(self, world: World, name: str, keys: list[Any], capacity: int, chunk: int, limit: int) -> None:
+    def __init__(self, world: World, name: str, keys: list[Any], capacity: int, segment: int, limit: int) -> None:
         self.world = world
         self.name = name
         self.hold_s: Callable[[], float] = lambda: 0.0
-        self.rings = {key: Rings(Segment.create(capacity), Segment.create(capacity)) for key in keys}
-        self.books = {key: Book(capacity) for key in keys}
+        self.rings = {key: Rings(Memfd.create(capacity), Memfd.create(capacity)) for key in keys}
+        self.allocators = {key: RingAllocator(capacity) for key in keys}
         self.link = Link(
             self.rings,
             self,
             world.clock,
             limit=limit,
-            chunk_bytes=chunk,
+            segment_bytes=segment,
             checksum=lambda rail: rail.kind is not RailKind.SHM,
         )
         self.peer: End
@@ -123,14 +123,14 @@ class End:
         blocked = set()
         for _ in range(len(self.waiting)):
             lane, number, key, data = self.waiting.popleft()
-            book = self.books[lane]
-            position = None if lane in blocked else book.place(len(data))
+            allocator = self.allocators[lane]
+            position = None if lane in blocked else allocator.place(len(data))
             if position is None:
                 blocked.add(lane)
                 self.waiting.append((lane, number, key, data))
                 continue
-            before = [at for at, letter in book.letters.items() if letter.key == key and not letter.acked]
-            book.letters[position] = Letter(number, key, data)
+            before = [at for at, letter in allocator.letters.items() if letter.key == key and not letter.acked]
+            allocator.letters[position] = Letter(number, key, data)
             self.rings[lane].ring.write(position, data)
             self.link.send(*lane, position, len(data), self.world.now, 1 + before[-1] if before else 0)
         self.link.pump()
@@ -138,12 +138,16 @@ class End:
     @property
     def settled(self) -> bool:
         """All that was sent has been copied out over there, which is known here."""
-        return not self.waiting and not any(book.letters for book in self.books.values()) and not self.link.unsent
+        return (
+            not self.waiting
+            and not any(allocator.letters for allocator in self.allocators.values())
+            and not self.link.unsent
+        )
 
     # --- what the link reports
 
     def message(self, direction: Direction, lane: int, found: Incoming) -> None:
-        letter = self.peer.books[direction, lane].letters.get(found.message)
+        letter = self.peer.allocators[direction, lane].letters.get(found.message)
         assert letter is not None, "a message was delivered that is consumed already"
         assert len(letter.data) == found.total
         self.delivered.append(letter.number)
@@ -154,19 +158,19 @@ class End:
 
     def _copy_out(self, direction: Direction, lane: int, found: Incoming, letter: Letter) -> None:
         key = (direction, lane)
-        segment = self.peer.rings[key].ring if found.by_reference else self.rings[key].mirror
+        memfd = self.peer.rings[key].ring if found.by_reference else self.rings[key].receive_ring
         # late, so that whatever was written here since is seen
-        assert segment.read(found.message, found.total) == letter.data, f"message {letter.number} is corrupted"
+        assert memfd.read(found.message, found.total) == letter.data, f"message {letter.number} is corrupted"
         self.link.release(direction, lane, found.message)
         self.link.pump()
 
     def acked(self, direction: Direction, lane: int, message: int) -> None:
-        letter = self.books[direction, lane].letters[message]
+        letter = self.allocators[direction, lane].letters[message]
         assert not letter.acked
         letter.acked = True
 
     def consumed(self, direction: Direction, lane: int, message: int) -> None:
-        letter = self.books[direction, lane].consume(message)
+        letter = self.allocators[direction, lane].consume(message)
         assert letter.acked
         self.world.post(self.fill)
 
@@ -221,7 +225,7 @@ class Pair:
         self,
         *cables: Cable,
         capacity: int = 1 << 20,
-        chunk: int = 64 << 10,
+        segment: int = 64 << 10,
         lanes: int = 1,
         limit: int | None = None,
         simulate: Mapping[str, Any] | None = None,
@@ -229,7 +233,7 @@ class Pair:
         self.world = World()
         keys = [(direction, lane) for direction in Direction for lane in range(lanes)]
         self.a, self.b = (
-            End(self.world, name, keys, capacity, chunk, capacity if limit is None else limit) for name in "ab"
+            End(self.world, name, keys, capacity, segment, capacity if limit is None else limit) for name in "ab"
         )
         self.faults = [Faults(simulate or {}, stage, self.world) for stage in (0, 1)]
         self.cables = {cable.name: cable for cable in cables}
@@ -252,16 +256,16 @@ class Pair:
         for stage, (end, rail) in enumerate(zip((self.a, self.b), rails, strict=True)):
             end.link.drop_rail(name, "the other end has connected anew")
             end.link.add_rail(self.faults[stage].wrap(rail, 1 - stage))
-            if name in end.link.tracks:
+            if name in end.link.connections:
                 end.link.ping(name)
 
     def rail_lost(self, end: End, name: str) -> None:
         if end is self.a:
             pause = max(0.0, end.link.health[name].until - self.world.now)
-            self.world.call_later(pause if end.link.tracks else min(pause, REDIAL_S), lambda: self._again(name))
+            self.world.call_later(pause if end.link.connections else min(pause, REDIAL_S), lambda: self._again(name))
 
     def _again(self, name: str) -> None:
-        if name not in self.a.link.tracks:
+        if name not in self.a.link.connections:
             self.a.link.health[name].probing()
             self.connect(name)
 
@@ -274,8 +278,10 @@ class Pair:
     def explain(self) -> str:
         lines = []
         for end in (self.a, self.b):
-            unacked = sum(not letter.acked for book in end.books.values() for letter in book.letters.values())
-            held = sum(len(book.letters) for book in end.books.values())
+            unacked = sum(
+                not letter.acked for allocator in end.allocators.values() for letter in allocator.letters.values()
+            )
+            held = sum(len(allocator.letters) for allocator in end.allocators.values())
             lines.append(
                 f"{end.name}: {len(end.waiting)} wait, {held} held, {unacked} not acked, {end.link.unsent} unsent"
             )
@@ -284,7 +290,7 @@ class Pair:
                 f"{t.speed:.3g}, trip {t.round_trip:.2g}, best {t.best_trip:.2g}, patience {t.patience_s:.2g}, pinged "
                 f"{t.pinged}, silent {t.silent_since}, came {t.ranges[:3]}, placed {len(t.placed)}, "
                 f"backlog {t.rail.backlog}, {end.link.health[name].state}"
-                for name, t in end.link.tracks.items()
+                for name, t in end.link.connections.items()
             ]
             lines += [f"  {entry}" for entry in end.states[-10:]]
         return "\n".join(lines)
@@ -301,5 +307,5 @@ class Pair:
             end.link.close()
             for rings in end.rings.values():
                 rings.ring.close()
-                rings.mirror.close()
+                rings.receive_ring.close()
         self.world.close()

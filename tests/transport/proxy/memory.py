@@ -188,7 +188,7 @@ class MemoryRail(Rail):
             self._waste = False
             self._windows = None
             self._body = bytearray()
-            if header.kind == FrameKind.CHUNK and header.body_bytes:
+            if header.kind == FrameKind.SEGMENT and header.body_bytes:
                 self._windows = self.sink.place(self, header)
                 self._waste = self._windows is None
         elif self._windows is not None and not self._waste:

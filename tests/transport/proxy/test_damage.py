@@ -21,20 +21,20 @@ def shm(name="shm", **options):
 
 
 def test_room_is_not_free_while_a_rail_is_writing_to_it(pairs):
-    """The most important property: a late copy of a chunk never lands in room that belongs to another message."""
+    """The most important property: a late copy of a segment never lands in room that belongs to another message."""
     pair = pairs(
         Cable("tcp0", bytes_per_s=1e9, piece_bytes=4 * KIB),
         Cable("tcp1", bytes_per_s=5e8),
         capacity=256 * KIB,
-        chunk=128 * KIB,
+        segment=128 * KIB,
     )
     for end in (pair.a, pair.b):
-        for track in end.link.tracks.values():
-            track.rail.discard = lambda header: False  # a rail that cannot let go
-    # stop the first rail when it is in the middle of a chunk
+        for connection in end.link.connections.values():
+            connection.rail.discard = lambda header: False  # a rail that cannot let go
+    # stop the first rail when it is in the middle of a segment
     pair.a.send(256 * KIB)
     inbox = pair.b.link._inboxes[ACTIVATION]
-    slow = pair.b.link.tracks["tcp0"]
+    slow = pair.b.link.connections["tcp0"]
     assert pair.world.run(1.0, lambda: bool(slow.placed) and next(iter(slow.placed.values())).at > 0)
     pair.world.run(5e-6)
     pair.cables["tcp0"].cut = True
@@ -43,31 +43,31 @@ def test_room_is_not_free_while_a_rail_is_writing_to_it(pairs):
     pair.world.run(0.5)
     assert pair.b.delivered == [0]  # it has come over the other rail ...
     assert [m.writing for m in inbox.messages.values()] == [1]  # ... but its room is not given back
-    pair.cables["tcp0"].heal()  # and now the rest of the chunk comes
+    pair.cables["tcp0"].heal()  # and now the rest of the segment comes
     pair.settle()
     pair.check(pair.a, 7)
 
 
 def test_a_rail_lets_go_of_bytes_that_came_another_way(pairs):
     pair = pairs(
-        Cable("tcp0", piece_bytes=4 * KIB), Cable("tcp1", bytes_per_s=5e8), capacity=256 * KIB, chunk=128 * KIB
+        Cable("tcp0", piece_bytes=4 * KIB), Cable("tcp1", bytes_per_s=5e8), capacity=256 * KIB, segment=128 * KIB
     )
     pair.a.send(256 * KIB)
-    slow = pair.b.link.tracks["tcp0"]
+    slow = pair.b.link.connections["tcp0"]
     assert pair.world.run(1.0, lambda: bool(slow.placed) and next(iter(slow.placed.values())).at > 0)
     pair.world.run(5e-6)
     pair.cables["tcp0"].cut = True
     for _ in range(6):
         pair.a.send(256 * KIB)
     pair.world.run(0.65)
-    assert len(pair.b.delivered) > 3 and "tcp0" in pair.b.link.tracks  # the room is free before the rail is closed
+    assert len(pair.b.delivered) > 3 and "tcp0" in pair.b.link.connections  # the room is free before the rail is closed
     pair.cables["tcp0"].heal()
     pair.settle()
     pair.check(pair.a, 7)
 
 
 def test_a_whole_frame_that_comes_when_its_room_belongs_to_another_message_is_thrown_away(pairs):
-    pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=128 * KIB, chunk=32 * KIB)
+    pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=128 * KIB, segment=32 * KIB)
     pair.cables["tcp0"].cut = pair.cables["tcp1"].cut = False
     pair.a.send(128 * KIB)
     pair.cables["tcp0"].cut = True  # what it carries comes later
@@ -84,11 +84,11 @@ def test_a_whole_frame_that_comes_when_its_room_belongs_to_another_message_is_th
 
 def test_damaged_chunks_come_again(pairs):
     pair = pairs(capacity=4 * MIB)
-    rail = pair.a.link.tracks["tcp0"].rail
+    rail = pair.a.link.connections["tcp0"].rail
     submit, seen = rail.submit, []
 
     def spoil(frame):
-        if frame.header.kind == FrameKind.CHUNK:
+        if frame.header.kind == FrameKind.SEGMENT:
             seen.append(frame.header)
             if len(seen) % 3 == 0:
                 body = bytearray(b"".join(frame.body))
@@ -104,20 +104,20 @@ def test_damaged_chunks_come_again(pairs):
     assert pair.b.link.corrupt > 5
     pair.a.send(KIB)
     pair.settle()
-    assert len(pair.b.link.tracks["tcp0"].ranges) <= 2  # what went again is not waited for
+    assert len(pair.b.link.connections["tcp0"].ranges) <= 2  # what went again is not waited for
 
 
 def test_a_damaged_copy_beside_a_good_one_does_not_spoil_what_is_verified(pairs):
-    """Two rails write the same chunk; the one that comes first is right, the other one is damaged later on its way."""
+    """Two rails write the same segment; the one that comes first is right, the other one is damaged later on its way."""
     pair = pairs(
         Cable("tcp0", bytes_per_s=1e9, piece_bytes=4 * KIB),
         Cable("tcp1", bytes_per_s=5e8),
         capacity=256 * KIB,
-        chunk=128 * KIB,
+        segment=128 * KIB,
     )
     pair.b.hold_s = lambda: 1.0
     pair.a.send(256 * KIB)
-    slow = pair.b.link.tracks["tcp0"]
+    slow = pair.b.link.connections["tcp0"]
     assert pair.world.run(1.0, lambda: bool(slow.placed) and next(iter(slow.placed.values())).at > 0)
     pair.world.run(5e-6)
     pair.cables["tcp0"].cut = True
@@ -135,7 +135,7 @@ def test_a_damaged_copy_beside_a_good_one_does_not_spoil_what_is_verified(pairs)
 
 def test_damaged_frames_of_state_come_again(pairs):
     pair = pairs()
-    rail = pair.a.link.tracks["tcp0"].rail
+    rail = pair.a.link.connections["tcp0"].rail
     submit, seen = rail.submit, []
 
     def spoil(frame):
@@ -160,31 +160,38 @@ def test_damaged_frames_of_state_come_again(pairs):
 
 def test_a_declined_copy_does_not_count_in_place_of_a_damaged_one(pairs):
     pair = pairs()
-    pair.a.link.tracks["tcp0"].rail.mute = True
+    pair.a.link.connections["tcp0"].rail.mute = True
     pair.a.send(KIB)
-    track, link = pair.b.link.tracks["tcp0"], pair.b.link
+    connection, link = pair.b.link.connections["tcp0"], pair.b.link
     header = Header(
-        FrameKind.CHUNK, track.cumulative + 1, Flag.VERIFIED, message=0, total=KIB, length=KIB, checksum=1, behind=0
+        FrameKind.SEGMENT,
+        connection.cumulative + 1,
+        Flag.VERIFIED,
+        message=0,
+        total=KIB,
+        length=KIB,
+        checksum=1,
+        behind=0,
     )
-    (window,) = link.place(track.rail, header)
-    assert link.place(track.rail, header) is None  # the same frame twice
+    (window,) = link.place(connection.rail, header)
+    assert link.place(connection.rail, header) is None  # the same frame twice
     window[:] = bytes(KIB)
-    link.arrived(track.rail, header)  # its checksum is wrong
-    link.arrived(track.rail, header)  # of the second one nothing was kept
-    assert pair.b.delivered == [] and track.cumulative == header.sequence - 1
+    link.arrived(connection.rail, header)  # its checksum is wrong
+    link.arrived(connection.rail, header)  # of the second one nothing was kept
+    assert pair.b.delivered == [] and connection.cumulative == header.sequence - 1
 
 
 def test_a_rail_that_loses_frames_is_not_waited_for_for_ever(pairs):
-    pair = pairs(chunk=4 * KIB)
-    rail = pair.a.link.tracks["tcp0"].rail
+    pair = pairs(segment=4 * KIB)
+    rail = pair.a.link.connections["tcp0"].rail
     submit, count = rail.submit, iter(range(1 << 30))
     rail.submit = lambda frame: None if next(count) % 10 == 3 else submit(frame)
     for _ in range(300):
         pair.a.send(100 * KIB)
     pair.settle(120.0)
     pair.check(pair.a, 300)
-    track = pair.b.link.tracks["tcp0"]
+    connection = pair.b.link.connections["tcp0"]
     pair.a.send(20 * KIB)
     pair.settle()
-    assert len(track.ranges) <= 3 and track.cumulative > 1500
-    assert len(pair.a.link.tracks["tcp0"].under_way) < 5
+    assert len(connection.ranges) <= 3 and connection.cumulative > 1500
+    assert len(pair.a.link.connections["tcp0"].under_way) < 5

@@ -64,8 +64,8 @@ def wrapped(*faults, links=(), kind=RailKind.TCP, name="tcp0"):
     return world, found, inner, found.wrap(inner, 1)
 
 
-def chunk(number, nbytes=1000, sent=100.0):
-    header = Header(FrameKind.CHUNK, number, Flag.VERIFIED, message=0, total=nbytes, length=nbytes, sent=sent)
+def segment(number, nbytes=1000, sent=100.0):
+    header = Header(FrameKind.SEGMENT, number, Flag.VERIFIED, message=0, total=nbytes, length=nbytes, sent=sent)
     return Frame(header, [memoryview(content(number, nbytes))])
 
 
@@ -75,7 +75,7 @@ def sequences(inner):
 
 def send(rail, count=200, **options):
     for number in range(1, count + 1):
-        rail.submit(chunk(number, **options))
+        rail.submit(segment(number, **options))
 
 
 def test_without_a_fault_for_it_a_rail_stays_as_it_is():
@@ -138,7 +138,7 @@ def test_latency_holds_everything_and_keeps_the_order():
 def test_jitter_keeps_the_order():
     world, _, inner, rail = wrapped({"kind": "jitter", "ms": 30})
     for number in range(1, 101):
-        rail.submit(chunk(number))
+        rail.submit(segment(number))
         world.run(0.01)
     world.run(1.0)
     assert sequences(inner) == list(range(1, 101))
@@ -175,7 +175,7 @@ def test_corruption_changes_a_copy_of_the_body_and_never_the_ring():
     ring = bytearray(content(1, 1000))
     view = memoryview(ring)
     for number in range(1, 101):
-        frame = Frame(chunk(number).header, [view[:300], view[300:]])
+        frame = Frame(segment(number).header, [view[:300], view[300:]])
         rail.submit(frame)
     assert bytes(ring) == content(1, 1000)
     bodies = [b"".join(frame.body) for _, frame in inner.frames]
@@ -196,7 +196,7 @@ def test_a_damaged_header_is_noticed_wherever_it_is_hit():
     send(rail, 500)
     hit = set()
     for _, frame in inner.frames:
-        raw, right = frame.header.pack(), chunk(frame.header.sequence).header.pack()
+        raw, right = frame.header.pack(), segment(frame.header.sequence).header.pack()
         hit |= {at for at in range(HEADER_BYTES) if raw[at] != right[at]}
         with pytest.raises(MalformedFrame):
             parse(raw, limit=MIB, lanes=2)
@@ -208,10 +208,10 @@ def test_death_ends_the_connection_after_the_call_and_every_new_one_as_long_as_i
     faults = Faults(simulate({"kind": "death", "from_s": 1, "to_s": 2}), 0, world)
     first = Recorder(world)
     rail = faults.wrap(first, 1)
-    rail.submit(chunk(1))
+    rail.submit(segment(1))
     world.run(1.5)
     assert first.frames and not rail.closed
-    rail.submit(chunk(2))
+    rail.submit(segment(2))
     assert not rail.closed and first.heard == []  # never from within `submit`
     world.run(0.0)
     assert (
@@ -225,14 +225,14 @@ def test_death_ends_the_connection_after_the_call_and_every_new_one_as_long_as_i
     third = Recorder(world)
     rail = faults.wrap(third, 1)
     world.run(1.0)
-    rail.submit(chunk(3))
+    rail.submit(segment(3))
     assert third.frames and not rail.closed
 
 
 def test_death_by_chance():
     world, _, inner, rail = wrapped({"kind": "death", "rate": 0.01})
     for number in range(1, 2000):
-        rail.submit(chunk(number))
+        rail.submit(segment(number))
         world.run(0.0)
     assert rail.closed and 5 < len(inner.frames) < 1000
 
@@ -244,7 +244,7 @@ def test_a_fault_is_active_by_iteration_or_by_time():
     assert [t for t in (0.0, 0.99, 1.0, 1.99, 2.0) if fault.active(7, t)] == [1.0, 1.99]
     _, faults, inner, rail = wrapped({"kind": "loss", "rate": 1.0, "from_iteration": 1, "to_iteration": 2})
     for faults.iteration in range(4):
-        rail.submit(chunk(faults.iteration + 1))
+        rail.submit(segment(faults.iteration + 1))
     assert sequences(inner) == [1, 3, 4]
 
 
@@ -279,8 +279,8 @@ def test_a_slow_link_delays_transfers_but_not_what_measures_them():
         (FrameKind.ACK, 0.0),
         (FrameKind.PING, 0.0),
         (FrameKind.PONG, 0.0),
-        (FrameKind.CHUNK, 0.036),
-        (FrameKind.CHUNK, 0.036),
+        (FrameKind.SEGMENT, 0.036),
+        (FrameKind.SEGMENT, 0.036),
         (FrameKind.STUCK, 0.036),
     ]
 
@@ -289,21 +289,21 @@ def test_on_a_slow_link_transfers_overlap():
     # the delay counts from when the message was ready: one that has waited for its turn is not delayed twice
     world, _, inner, rail = wrapped(links=[slow(36), slow(4)])
     world.run(0.03)
-    rail.submit(chunk(1, sent=100.0))
+    rail.submit(segment(1, sent=100.0))
     world.run(0.1)
-    rail.submit(chunk(2, sent=100.0))
+    rail.submit(segment(2, sent=100.0))
     assert [when for when, _ in inner.frames] == [0.04, 0.13]
 
 
 def test_a_slow_link_follows_the_iteration():
     world, faults, inner, rail = wrapped(links=[slow(36, from_iteration=1, to_iteration=2)])
-    rail.submit(chunk(1))
+    rail.submit(segment(1))
     faults.iteration = 1
-    rail.submit(chunk(2, sent=100.0))
+    rail.submit(segment(2, sent=100.0))
     faults.iteration = 2
-    rail.submit(chunk(3, sent=100.0))  # stays behind the one that is held
+    rail.submit(segment(3, sent=100.0))  # stays behind the one that is held
     world.run(0.1)
-    rail.submit(chunk(4))
+    rail.submit(segment(4))
     assert [when for when, _ in inner.frames] == [0.0, 0.036, 0.036, 0.1]
 
 
@@ -318,7 +318,7 @@ def test_a_slow_link_adds_its_latency_to_every_transfer_and_nothing_else(pairs):
             pair.settle()
         return found
 
-    options = {"capacity": 16 * MIB, "chunk": MIB}
+    options = {"capacity": 16 * MIB, "segment": MIB}
     plain = delays(pairs(Cable("tcp0"), Cable("tcp1"), **options))
     late = pairs(Cable("tcp0"), Cable("tcp1"), **options, simulate=simulate(links=[slow(36)]))
     for before, after in zip(plain, delays(late), strict=True):
@@ -370,7 +370,7 @@ def test_everything_arrives_whatever_is_injected(pairs, faults, rails):
     }[rails]
     if rails == "one" and any(fault.get("rail") == "tcp0" and fault["kind"] == "loss" for fault in faults):
         pytest.skip("nothing is left")
-    pair = pairs(*cables, capacity=MIB, chunk=32 * KIB, simulate=simulate(*faults))
+    pair = pairs(*cables, capacity=MIB, segment=32 * KIB, simulate=simulate(*faults))
     sizes = itertools.cycle([100, 5 * KIB, 300 * KIB, 64, 90 * KIB])
     for number in range(60):
         pair.a.send(next(sizes), key=number % 5)

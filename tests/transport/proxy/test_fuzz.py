@@ -6,8 +6,8 @@ import random
 import pytest
 
 from adaptra_plugin.transport import bridge, types
-from adaptra_plugin.transport.proxy import handshake, inbox, link, peer, tracks, wire
-from adaptra_plugin.transport.proxy.handshake import Acceptor
+from adaptra_plugin.transport.proxy import handshake, inbox, link, peer, rail_connection, wire
+from adaptra_plugin.transport.proxy.handshake import AcceptorMachine
 from benchmarks import fuzz, fuzz_frames
 
 SEED = 20
@@ -29,8 +29,8 @@ def test_floods_of_harmless_frames_fill_nothing():
 
 def test_a_case_is_the_same_every_time(monkeypatch):
     seen = []
-    feed = Acceptor.feed
-    monkeypatch.setattr(Acceptor, "feed", lambda self, raw: seen.append(raw) or feed(self, raw))
+    feed = AcceptorMachine.feed
+    monkeypatch.setattr(AcceptorMachine, "feed", lambda self, raw: seen.append(raw) or feed(self, raw))
     fuzz.run(SEED, 20)
     first, count = list(seen), len(seen)
     fuzz.run(SEED, 20)
@@ -63,7 +63,7 @@ def test_a_missing_check_is_found(monkeypatch, where, name, replacement, reason)
     [
         (peer, "_MAX_SKIPPED", 1 << 20, "skips"),
         (inbox.LaneInbox, "_check", lambda self, header: None, "positions"),
-        (tracks, "MAX_HOLES", 1 << 40, "holes"),
+        (rail_connection, "MAX_HOLES", 1 << 40, "holes"),
     ],
     ids=["skips", "positions", "holes"],
 )
@@ -75,14 +75,14 @@ def test_a_missing_limit_is_found(monkeypatch, where, name, replacement, kind):
 
 
 def test_a_frame_in_front_of_the_handshake_is_noticed(monkeypatch):
-    listener = fuzz.fuzz_handshake.ListenerCase()
+    acceptor = fuzz.fuzz_handshake.ListenerCase()
     try:
-        monkeypatch.setattr(listener, "_stranger", lambda rng: listener._genuine() or False)
+        monkeypatch.setattr(acceptor, "_stranger", lambda rng: acceptor._genuine() or False)
         with pytest.raises(AssertionError, match="bytes of a stranger came to the parser"):
-            listener(random.Random(SEED))
+            acceptor(random.Random(SEED))
     finally:
-        listener._clear()
-        listener.close()
+        acceptor._clear()
+        acceptor.close()
 
 
 def test_mad_frames_of_every_kind_are_among_the_cases():

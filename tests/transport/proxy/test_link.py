@@ -39,12 +39,12 @@ def test_messages_of_every_size_arrive_both_ways(pairs, nbytes, kind):
 
 
 def test_messages_wrap_around_the_end_of_the_ring(pairs):
-    pair = pairs(capacity=256 * KIB, chunk=48 * KIB)
+    pair = pairs(capacity=256 * KIB, segment=48 * KIB)
     for _ in range(40):
         pair.a.send(100 * KIB)
     pair.settle()
     pair.check(pair.a, 40)
-    assert pair.a.books[ACTIVATION].next > 10 * 256 * KIB
+    assert pair.a.allocators[ACTIVATION].next > 10 * 256 * KIB
 
 
 def test_a_message_as_large_as_the_ring(pairs):
@@ -68,7 +68,7 @@ def test_by_reference_nothing_but_headers_travels(pairs):
 def test_data_go_by_reference_only_when_the_peer_has_mapped_the_rings(pairs):
     pair = pairs(Cable("tcp0"), shm())
     for end in (pair.a, pair.b):
-        end.link.tracks["shm"].ready = False
+        end.link.connections["shm"].ready = False
     pair.a.send(100 * KIB)
     pair.settle()
     assert pair.b.references == 0
@@ -79,9 +79,9 @@ def test_data_go_by_reference_only_when_the_peer_has_mapped_the_rings(pairs):
 
 
 def test_a_rail_by_reference_takes_over_what_waits_for_a_slow_one(pairs):
-    pair = pairs(Cable("tcp0", bytes_per_s=1e6), shm(), capacity=16 * MIB, chunk=MIB)
+    pair = pairs(Cable("tcp0", bytes_per_s=1e6), shm(), capacity=16 * MIB, segment=MIB)
     for end in (pair.a, pair.b):
-        end.link.tracks["shm"].ready = False
+        end.link.connections["shm"].ready = False
     pair.a.send(8 * MIB)
     pair.world.run(0.05)
     assert pair.b.delivered == []
@@ -106,11 +106,11 @@ def test_what_was_under_way_by_reference_goes_by_value_when_that_rail_fails(pair
 
 def test_messages_of_one_key_are_delivered_in_order_whatever_overtakes(pairs):
     # the first message goes a long way, those behind it a short one
-    pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.15), chunk=16 * KIB)
+    pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.15), segment=16 * KIB)
     pair.world.run(1.0)
-    fast = pair.a.link.tracks.pop("tcp0")
+    fast = pair.a.link.connections.pop("tcp0")
     pair.a.send(KIB, key="x")
-    pair.a.link.tracks["tcp0"] = fast
+    pair.a.link.connections["tcp0"] = fast
     for _ in range(3):
         pair.a.send(KIB, key="x")
     pair.a.send(KIB, key="y")
@@ -124,13 +124,13 @@ def test_two_messages_that_wait_for_the_same_one_are_delivered_when_it_comes(pai
     # the second one is acknowledged before the third is sent, so both name the first
     pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.15))
     pair.world.run(1.0)
-    fast = pair.a.link.tracks.pop("tcp0")
+    fast = pair.a.link.connections.pop("tcp0")
     pair.a.send(KIB, key="x")
-    pair.a.link.tracks["tcp0"] = fast
+    pair.a.link.connections["tcp0"] = fast
     pair.a.send(KIB, key="x")
     pair.world.run(0.01)
-    book = pair.a.books[ACTIVATION]
-    assert [letter.acked for letter in book.letters.values()] == [False, True]
+    allocator = pair.a.allocators[ACTIVATION]
+    assert [letter.acked for letter in allocator.letters.values()] == [False, True]
     pair.a.send(KIB, key="x")
     pair.settle()
     assert pair.b.delivered == [0, 1, 2]
@@ -141,10 +141,10 @@ def test_acknowledged_when_it_is_there_consumed_when_it_is_copied_out(pairs):
     pair.b.hold_s = lambda: 1.0
     pair.a.send(200 * KIB)
     pair.world.run(0.5)
-    (letter,) = pair.a.books[ACTIVATION].letters.values()
+    (letter,) = pair.a.allocators[ACTIVATION].letters.values()
     assert letter.acked and not letter.consumed and not pair.a.link.unsent
     pair.world.run(1.0)
-    assert not pair.a.books[ACTIVATION].letters
+    assert not pair.a.allocators[ACTIVATION].letters
 
 
 def test_a_full_ring_waits_for_its_reader(pairs):
@@ -159,7 +159,7 @@ def test_a_full_ring_waits_for_its_reader(pairs):
 
 
 def test_small_messages_are_not_held_up_by_a_large_one(pairs):
-    pair = pairs(Cable("tcp0", bytes_per_s=1e8), capacity=64 * MIB, chunk=MIB)
+    pair = pairs(Cable("tcp0", bytes_per_s=1e8), capacity=64 * MIB, segment=MIB)
     pair.a.send(40 * MIB)  # 0.4 s
     pair.world.run(0.05)
     sent = pair.world.now
@@ -179,9 +179,9 @@ def test_control_messages_arrive_in_order_over_rails_of_different_speed(pairs):
     for number in range(200):
         if number % 10 == 0:
             # the way they take changes all the time
-            tracks = pair.a.link.tracks
-            tracks["tcp0" if number % 20 else "tcp1"].inflight += 1 << 30
-            tracks["tcp1" if number % 20 else "tcp0"].inflight %= 1 << 30
+            connections = pair.a.link.connections
+            connections["tcp0" if number % 20 else "tcp1"].inflight += 1 << 30
+            connections["tcp1" if number % 20 else "tcp0"].inflight %= 1 << 30
         pair.a.link.send_control(json.dumps({"n": number}).encode())
         pair.a.link.pump()
     assert pair.a.link.untaken.waiting > 0
@@ -193,7 +193,7 @@ def test_control_messages_arrive_in_order_over_rails_of_different_speed(pairs):
 
 def test_stuck_tells_the_last_state(pairs):
     pair = pairs(Cable("tcp0", latency_s=0.05), Cable("tcp1"))
-    slow, fast = pair.a.link.tracks["tcp0"], pair.a.link.tracks["tcp1"]
+    slow, fast = pair.a.link.connections["tcp0"], pair.a.link.connections["tcp1"]
     fast.inflight += 1 << 30
     for stuck in (True, False, True):
         pair.a.link.stuck(*GRADIENT, stuck)
@@ -230,7 +230,7 @@ def test_pings_compare_the_clocks(pairs):
 
 def test_a_rail_ten_times_slower_gets_about_a_tenth_and_does_not_lengthen_the_transfer(pairs):
     def transfer(*cables):
-        pair = pairs(*cables, capacity=64 * MIB, chunk=MIB)
+        pair = pairs(*cables, capacity=64 * MIB, segment=MIB)
         for _ in range(24):
             pair.a.send(16 * MIB)
         took = pair.settle()
@@ -247,7 +247,7 @@ def test_a_rail_ten_times_slower_gets_about_a_tenth_and_does_not_lengthen_the_tr
 
 def test_a_slow_rail_gets_nothing_of_what_the_fast_one_finishes_sooner(pairs):
     pair = pairs(
-        Cable("tcp0", bytes_per_s=1e9), Cable("tcp1", bytes_per_s=1e7, latency_s=0.02), capacity=64 * MIB, chunk=MIB
+        Cable("tcp0", bytes_per_s=1e9), Cable("tcp1", bytes_per_s=1e7, latency_s=0.02), capacity=64 * MIB, segment=MIB
     )
     for _ in range(4):
         pair.a.send(16 * MIB)
@@ -259,7 +259,7 @@ def test_a_slow_rail_gets_nothing_of_what_the_fast_one_finishes_sooner(pairs):
 
 @pytest.mark.parametrize("when", [0.002, 0.005, 0.01])
 def test_a_rail_fails_in_the_middle(pairs, when):
-    pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=16 * MIB, chunk=256 * KIB)
+    pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=16 * MIB, segment=256 * KIB)
     for number in range(12):
         pair.a.send(4 * MIB, key=number % 2)
         pair.b.send(3 * MIB)
@@ -271,7 +271,7 @@ def test_a_rail_fails_in_the_middle(pairs, when):
     assert pair.a.lost == pair.b.lost == ["tcp0"]
     assert pair.a.link.retries > 0
     pair.world.run(0.5)
-    assert sorted(pair.a.link.tracks) == ["tcp0", "tcp1"]
+    assert sorted(pair.a.link.connections) == ["tcp0", "tcp1"]
 
 
 def test_one_end_learns_over_the_other_rail_that_a_connection_is_closed(pairs):
@@ -287,7 +287,7 @@ def test_late_news_of_a_closed_connection_do_not_end_the_next_one(pairs):
     pair.world.run(1.0)
     pair.cables["tcp0"].snap()
     pair.world.run(0.28)
-    assert "tcp0" in pair.a.link.tracks  # it is back before the news of its end
+    assert "tcp0" in pair.a.link.connections  # it is back before the news of its end
     pair.world.run(3.0)
     assert pair.a.lost == ["tcp0"] and pair.b.lost == ["tcp0"]
 
@@ -302,7 +302,7 @@ def test_the_last_rail_fails_and_comes_back(pairs):
     cable.down = True
     cable.snap()
     pair.world.run(1.0)
-    assert pair.a.link.tracks == {} and pair.a.link.unsent
+    assert pair.a.link.connections == {} and pair.a.link.unsent
     pair.a.send(KIB)
     cable.down = False
     pair.settle(1.0)
@@ -316,8 +316,8 @@ def test_the_last_rail_fails_and_comes_back(pairs):
 @pytest.mark.parametrize(
     ("header", "body", "says"),
     [
-        (Header(FrameKind.CHUNK, 1, lane=7, message=0, total=64, length=64), b"", "no neighbour"),
-        (Header(FrameKind.CHUNK, 0, message=0, total=64, length=64), b"", "no number"),
+        (Header(FrameKind.SEGMENT, 1, lane=7, message=0, total=64, length=64), b"", "no neighbour"),
+        (Header(FrameKind.SEGMENT, 0, message=0, total=64, length=64), b"", "no number"),
         (Header(FrameKind.STUCK, 0), b"", "has no number"),
         (Header(FrameKind.PONG, 900), b"", "came with a number"),
         (Header(FrameKind.ACK, message=1 << 40), b"", "were sent"),
@@ -335,7 +335,7 @@ def test_frames_that_make_no_sense_are_refused(pairs, header, body, says):
     if body:
         header.flags, header.length, header.checksum = Flag.VERIFIED, len(body), checksum_of([memoryview(body)])
     with pytest.raises(MalformedFrame, match=says):
-        pair.a.link.arrived(pair.a.link.tracks["tcp0"].rail, header, body)
+        pair.a.link.arrived(pair.a.link.connections["tcp0"].rail, header, body)
 
 
 def test_what_two_messages_say_differs():

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.control import Ordered, Untaken, checksum_of, positions
 from adaptra_plugin.transport.proxy.inbox import LaneInbox
 from adaptra_plugin.transport.proxy.outbox import SMALL, Outbox
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, POSITIONS, FrameKind, Header, MalformedFrame, parse
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -24,20 +24,20 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @pytest.fixture
 def inbox():
-    mirror = Segment.create(64 * KIB)
-    yield LaneInbox(mirror, 32 * KIB)
-    mirror.close()
+    receive_ring = Memfd.create(64 * KIB)
+    yield LaneInbox(receive_ring, 32 * KIB)
+    receive_ring.close()
 
 
-def chunk(message, total=64, at=0, length=None, floor=0, after=0):
+def segment(message, total=64, at=0, length=None, floor=0, after=0):
     return Header(
-        FrameKind.CHUNK, 1, message=message, total=total, at=at, length=total if length is None else length,
+        FrameKind.SEGMENT, 1, message=message, total=total, at=at, length=total if length is None else length,
         floor=floor, after=after // 64,
     )  # fmt: skip
 
 
 def deliver(inbox, *headers):
-    """What each chunk makes deliverable."""
+    """What each segment makes deliverable."""
     found = []
     for header in headers:
         assert inbox.place(header) is not None
@@ -47,18 +47,18 @@ def deliver(inbox, *headers):
 
 
 def test_chunks_in_any_order_make_a_message(inbox):
-    parts = [chunk(128, 300, at, 100) for at in (200, 0, 100)]
+    parts = [segment(128, 300, at, 100) for at in (200, 0, 100)]
     assert deliver(inbox, *parts) == [[], [], [128]]
     assert inbox.place(parts[0]) is None and inbox.duplicates == 1
 
 
 def test_a_chunk_around_the_end_of_the_ring_has_two_windows(inbox):
-    windows = inbox.place(chunk(64 * KIB - 64, 128, floor=64 * KIB - 64))
+    windows = inbox.place(segment(64 * KIB - 64, 128, floor=64 * KIB - 64))
     assert [len(window) for window in windows] == [64, 64]
 
 
 def test_room_is_free_when_the_message_is_released_and_nobody_writes_to_it(inbox):
-    first, second = chunk(0, 128, 0, 64), chunk(0, 128, 64, 64)
+    first, second = segment(0, 128, 0, 64), segment(0, 128, 64, 64)
     assert inbox.place(first) and inbox.place(second) and inbox.place(second)  # the second one over two rails
     inbox.filled(first)
     ready, freed = inbox.filled(second)
@@ -70,7 +70,7 @@ def test_room_is_free_when_the_message_is_released_and_nobody_writes_to_it(inbox
 
 
 def test_a_rail_that_fails_gives_the_room_back(inbox):
-    header = chunk(0)
+    header = segment(0)
     assert inbox.place(header) and inbox.place(header)
     inbox.filled(header)
     assert inbox.release(0) is None
@@ -78,64 +78,64 @@ def test_a_rail_that_fails_gives_the_room_back(inbox):
 
 
 def test_a_message_that_is_done_with_is_known_until_the_sender_knows(inbox):
-    deliver(inbox, chunk(0), chunk(64))
+    deliver(inbox, segment(0), segment(64))
     assert inbox.release(0) and inbox.release(64) and inbox.gone == {0, 64}
-    assert inbox.place(chunk(0)) is None and inbox.place(chunk(64)) is None
-    assert inbox.place(chunk(128, floor=64)) is not None  # the sender has heard of the first one
+    assert inbox.place(segment(0)) is None and inbox.place(segment(64)) is None
+    assert inbox.place(segment(128, floor=64)) is not None  # the sender has heard of the first one
     assert inbox.gone == {64}
-    assert inbox.place(chunk(0)) is None  # before the floor
+    assert inbox.place(segment(0)) is None  # before the floor
 
 
 def test_a_reference_completes_whatever_has_come_by_value(inbox):
-    deliver(inbox, chunk(0, 300, 0, 100))
-    (found,) = inbox.referenced(chunk(0, 300))
+    deliver(inbox, segment(0, 300, 0, 100))
+    (found,) = inbox.referenced(segment(0, 300))
     assert found.by_reference and found.missing == 0
-    assert inbox.referenced(chunk(0, 300)) == [] and inbox.place(chunk(0, 300, 100, 100)) is None
+    assert inbox.referenced(segment(0, 300)) == [] and inbox.place(segment(0, 300, 100, 100)) is None
 
 
 def test_a_message_waits_for_the_one_before_it_even_if_nothing_of_that_has_come(inbox):
-    assert deliver(inbox, chunk(128, after=64), chunk(64, after=64), chunk(0)) == [[], [], [0, 64, 128]]
+    assert deliver(inbox, segment(128, after=64), segment(64, after=64), segment(0)) == [[], [], [0, 64, 128]]
     assert not inbox._followers
 
 
 def test_those_that_wait_are_delivered_oldest_first_down_the_whole_chain(inbox):
     # 64 waits for 0 and 128 for 64; 192 names 0, because 64 and 128 were acknowledged by then
-    order = deliver(inbox, chunk(64, after=64), chunk(128, after=64), chunk(192, after=192), chunk(0))
+    order = deliver(inbox, segment(64, after=64), segment(128, after=64), segment(192, after=192), segment(0))
     assert order == [[], [], [], [0, 64, 128, 192]]
 
 
 def test_a_message_does_not_wait_for_one_that_is_delivered_or_gone(inbox):
-    deliver(inbox, chunk(0))
-    assert deliver(inbox, chunk(64, after=64)) == [[64]]
+    deliver(inbox, segment(0))
+    assert deliver(inbox, segment(64, after=64)) == [[64]]
     inbox.release(0)
-    assert deliver(inbox, chunk(128, after=128)) == [[128]]
-    assert deliver(inbox, chunk(192, after=192, floor=64)) == [[192]]
+    assert deliver(inbox, segment(128, after=128)) == [[128]]
+    assert deliver(inbox, segment(192, after=192, floor=64)) == [[192]]
     assert not inbox._followers
 
 
 def test_messages_that_cannot_be_are_refused(inbox):
     with pytest.raises(MalformedFrame, match="at most 32768 fit"):
-        inbox.place(chunk(0, 33 * KIB))
+        inbox.place(segment(0, 33 * KIB))
     with pytest.raises(MalformedFrame, match="cannot hold it"):
-        inbox.place(chunk(64 * KIB, 64))
-    inbox.place(chunk(0, 64, 0, 10))
+        inbox.place(segment(64 * KIB, 64))
+    inbox.place(segment(0, 64, 0, 10))
     with pytest.raises(MalformedFrame, match="another said 64"):
-        inbox.place(chunk(0, 65, 10, 10))
+        inbox.place(segment(0, 65, 10, 10))
 
 
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3)), min_size=1), st.randoms(use_true_random=False))
 def test_any_order_of_chunks_delivers_each_message_once_and_each_key_in_order(extra, rng):
-    mirror = Segment.create(16 * KIB)
+    receive_ring = Memfd.create(16 * KIB)
     try:
-        inbox = LaneInbox(mirror, KIB)
-        chunks = []
+        inbox = LaneInbox(receive_ring, KIB)
+        segments = []
         for number in range(12):  # three keys: each message names the one before
             after = 3 * 256 if number >= 3 else 0
-            chunks += [chunk(256 * number, 256, at, 64, after=after) for at in range(0, 256, 64)]
-        chunks += [chunks[4 * number + part] for number, part in extra]
-        rng.shuffle(chunks)
+            segments += [segment(256 * number, 256, at, 64, after=after) for at in range(0, 256, 64)]
+        segments += [segments[4 * number + part] for number, part in extra]
+        rng.shuffle(segments)
         delivered = []
-        for header in chunks:
+        for header in segments:
             if inbox.place(header) is not None:
                 ready, _ = inbox.filled(header)
                 delivered += [found.message // 256 for found in ready]
@@ -146,7 +146,7 @@ def test_any_order_of_chunks_delivers_each_message_once_and_each_key_in_order(ex
             assert [n for n in delivered if n % 3 == key] == [n for n in range(12) if n % 3 == key]
         assert not inbox.messages and not inbox._followers
     finally:
-        mirror.close()
+        receive_ring.close()
 
 
 # --- outbox
@@ -273,7 +273,7 @@ def test_a_checksum_does_not_depend_on_how_the_bytes_are_cut(data, cuts):
 
 def test_a_header_is_what_was_packed():
     header = Header(
-        FrameKind.CHUNK, 7, 3, Direction.GRADIENT, 1, message=1 << 40, total=5 * MIB, at=MIB, length=MIB, floor=1 << 39,
+        FrameKind.SEGMENT, 7, 3, Direction.GRADIENT, 1, message=1 << 40, total=5 * MIB, at=MIB, length=MIB, floor=1 << 39,
         checksum=(1 << 64) - 1, sent=12.5, after=9, behind=4,
     )  # fmt: skip
     raw = header.pack()
@@ -284,7 +284,7 @@ def test_a_header_is_what_was_packed():
 
 @given(st.integers(0, HEADER_BYTES - 1), st.integers(1, 255))
 def test_a_header_with_a_wrong_byte_is_refused(at, wrong):
-    raw = bytearray(Header(FrameKind.CHUNK, 7, message=0, total=64, length=64).pack())
+    raw = bytearray(Header(FrameKind.SEGMENT, 7, message=0, total=64, length=64).pack())
     raw[at] ^= wrong
     with pytest.raises(MalformedFrame):
         parse(bytes(raw), limit=MIB, lanes=1)

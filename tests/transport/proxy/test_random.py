@@ -103,8 +103,8 @@ class Run:
             cable.heal()
         elif step.what in ("down", "up"):
             cable.down = step.what == "down"
-        elif "shm" in end.link.tracks:
-            end.link.tracks["shm"].ready = not end.link.tracks["shm"].ready
+        elif "shm" in end.link.connections:
+            end.link.connections["shm"].ready = not end.link.connections["shm"].ready
 
     def _send(self, end: End, rng: random.Random) -> None:
         for _ in range(rng.randrange(1, 30)):
@@ -116,10 +116,10 @@ class Run:
         """Now and then: what is kept follows from what the rings hold, not from how long this has been going on."""
         for end in (self.pair.a, self.pair.b):
             link = end.link
-            most = sum(book.capacity for book in end.books.values()) // UNIT
-            for track in link.tracks.values():
-                assert len(track.placed) <= 1
-                assert len(track.under_way) < 5000 and len(track.ranges) < 5000
+            most = sum(allocator.capacity for allocator in end.allocators.values()) // UNIT
+            for connection in link.connections.values():
+                assert len(connection.placed) <= 1
+                assert len(connection.under_way) < 5000 and len(connection.ranges) < 5000
             for inbox in link._inboxes.values():
                 assert len(inbox.gone) <= most and len(inbox.messages) <= most
                 assert len(inbox._gone_first) == len(inbox.gone)
@@ -130,21 +130,23 @@ class Run:
         """Whether nothing waits for an acknowledgement any more, and the last frames that come twice have come."""
         links = [end.link for end in (self.pair.a, self.pair.b)]
         return all(
-            not link.untaken.waiting and not link.unsent and not any(track.live for track in link.tracks.values())
+            not link.untaken.waiting
+            and not link.unsent
+            and not any(connection.live for connection in link.connections.values())
             for link in links
         )
 
     def check_nothing_is_left(self) -> None:
         for end in (self.pair.a, self.pair.b):
             link = end.link
-            for track in link.tracks.values():
-                assert not track.placed and not track.inflight
+            for connection in link.connections.values():
+                assert not connection.placed and not connection.inflight
             for inbox in link._inboxes.values():
                 assert not inbox.messages and not inbox._followers
             assert not any(link._outbox.lanes.values()) and not link._urgent and not link._free
             assert link._outbox.peek() is None and link._outbox.waiting_bytes == 0
             assert not link._control_in._held and link.untaken.waiting == 0
-            for rail in (track.rail for track in link.tracks.values()):
+            for rail in (connection.rail for connection in link.connections.values()):
                 assert not isinstance(rail, FaultyRail) or len(rail._held) < 100
 
 
@@ -160,13 +162,13 @@ class Run:
     faults=st.lists(faults(SCHEDULE_S), max_size=6),
     steps=steps,
     capacity=st.sampled_from([16 * KIB, 128 * KIB, 512 * KIB]),
-    chunk=st.sampled_from([3 * KIB, 64 * KIB]),
+    segment=st.sampled_from([3 * KIB, 64 * KIB]),
     lanes=st.integers(1, 2),
     hold_s=st.sampled_from([0.0, 0.001, 0.2]),
 )
-def test_everything_arrives_once_in_order_and_whole(cables, faults, steps, capacity, chunk, lanes, hold_s):
+def test_everything_arrives_once_in_order_and_whole(cables, faults, steps, capacity, segment, lanes, hold_s):
     simulate = parse_config({"simulate": {"faults": faults}}).simulate.model_dump(mode="json")
-    pair = Pair(*cables, capacity=capacity, chunk=chunk, lanes=lanes, simulate=simulate)
+    pair = Pair(*cables, capacity=capacity, segment=segment, lanes=lanes, simulate=simulate)
     try:
         run = Run(pair, lanes, capacity)
         rng = random.Random(1)
@@ -180,7 +182,7 @@ def test_everything_arrives_once_in_order_and_whole(cables, faults, steps, capac
             cable.down = False
             cable.heal()
         for end in (pair.a, pair.b):
-            if "shm" in end.link.tracks:
+            if "shm" in end.link.connections:
                 end.link.make_ready("shm")
         note(f"faults: {faults}")
         pair.settle(900.0)

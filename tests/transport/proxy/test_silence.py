@@ -21,7 +21,7 @@ def shm(name="shm", **options):
 
 def test_a_black_hole_beside_a_rail_that_works(pairs):
     cables = [Cable(name, bytes_per_s=5e7) for name in ("tcp0", "tcp1")]
-    pair = pairs(*cables, capacity=8 * MIB, chunk=256 * KIB)
+    pair = pairs(*cables, capacity=8 * MIB, segment=256 * KIB)
     hole = pair.cables["tcp0"]
 
     def keep_going():
@@ -41,16 +41,16 @@ def test_a_black_hole_beside_a_rail_that_works(pairs):
         gaps = [b - a for a, b in itertools.pairwise(times)]
         assert max(gaps) < 1.0
         # all that was on its way when it happened has come over the other rail
-        letters = [letter for book in end.books.values() for letter in book.letters.values()]
+        letters = [letter for allocator in end.allocators.values() for letter in allocator.letters.values()]
         assert all(letter.number > max(n for n in end.peer.delivered) - 40 for letter in letters)
         history = [state for _, name, state, _ in end.states if name == "tcp0"]
         assert history[-2:] == [State.SUSPECT, State.PAUSED]
-        assert "tcp0" not in end.link.tracks
+        assert "tcp0" not in end.link.connections
     assert pair.a.times[pair.a.delivered[-1]] > cut + 0.9
     hole.heal()
     pair.world.run(2.0)
     assert pair.a.states[-1][1:3] == ("tcp0", State.HEALTHY)
-    assert pair.a.link.tracks["tcp0"].delivered > 0
+    assert pair.a.link.connections["tcp0"].delivered > 0
 
 
 def test_pauses_grow_until_a_rail_has_worked_well(pairs):
@@ -61,7 +61,7 @@ def test_pauses_grow_until_a_rail_has_worked_well(pairs):
         pair.cables["tcp0"].snap()
         pair.world.run(0.01)
         pauses.append(pair.a.link.health["tcp0"].until - pair.world.now)
-        assert pair.world.run(60.0, lambda: "tcp0" in pair.a.link.tracks)
+        assert pair.world.run(60.0, lambda: "tcp0" in pair.a.link.connections)
 
     for _ in range(4):
         pair.world.run(0.5)
@@ -149,11 +149,11 @@ def test_a_rail_is_not_given_up_for_one_of_which_nobody_knows_whether_it_works(p
     pair = pairs(Cable("tcp0"), Cable("tcp1", latency_s=0.3), capacity=4 * MIB)
     for _ in range(10):
         pair.a.send(MIB)
-        pair.a.link.tracks["tcp0"].inflight += 1 << 30
+        pair.a.link.connections["tcp0"].inflight += 1 << 30
         pair.a.send(KIB)
-        pair.a.link.tracks["tcp0"].inflight -= 1 << 30
+        pair.a.link.connections["tcp0"].inflight -= 1 << 30
         pair.world.run(1.0)
-    assert pair.a.link.tracks["tcp1"].patience_s > 1.2
+    assert pair.a.link.connections["tcp1"].patience_s > 1.2
     lost = list(pair.a.lost)
     pair.a.send(MIB)
     for cable in pair.cables.values():
@@ -174,11 +174,11 @@ def test_a_rail_that_is_only_slow_is_left_in_peace_in_the_end(pairs):
     assert given_up > 0
     for _ in range(10):
         pair.world.run(5.0)
-        pair.a.link.tracks["tcp0"].inflight += 1 << 30
+        pair.a.link.connections["tcp0"].inflight += 1 << 30
         pair.a.send(KIB)
-        pair.a.link.tracks["tcp0"].inflight -= 1 << 30
+        pair.a.link.connections["tcp0"].inflight -= 1 << 30
     pair.settle()
-    assert len(pair.a.lost) == given_up and "tcp1" in pair.a.link.tracks
+    assert len(pair.a.lost) == given_up and "tcp1" in pair.a.link.connections
 
 
 def test_what_waits_on_a_silent_rail_is_not_waited_for_when_another_one_is_back(pairs):
@@ -188,7 +188,7 @@ def test_what_waits_on_a_silent_rail_is_not_waited_for_when_another_one_is_back(
     for _ in range(4):
         pair.a.send(MIB)
     pair.world.run(30.0)  # by now both are tried only now and then
-    assert min(track.patience_factor for track in pair.a.link.tracks.values()) > 30
+    assert min(connection.patience_factor for connection in pair.a.link.connections.values()) > 30
     pair.cables["tcp1"].heal()
     assert pair.settle() < 1.0
     pair.check(pair.a, 4)
@@ -214,8 +214,8 @@ def test_the_only_rail_turns_slow(pairs):
 
 def test_one_lost_ping_is_no_silence(pairs):
     pair = pairs(Cable("tcp0"), Cable("tcp1"))
-    track = pair.a.link.tracks["tcp0"]
-    rail = track.rail
+    connection = pair.a.link.connections["tcp0"]
+    rail = connection.rail
     rail.mute = True
     pair.a.link.ping("tcp0")
     pair.world.run(0.01)
@@ -226,7 +226,7 @@ def test_one_lost_ping_is_no_silence(pairs):
 
 def test_a_rail_that_carries_one_way_only_is_given_up(pairs):
     pair = pairs(Cable("tcp0"), Cable("tcp1"), capacity=8 * MIB)
-    pair.b.link.tracks["tcp0"].rail.mute = True
+    pair.b.link.connections["tcp0"].rail.mute = True
     for _ in range(20):
         pair.a.send(MIB)
         pair.b.send(MIB)

@@ -14,8 +14,8 @@ import pytest
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.proxy import handshake, tls
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
+from adaptra_plugin.transport.proxy.handshake_connection import Acceptor, Connector
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.meeting import Dialer, Listener
 from adaptra_plugin.transport.proxy.rails import stream
 from adaptra_plugin.transport.proxy.rails.base import Frame, RailKind
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
@@ -45,16 +45,16 @@ def blocks(tmp_path_factory):
 
 
 class Sink:
-    """Keeps the bytes of chunks by their message, and all other frames."""
+    """Keeps the bytes of segments by their message, and all other frames."""
 
     limit, lanes = 64 * MIB, 1
 
     def __init__(self):
-        self.chunks, self.frames, self.lost = {}, [], None
+        self.segments, self.frames, self.lost = {}, [], None
 
     def place(self, rail, header):
-        self.chunks[header.message] = bytearray(header.length)
-        return [memoryview(self.chunks[header.message])]
+        self.segments[header.message] = bytearray(header.length)
+        return [memoryview(self.segments[header.message])]
 
     def arrived(self, rail, header, body=b""):
         self.frames.append((header.kind, header.message, body))
@@ -65,7 +65,7 @@ class Sink:
     def drained(self, rail): ...
 
 
-class Meeting:
+class Handshakes:
     """A listener and a dialer in one loop. What becomes of them: `rails`, or `reasons` and the log."""
 
     def __init__(self, here=None, there=None, *, secret=SECRET, timeout_s=5.0):
@@ -77,8 +77,8 @@ class Meeting:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         self.address = Address(*listening.getsockname())
-        self.listener = Listener(self.loop, listening, SECRET, 0, SETTINGS, timeout_s, self._adopt("here"), tls=here)
-        self.dialer = Dialer(
+        self.acceptor = Acceptor(self.loop, listening, SECRET, 0, SETTINGS, timeout_s, self._adopt("here"), tls=here)
+        self.connector = Connector(
             *(self.loop, self.address, CLAIM, secret, SETTINGS, timeout_s, None, self._adopt("there")),
             lambda claim, error: self.refusals.append(str(error)),
             lambda claim, reason: self.reasons.append(reason),
@@ -116,8 +116,8 @@ class Meeting:
     def close(self):
         for rail in self.rails.values():
             rail.close()
-        self.dialer.close()
-        self.listener.close()
+        self.connector.close()
+        self.acceptor.close()
         self.loop.close()
 
 
@@ -126,7 +126,7 @@ def meet():
     made = []
 
     def make(*args, **options):
-        made.append(Meeting(*args, **options))
+        made.append(Handshakes(*args, **options))
         return made[-1]
 
     yield make
@@ -141,8 +141,8 @@ def connected(meet, blocks):
     return meeting
 
 
-def chunk(message, body):
-    return Frame(Header(FrameKind.CHUNK, 1, message=message, total=len(body), length=len(body)), [memoryview(body)])
+def segment(message, body):
+    return Frame(Header(FrameKind.SEGMENT, 1, message=message, total=len(body), length=len(body)), [memoryview(body)])
 
 
 def note(number, body=b""):
@@ -162,7 +162,7 @@ def test_what_arrives_is_what_was_sent_both_ways(connected):
         for end, rail in connected.rails.items():
             if rng.random() < 0.5:
                 body = rng.randbytes(rng.choice((1, 100, 16383, 16384, 16385, 70_000, 3 * MIB)))
-                rail.submit(chunk(number << 30, body))
+                rail.submit(segment(number << 30, body))
                 sent[end].append((number << 30, body))
             else:
                 rail.submit(note(number, rng.randbytes(rng.choice((0, 1, 5000)))))
@@ -170,7 +170,7 @@ def test_what_arrives_is_what_was_sent_both_ways(connected):
     ways = (("here", "there"), ("there", "here"))
     connected.until(lambda: all(len(connected.sinks[b].frames) == len(sent[a]) + notes[a] for a, b in ways))
     for a, b in ways:
-        assert {message: bytes(body) for message, body in connected.sinks[b].chunks.items()} == dict(sent[a])
+        assert {message: bytes(body) for message, body in connected.sinks[b].segments.items()} == dict(sent[a])
         assert connected.rails[a].backlog == 0
 
 
@@ -180,7 +180,7 @@ def test_frames_behind_a_long_one_do_not_wait_for_more_to_come(connected, monkey
     here, there = connected.rails["here"], connected.rails["there"]
     body = os.urandom(100_000)
     there._writing = True  # keeps back what is submitted, until all of it can go together
-    there.submit(chunk(0, body))
+    there.submit(segment(0, body))
     for number in range(20):
         there.submit(note(number))
     there._writing = False
@@ -189,13 +189,13 @@ def test_frames_behind_a_long_one_do_not_wait_for_more_to_come(connected, monkey
     assert [number for kind, number, _ in connected.sinks["here"].frames if kind is FrameKind.CONTROL] == list(
         range(20)
     )
-    assert bytes(connected.sinks["here"].chunks[0]) == body and not here._pending()
+    assert bytes(connected.sinks["here"].segments[0]) == body and not here._pending()
 
 
 def test_a_frame_that_comes_together_with_the_last_of_the_handshake_is_not_left_behind(meet, blocks, monkeypatch):
-    confirm = handshake.Initiator._welcome
+    confirm = handshake.InitiatorMachine._welcome
     extra = note(7).header.pack()
-    monkeypatch.setattr(handshake.Initiator, "_welcome", lambda self, raw: confirm(self, raw) + extra)
+    monkeypatch.setattr(handshake.InitiatorMachine, "_welcome", lambda self, raw: confirm(self, raw) + extra)
     meeting = meet(Tls(blocks["rank 0"]), Tls(blocks["rank 1"]))
     meeting.until(lambda: "here" in meeting.sinks and meeting.sinks["here"].frames, 2.0)
     assert meeting.sinks["here"].frames == [(FrameKind.CONTROL, 7, b"")]
@@ -206,20 +206,20 @@ def test_nobody_spins_while_there_is_nothing_to_do_or_no_room(connected):
     # the other end reads nothing: the kernel's buffers fill, and the rest waits
     connected.loop.watch(connected.rails["here"]._sock, 0, connected.rails["here"]._ready)
     body = os.urandom(32 * MIB)
-    connected.rails["there"].submit(chunk(0, body))
+    connected.rails["there"].submit(segment(0, body))
     connected.idle(0.2)
     assert connected.rails["there"].backlog > MIB
     assert connected.idle(0.3) < 5
     connected.loop.watch(connected.rails["here"]._sock, 1, connected.rails["here"]._ready)
     connected.until(lambda: connected.sinks["here"].frames)
-    assert bytes(connected.sinks["here"].chunks[0]) == body
+    assert bytes(connected.sinks["here"].segments[0]) == body
 
 
 def test_no_low_water_mark_is_set(connected, monkeypatch):
     # the kernel would count encrypted bytes, of which there may be fewer than that left
     options = []
     monkeypatch.setattr(tls.TlsSocket, "setsockopt", lambda self, *args: options.append(args))
-    connected.rails["there"].submit(chunk(0, bytes(32 * MIB)))
+    connected.rails["there"].submit(segment(0, bytes(32 * MIB)))
     connected.until(lambda: connected.sinks["here"].frames)
     assert options == []
 
@@ -242,7 +242,7 @@ def test_bytes_changed_on_the_way_end_the_rail_with_a_reason(connected):
 def test_the_secret_is_proved_inside_as_well(meet, blocks, caplog):
     caplog.set_level(logging.WARNING, "adaptra.transport")
     meeting = meet(Tls(blocks["rank 0"]), Tls(blocks["rank 1"]), secret=b"another secret of at least 16 bytes")
-    meeting.until(lambda: meeting.refusals and meeting.listener.refused)
+    meeting.until(lambda: meeting.refusals and meeting.acceptor.refused)
     assert "give the same secret to all ranks" in meeting.refusals[0]
     assert "it does not know the secret of this job" in caplog.text and meeting.rails.keys() <= {"there"}
 
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_named_at_once_on_both_sides(
     caplog.set_level(logging.WARNING, "adaptra.transport")
     monkeypatch.setattr(Tls, "_try", lambda self, paths: None)  # a rank would not even start with such a certificate
     meeting = meet(listens and Tls(blocks[listens]), dials and Tls(blocks[dials]))
-    meeting.until(lambda: meeting.refusals and meeting.listener.refused, 2.0)
+    meeting.until(lambda: meeting.refusals and meeting.acceptor.refused, 2.0)
 
     assert re.search(said_by_listener, caplog.text), caplog.text
     assert re.search(said_by_dialer, meeting.refusals[0]), meeting.refusals
@@ -317,11 +317,11 @@ def test_strangers_are_refused_and_do_not_keep_a_peer_out(meet, blocks, caplog):
         turns = meeting.turns
         with socket.create_connection((meeting.address.host, meeting.address.port)) as sock:
             sock.sendall(raw)
-            meeting.until(lambda count=count: meeting.listener.refused == count, 3.0)
+            meeting.until(lambda count=count: meeting.acceptor.refused == count, 3.0)
         assert reason in caplog.text
         assert meeting.turns - turns < 20  # waiting for the rest costs nothing
     before = dict(meeting.rails)
-    again = Dialer(
+    again = Connector(
         *(meeting.loop, meeting.address, CLAIM, SECRET, SETTINGS, 5.0, None, lambda *found: found[0].close()),
         lambda claim, error: None,
         tls=Tls(blocks["rank 1"]),
@@ -340,7 +340,7 @@ def test_nothing_older_than_tls_1_3_and_nobody_without_a_certificate(meet, block
         (None, "peer did not return a certificate"),
     ):
         caplog.clear()
-        refused = meeting.listener.refused
+        refused = meeting.acceptor.refused
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if version is not None:
@@ -357,7 +357,7 @@ def test_nothing_older_than_tls_1_3_and_nobody_without_a_certificate(meet, block
                 with contextlib.suppress(OSError):
                     sock.sendall(back.read())
                     there.write(sock.recv(65536).removeprefix(PREAMBLE))
-            meeting.until(lambda refused=refused: meeting.listener.refused > refused, 3.0)
+            meeting.until(lambda refused=refused: meeting.acceptor.refused > refused, 3.0)
         assert reason in caplog.text
 
 
@@ -408,10 +408,10 @@ def test_mutated_beginnings_break_nothing(meet, blocks):
         with socket.create_connection((meeting.address.host, meeting.address.port)) as sock:
             sock.sendall(mutated(rng, hello, [PREAMBLE, handshake.MAGIC, hello]))
             sock.shutdown(socket.SHUT_WR)
-            meeting.until(lambda count=count: meeting.listener.refused == count, 3.0)
-    assert not meeting.listener._half_open and len(meeting.rails) == 2
+            meeting.until(lambda count=count: meeting.acceptor.refused == count, 3.0)
+    assert not meeting.acceptor._half_open and len(meeting.rails) == 2
     found = []
-    again = Dialer(
+    again = Connector(
         *(meeting.loop, meeting.address, CLAIM, SECRET, SETTINGS, 5.0, None, lambda sock, *rest: found.append(sock)),
         lambda claim, error: None,
         tls=Tls(blocks["rank 1"]),

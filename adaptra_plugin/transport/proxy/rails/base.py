@@ -30,7 +30,7 @@ class RailKind(enum.IntEnum):
 
 @dataclass(slots=True)
 class Frame:
-    """A frame on its way out. `body` has `header.body_bytes` bytes in all; those of a chunk are windows into the
+    """A frame on its way out. `body` has `header.body_bytes` bytes in all; those of a segment are windows into the
     sender's ring, at offset `(header.message + header.at) % capacity` and, around its end, 0, and stay untouched until
     the receiver has acknowledged the frame."""
 
@@ -39,7 +39,7 @@ class Frame:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the link counts as under way: those of the chunk, also where only a reference travels."""
+        """Bytes that the link counts as under way: those of the segment, also where only a reference travels."""
         return self.header.length
 
 
@@ -52,12 +52,12 @@ class Sink(Protocol):
     """Lanes per direction, for `wire.parse`."""
 
     def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
-        """Where the body of a chunk goes (`header.length` bytes in one or two windows of the mirror ring); None: it has
+        """Where the body of a segment goes (`header.length` bytes in one or two windows of the receive ring); None: it has
         come before and is to be thrown away. From then on until `arrived` or `failed` the room is not used for anything
         else. Raises MalformedFrame."""
 
     def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
-        """A whole frame has come. `body`: of a frame that is no chunk; a chunk's bytes lie where `place` said, or, if it
+        """A whole frame has come. `body`: of a frame that is no segment; a segment's bytes lie where `place` said, or, if it
         said None, nowhere. Raises MalformedFrame."""
 
     def failed(self, rail: Rail, reason: str) -> None:
@@ -77,7 +77,7 @@ class Rail(ABC):
     """The peer reads the sender's ring itself."""
     closed = False
     damages = False
-    """What it carries may arrive damaged although the connection stands: chunks need checksums, whatever is configured."""
+    """What it carries may arrive damaged although the connection stands: segments need checksums, whatever is configured."""
 
     def __init__(self, kind: RailKind, name: str, sink: Sink) -> None:
         self.kind = kind
@@ -94,7 +94,7 @@ class Rail(ABC):
         """Bytes submitted that have not left this process, headers included."""
 
     def discard(self, header: Header) -> bool:
-        """The bytes of a chunk that is on its way in have come another way: the rail may drop what is still to come, and
+        """The bytes of a segment that is on its way in have come another way: the rail may drop what is still to come, and
         lets go of the room that `place` gave. True if it has; False (it cannot) leaves all as it was. `arrived` follows at
         the end either way."""
         return False

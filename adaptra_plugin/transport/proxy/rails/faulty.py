@@ -125,7 +125,7 @@ class FaultyRail(Rail):
         self._count = itertools.count()
         self._timer: Timer | None = None
         self._free_at = self._in_order = 0.0
-        self._numbered = [0.0, 0.0]  # when the last frame of state, and the last chunk, was due
+        self._numbered = [0.0, 0.0]  # when the last frame of state, and the last segment, was due
         self._dying = False
         loop.post(self._perhaps_die)
 
@@ -187,11 +187,11 @@ class FaultyRail(Rail):
         due = self._in_order = max(self._in_order, due)
         if header.sequence and header.kind != FrameKind.RAIL:  # rails come up whatever the link is like
             # counted from when the message was ready: transfers overlap, only their latency grows
-            chunk = header.kind == FrameKind.CHUNK
+            segment = header.kind == FrameKind.SEGMENT
             latency = sum(fault.ms for fault, _ in self._of(SLOW_LINK)) / 1e3
             # in order among themselves: what a receiver still says of old transfers must not hold up new ones
-            due = max(self._numbered[chunk], due, (header.sent if chunk else now) + latency)
-            self._numbered[chunk] = due
+            due = max(self._numbered[segment], due, (header.sent if segment else now) + latency)
+            self._numbered[segment] = due
         return due
 
     def _hold(self, frame: Frame, due: float) -> None:

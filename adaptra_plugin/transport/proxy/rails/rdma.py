@@ -1,11 +1,11 @@
 """Frames over a reliable connected RDMA queue pair.
 
-A chunk is one RDMA WRITE WITH IMMEDIATE, which gathers its header and its body, straight from the sender's ring, into the
-receiver's *landing*. The immediate says where; its completion, the only one for a chunk, says that all is there. The receiver
+A segment is one RDMA WRITE WITH IMMEDIATE, which gathers its header and its body, straight from the sender's ring, into the
+receiver's *landing*. The immediate says where; its completion, the only one for a segment, says that all is there. The receiver
 then asks its link where the body belongs, copies it there, and returns the room. Everything else is small and travels in
 SENDs.
 
-Why not write into the mirror ring itself: the link sends a chunk again over another rail when this one is late, and the
+Why not write into the receive ring itself: the link sends a segment again over another rail when this one is late, and the
 message may then be complete, consumed, and its room used for the next one, while the first write is still on its way. Nothing
 could stop that write, and nobody would notice. What lands here is copied only if the link still wants it, so this rail keeps
 the promise of all rails: what `place` declines lands nowhere.
@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.loop import READ, Timer
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
@@ -37,7 +38,6 @@ from adaptra_plugin.transport.proxy.rails.slots import (
 )
 from adaptra_plugin.transport.proxy.verbs import Completion, Region, VerbsError, Work, status_text
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
-from adaptra_plugin.transport.segment import Segment
 from adaptra_plugin.transport.types import Direction
 
 VERSION = 2
@@ -47,7 +47,7 @@ SLOT_BYTES = 4096
 LANDING_BYTES = 64 << 20
 """Bodies that may be under way: as many as a link ever has on one rail."""
 GATHER = 3
-"""Pieces of a chunk: its header, and its body in two, where its ring or an extent of it ends."""
+"""Pieces of a segment: its header, and its body in two, where its ring or an extent of it ends."""
 _HEAD = PREFIX_BYTES + HEADER_BYTES  # in front of a body in the landing
 SLOWEST = 1e6
 """A wire that moves fewer bytes per second counts as dead, if nothing else is acknowledged meanwhile."""
@@ -73,7 +73,7 @@ class _Waiting:
     header: Header
     rest: memoryview
     body: tuple[tuple[Region, int, int], ...] = ()
-    """(region, offset, bytes) of a chunk's body in its ring."""
+    """(region, offset, bytes) of a segment's body in its ring."""
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +86,7 @@ class RdmaRail(Rail):
     The end that accepts before it offers is ready when the other one hears of it, so the other one begins.
 
     Args:
-        rings: what this rank fills, per direction and lane: chunks are sent from there.
+        rings: what this rank fills, per direction and lane: segments are sent from there.
         timeout_exponent, retries: see `QueuePair.connect`; by default a peer that does not answer is given up after 1.4 s,
             and by our own clock after twice that: devices may take four times as long, and some start anew with every
             request that is posted meanwhile.
@@ -97,7 +97,7 @@ class RdmaRail(Rail):
         name: str,
         sink: Sink,
         nic: Nic,
-        rings: Mapping[tuple[Direction, int], Segment],
+        rings: Mapping[tuple[Direction, int], Memfd],
         *,
         landing_bytes: int = LANDING_BYTES,
         slots: int = SLOTS,
@@ -112,7 +112,7 @@ class RdmaRail(Rail):
         self._silence_s = 2 * (retries + 1) * 4.096e-6 * 2**timeout_exponent
         self._watchdog: Timer | None = None
         self._progress = 0.0  # when the oldest send that is under way became the oldest
-        self._segments = dict(rings)
+        self._memfds = dict(rings)
         self._count = slots
         self._broken: str | None = None
         self._offered = self._connected = False
@@ -135,15 +135,15 @@ class RdmaRail(Rail):
         if not nic.up():
             raise VerbsError(f"{nic.name}: its port is down")
         try:
-            for segment in rings.values():
-                nic.ring(segment)
+            for memfd in rings.values():
+                nic.ring(memfd)
             self._send_memory = self._memory(slots * SLOT_BYTES)
             self._send_region = self._owned(device.register(self._send_memory))
             self._receive_memory = self._memory(slots * SLOT_BYTES)
             self._receive_region = self._owned(device.register(self._receive_memory))
             self._landing = self._memory(landing_bytes)
             self._landing_region = self._owned(device.register(self._landing, remote_write=True))
-            # one request a chunk, or as many as it has pieces where the device gathers none
+            # one request a segment, or as many as it has pieces where the device gathers none
             self._gather = min(GATHER, device.max_gather)
             self._completions = self._owned(device.completions((GATHER + 2) * slots))
             wanted = (GATHER * slots, slots, nic.port.number, self._gather)
@@ -233,12 +233,12 @@ class RdmaRail(Rail):
             raise ValueError(f"a frame announces {length} bytes and has {sum(map(len, frame.body))}")
         head = header.pack()
         key = (header.direction, header.lane)
-        if header.kind == FrameKind.CHUNK and HEADER_BYTES + length > self._room and self._in_ring(key, frame.body):
+        if header.kind == FrameKind.SEGMENT and HEADER_BYTES + length > self._room and self._in_ring(key, frame.body):
             if _HEAD + length > self._budget.landing:
-                self._fail(f"a chunk of {length} bytes does not fit into the other end's {self._budget.landing}")
+                self._fail(f"a segment of {length} bytes does not fit into the other end's {self._budget.landing}")
                 return
             try:
-                body = self._nic.ring_pieces(self._segments[key], header.message + header.at, length)
+                body = self._nic.ring_pieces(self._memfds[key], header.message + header.at, length)
             except VerbsError as error:
                 self._fail(str(error))
                 return
@@ -252,7 +252,7 @@ class RdmaRail(Rail):
 
     def _in_ring(self, key: tuple[Direction, int], body: Sequence[memoryview | bytes]) -> bool:
         """Whether these are windows into the ring; a copy (faults that are injected make some) travels in slots."""
-        ring = self._segments[key].view.obj
+        ring = self._memfds[key].view.obj
         return all(isinstance(piece, memoryview) and piece.obj is ring for piece in body)
 
     @property
@@ -272,7 +272,7 @@ class RdmaRail(Rail):
             while self._waiting and self._open and self._free and self._budget.free_slots > 1:
                 first = self._waiting[0]
                 if first.body:
-                    if not self._post_chunk(first):
+                    if not self._post_segment(first):
                         return
                     self._waiting.popleft()
                     continue
@@ -283,12 +283,12 @@ class RdmaRail(Rail):
         except VerbsError as error:
             self._fail(str(error))
 
-    def _post_chunk(self, waiting: _Waiting) -> bool:
+    def _post_segment(self, waiting: _Waiting) -> bool:
         """False: the other end has no room for the body now."""
         at = self._budget.place(_HEAD + waiting.header.length)
         if at is None:
             return False
-        self._post(SlotKind.CHUNK, waiting.rest, waiting.nbytes, body=waiting.body, at=at)
+        self._post(SlotKind.SEGMENT, waiting.rest, waiting.nbytes, body=waiting.body, at=at)
         return True
 
     def _post(
@@ -396,7 +396,7 @@ class RdmaRail(Rail):
             start, stop = self._debt.window(self._debt.position(completion.immediate), _HEAD)
             slot = self._landing[start:stop]
         prefix = parse_prefix(slot, self._debt.emptied)
-        if (prefix.kind is SlotKind.CHUNK) != (completion.immediate is not None):
+        if (prefix.kind is SlotKind.SEGMENT) != (completion.immediate is not None):
             raise MalformedFrame(f"a slot of kind {prefix.kind.name.lower()} came the wrong way")
         payload = bytes(slot[PREFIX_BYTES:])
         self._debt.emptied += 1
@@ -410,10 +410,10 @@ class RdmaRail(Rail):
             self.on_heard()
         if prefix.kind is SlotKind.FRAME:
             self._piece(payload, prefix.more)
-        elif prefix.kind is SlotKind.CHUNK:
+        elif prefix.kind is SlotKind.SEGMENT:
             if prefix.at % IMMEDIATES != completion.immediate:
-                raise MalformedFrame(f"a chunk at {prefix.at} in the landing came with number {completion.immediate}")
-            self._chunk(payload, prefix.at)
+                raise MalformedFrame(f"a segment at {prefix.at} in the landing came with number {completion.immediate}")
+            self._segment(payload, prefix.at)
 
     def _parse(self, raw: bytes) -> Header:
         if len(raw) < HEADER_BYTES:
@@ -433,15 +433,15 @@ class RdmaRail(Rail):
             )
         if more:
             self._partial = (header, body)
-        elif header.kind == FrameKind.CHUNK and header.body_bytes:
+        elif header.kind == FrameKind.SEGMENT and header.body_bytes:
             self._deliver(header, memoryview(body))
         else:
             self.sink.arrived(self, header, bytes(body))
 
-    def _chunk(self, payload: bytes, at: int) -> None:
-        """A chunk whose body has landed."""
+    def _segment(self, payload: bytes, at: int) -> None:
+        """A segment whose body has landed."""
         header = self._parse(payload)
-        if header.kind != FrameKind.CHUNK or len(payload) != HEADER_BYTES or header.body_bytes != header.length:
+        if header.kind != FrameKind.SEGMENT or len(payload) != HEADER_BYTES or header.body_bytes != header.length:
             raise MalformedFrame(f"a {header.kind.name.lower()} frame has a body in the landing")
         start, stop = self._debt.window(at, _HEAD + header.length)
         try:

@@ -1,6 +1,6 @@
 """How the two ends of an RDMA rail share the receiver's memory: slots for small things, the landing for bodies. Pure.
 
-Every SEND fills one *slot* that the receiver has posted: a prefix and at most a page of payload. Chunks are written into the
+Every SEND fills one *slot* that the receiver has posted: a prefix and at most a page of payload. Segments are written into the
 *landing*, a ring of the receiver's memory: prefix, header and body, and the immediate of the write uses up a slot too. A
 sender never uses more of either than is free, so nothing is ever sent that has nowhere to go; the receiver returns what it has emptied with
 every slot that goes the other way, or, if none does, with a slot of its own.
@@ -27,14 +27,14 @@ class SlotKind(enum.IntEnum):
     """Nothing but the prefix."""
     FRAME = 2
     """A frame, or a piece of one."""
-    CHUNK = 3
+    SEGMENT = 3
     """The header of a frame that lies in the landing, its body behind it."""
 
 
 @dataclass(slots=True)
 class Prefix:
     """In front of every slot. `more`: the frame goes on in the next slot. `emptied`, `landed`: what the sender of this has
-    emptied since the start: slots, and the landing up to this position. `at`: position in the landing of a chunk's body."""
+    emptied since the start: slots, and the landing up to this position. `at`: position in the landing of a segment's body."""
 
     kind: SlotKind
     length: int

@@ -185,7 +185,7 @@ class StreamRail(Rail):
             self._header = header
             length = header.body_bytes
             self._bulk = length > _SCRATCH
-            if header.kind == FrameKind.CHUNK and length:
+            if header.kind == FrameKind.SEGMENT and length:
                 windows = self.sink.place(self, header)
                 self._waste = length if windows is None else 0
                 self._windows.extend(windows or ())
@@ -226,7 +226,7 @@ class StreamRail(Rail):
 
     def discard(self, header: Header) -> bool:
         current = self._header
-        if current is None or current.sequence != header.sequence or current.kind != FrameKind.CHUNK:
+        if current is None or current.sequence != header.sequence or current.kind != FrameKind.SEGMENT:
             return False
         self._waste += sum(map(len, self._windows))
         self._windows.clear()

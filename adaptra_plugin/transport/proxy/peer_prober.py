@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from adaptra_plugin.transport.bind import is_loopback
+from adaptra_plugin.transport.proxy.handshake_connection import Probe
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
-from adaptra_plugin.transport.proxy.meeting import Probe
 from adaptra_plugin.transport.types import Address
 
 FIRST_PROBE_S, LONGEST_PAUSE_S = 0.1, 1.0
@@ -15,7 +15,7 @@ REFUSALS = 3
 """Before a first rail has stood, one refusal may be a host that is still coming up behind a firewall."""
 
 
-class Vigil:
+class PeerProber:
     """Probes a peer's address, more and more seldom, until a rail stands.
 
     Args:

@@ -48,7 +48,7 @@ class Sent:
 
 
 @dataclass(slots=True, eq=False)
-class Track:
+class RailConnection:
     """One connection of a rail."""
 
     rail: Rail
@@ -87,12 +87,12 @@ class Track:
     """Numbers that have come or need not come any more: first and last of each run."""
     ack_due: int = 0
     placed: dict[int, Header] = field(default_factory=dict)
-    """Chunks that the rail is in the middle of, by number."""
+    """Segments that the rail is in the middle of, by number."""
 
     # --- sending
 
     def number(self, item: Item, now: float, *, reference: bool = False) -> tuple[int, int]:
-        """(the number of a frame that leaves now, how many numbers before it are not settled)."""
+        """(the number of a frame that leaves now, how many numbers before it are not acknowledged)."""
         if not self.live:
             self.delivered_at, self.fresh = now, True
         self.sequence += 1
@@ -109,7 +109,7 @@ class Track:
             del self.under_way[first]
 
     def tell(self, header: Header, body: bytes = b"") -> None:
-        """Submits a frame that is no chunk."""
+        """Submits a frame that is no segment."""
         header.length = len(body)
         if body:
             header.flags |= Flag.VERIFIED
@@ -261,7 +261,7 @@ class Track:
             raise MalformedFrame(f"{len(self.ranges)} gaps are in the frames after number {self.cumulative}")
         return True
 
-    def settle(self, sequence: int) -> None:
+    def ack_through(self, sequence: int) -> None:
         """The sender does not wait for numbers up to this one any more: they have come, or went another way."""
         if sequence <= self.cumulative:
             return
@@ -272,7 +272,7 @@ class Track:
 
     @property
     def cumulative(self) -> int:
-        """All numbers up to this one are settled."""
+        """All numbers up to this one have come."""
         return self.ranges[0][1]
 
     def acknowledgement(self) -> bytes:

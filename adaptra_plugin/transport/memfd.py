@@ -17,9 +17,9 @@ from adaptra_plugin.transport.types import RING_UNIT
 EXTENT_BYTES = 16 << 20
 
 
-def extent_of(chunk_bytes: int, *, grows: bool) -> int | None:
-    """For a ring: what grows is taken in parts, none shorter than a chunk, so that a chunk lies in two at most."""
-    return max(EXTENT_BYTES, chunk_bytes) if grows else None
+def extent_of(segment_bytes: int, *, grows: bool) -> int | None:
+    """For a ring: what grows is taken in parts, none shorter than a segment, so that a segment lies in two at most."""
+    return max(EXTENT_BYTES, segment_bytes) if grows else None
 
 
 ADDRESS_SHARE = 64
@@ -36,7 +36,7 @@ def growth_limit(wanted: int) -> int:
     return wanted
 
 
-class Segment:
+class Memfd:
     """`capacity` bytes of shared memory, mapped at first use and touched page by page.
 
     Positions only grow: position `p` lies at offset `p % capacity`, and a piece that runs over the end continues at 0.
@@ -49,7 +49,7 @@ class Segment:
         size = os.fstat(fd).st_size
         if size < capacity:
             os.close(fd)
-            raise ValueError(f"a shared segment has {size} bytes, {capacity} were announced")
+            raise ValueError(f"a shared memory file has {size} bytes, {capacity} were announced")
         self.fd = fd
         self.capacity = capacity
         self.extent = capacity if extent is None else extent
@@ -57,7 +57,7 @@ class Segment:
         self._view: memoryview | None = None
 
     @classmethod
-    def create(cls, capacity: int, extent: int | None = None) -> Segment:
+    def create(cls, capacity: int, extent: int | None = None) -> Memfd:
         """Raises OSError when the system has no memory file to give."""
         fd = os.memfd_create("adaptra-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -68,17 +68,17 @@ class Segment:
             raise
         return cls(fd, capacity, extent)
 
-    def same_as(self, other: Segment) -> bool:
+    def same_as(self, other: Memfd) -> bool:
         """Whether both are the same memory."""
         mine, theirs = os.fstat(self.fd), os.fstat(other.fd)
         return (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
 
     @property
     def view(self) -> memoryview:
-        """All bytes. Raises ValueError once the segment is closed."""
+        """All bytes. Raises ValueError once the memory file is closed."""
         if self._view is None:
             if self.fd < 0:
-                raise ValueError("a shared segment is used after it was closed")
+                raise ValueError("a shared memory file is used after it was closed")
             self._map = mmap.mmap(self.fd, self.capacity)
             # a forked child must not keep a window into its parent's traffic, nor pay for its pages
             self._map.madvise(mmap.MADV_DONTFORK)

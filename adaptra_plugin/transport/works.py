@@ -49,32 +49,32 @@ class Fate:
 class _Pending:
     """Something to wait for."""
 
-    __slots__ = ("_lane", "_loss", "_settled", "key")
+    __slots__ = ("_completed", "_lane", "_loss", "key")
     _lane: Lane
 
     def __init__(self, key: Key) -> None:
         self.key = key
-        self._settled = False
+        self._completed = False
         self._loss: Loss | None = None
 
-    def settle(self, loss: Loss | None = None) -> bool:
-        """Ends the wait, well or with `loss`; the lane calls it under its lock. False if it was settled before."""
-        if self._settled:
+    def complete(self, loss: Loss | None = None) -> bool:
+        """Ends the wait, well or with `loss`; the lane calls it under its lock. False if it was complete before."""
+        if self._completed:
             return False
         self._loss = loss
-        self._settled = True
+        self._completed = True
         return True
 
     def _over(self) -> bool:
-        return self._settled or self._lane.fate.error is not None
+        return self._completed or self._lane.fate.error is not None
 
     def _over_or_needed(self) -> bool:
-        return self._over() or self._lane.relief.possible()
+        return self._over() or self._lane.drainer.possible()
 
     def ready(self) -> bool:
         """True when `wait` would not block."""
         if not self._over():
-            self._lane.mailbox.drain()
+            self._lane.pump.drain()
         return self._over()
 
     def _await(self, deadline_s: float | None, verb: str, timeout_text: str) -> None:
@@ -83,20 +83,20 @@ class _Pending:
         limit = lane.deadline_s if deadline_s is None else deadline_s
         started = time.monotonic()
         while not self._over():
-            if not lane.mailbox.wait(self._over_or_needed, started + max(0.0, limit)):
+            if not lane.pump.wait(self._over_or_needed, started + max(0.0, limit)):
                 raise TransferTimeout(
                     f"{self.key} {timeout_text} {lane.peer} within {limit:g} s. {lane.situation()} That rank is stuck "
                     "or its host is unreachable: look at the end of its log; if transfers may take this long, raise "
                     "adaptra.transport.deadline_s"
                 )
             if not self._over():
-                lane.relief.give()
+                lane.drainer.drain_one()
         lane.fate.check()
         if self._loss is not None:
             raise self._loss.about(self.key, verb, lane.peer, time.monotonic() - started)
 
 
-class Ticket(_Pending):
+class SendWork(_Pending):
     """A send under way."""
 
     __slots__ = ("missing",)
@@ -111,7 +111,7 @@ class Ticket(_Pending):
         """One of its parts has; the lane calls it under its lock."""
         self.missing.discard(position)
         if not self.missing:
-            self.settle()
+            self.complete()
 
     def wait(self, deadline_s: float | None = None) -> None:
         """Returns when the message has arrived at the peer (seconds; None: `transport.deadline_s`).
@@ -124,7 +124,7 @@ class Ticket(_Pending):
         self._await(deadline_s, "be sent to", "was not taken by")
 
 
-class RecvTicket(_Pending):
+class RecvWork(_Pending):
     """A posted receive."""
 
     __slots__ = (
@@ -155,19 +155,19 @@ class RecvTicket(_Pending):
 
     def arrive(self, arrived: Arrived) -> bool:
         """A part, or the whole message, is there; the lane calls it under its lock. False if the wait has already failed."""
-        if self._settled:
+        if self._completed:
             return False
-        arrived.ticket = self
+        arrived.work = self
         if arrived.at >= self._copied:
             self._arrived[arrived.at] = arrived
-        return self.settle() if arrived.is_last else True
+        return self.complete() if arrived.is_last else True
 
     @property
     def idle(self) -> bool:
         """Nobody copies the message right now."""
         return not self._copying.locked()
 
-    def absorb(self) -> bool:
+    def drain_early(self) -> bool:
         """Copies what has arrived out of the staging ring before anybody waits for it. False if another thread does so, or
         has."""
         if not self._copying.acquire(blocking=False):

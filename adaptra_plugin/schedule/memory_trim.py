@@ -64,7 +64,7 @@ def within(rows: Ints, r: int, limit: int, microbatches: int, place: Ints, out: 
 
 
 @compiled
-def squeeze(
+def trim_memory(
     rows: Ints,
     rank_of: Ints,
     cost: Ints,
@@ -123,7 +123,7 @@ def trim_warmups(
     stressed_goal: int,
     tries: int,
 ) -> None:
-    """Moves the first I of every rank ahead of forwards that need not come before it, under the rules of ``squeeze``.
+    """Moves the first I of every rank ahead of forwards that need not come before it, under the rules of ``trim_memory``.
 
     From the last rank backwards, because a rank's first gradient comes from the one after it.
     """

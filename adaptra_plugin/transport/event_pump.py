@@ -24,11 +24,11 @@ SEND_DEADLINE_S = 60.0
 """Longest wait for the proxy to take a record out of a full socket; it reads all the time."""
 
 
-class Mailbox:
+class EventPump:
     """Records to and from the proxy.
 
     Args:
-        sock: the endpoint's end of the data pair; the mailbox owns it.
+        sock: the endpoint's end of the data pair; the event pump owns it.
         dispatch: is handed every record, on the thread that has the role, which holds no lock then. An exception in it, that
             of a signal handler for one, leaves the record to the next reader: to be handed the newest one again has to
             complete what was done with it, or to do nothing.

@@ -11,7 +11,14 @@ from typing import Any
 from adaptra_plugin.errors import HandshakeError
 from adaptra_plugin.transport.log import RateLimit, log
 from adaptra_plugin.transport.proxy import handshake
-from adaptra_plugin.transport.proxy.handshake import Acceptor, Claim, Initiator, Purpose, Refused, Settings
+from adaptra_plugin.transport.proxy.handshake import (
+    AcceptorMachine,
+    Claim,
+    InitiatorMachine,
+    Purpose,
+    Refused,
+    Settings,
+)
 from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop, Timer
 from adaptra_plugin.transport.proxy.tls import PREAMBLE, SAME, Tls
 from adaptra_plugin.transport.types import Address
@@ -23,10 +30,10 @@ HALF_OPEN_GRACE_S = 0.25
 _ACCEPTS_PER_TURN = 32
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
-Machine = Acceptor | Initiator
+Machine = AcceptorMachine | InitiatorMachine
 
 
-class Meeting:
+class HandshakeConnection:
     """Runs one handshake over a non-blocking socket; never reads a byte beyond what the handshake expects."""
 
     def __init__(
@@ -35,8 +42,8 @@ class Meeting:
         sock: socket.socket,
         machine: Machine,
         timeout_s: float,
-        on_done: Callable[[Meeting], None],
-        on_failed: Callable[[Meeting, HandshakeError], None],
+        on_done: Callable[[HandshakeConnection], None],
+        on_failed: Callable[[HandshakeConnection, HandshakeError], None],
     ) -> None:
         self.sock = sock
         self.machine = machine
@@ -114,7 +121,7 @@ class Meeting:
         self.sock.close()
 
 
-class Listener:
+class Acceptor:
     """Accepts connections and refuses those that do not prove the secret; strangers cost little and disturb nothing."""
 
     def __init__(
@@ -132,10 +139,10 @@ class Listener:
         self._tls = tls
         self._loop = loop
         self._sock = sock
-        self._machine = lambda: Acceptor(secret, rank, settings)
+        self._machine = lambda: AcceptorMachine(secret, rank, settings)
         self._timeout_s = timeout_s
         self._on_peer = on_peer
-        self._half_open: dict[Meeting, str] = {}  # oldest first, with the address of the other end
+        self._half_open: dict[HandshakeConnection, str] = {}  # oldest first, with the address of the other end
         self._limit = RateLimit(clock=loop.clock)
         self._pause: Timer | None = None
         loop.watch(sock, READ, self._accept)
@@ -160,12 +167,14 @@ class Listener:
             try:
                 tune(sock)
                 taken = sock if self._tls is None else self._tls.accepted(sock)
-                meeting = Meeting(self._loop, taken, self._machine(), self._timeout_s, self._done, self._failed)
+                connection = HandshakeConnection(
+                    self._loop, taken, self._machine(), self._timeout_s, self._done, self._failed
+                )
             except OSError as error:  # it may have ended already
                 sock.close()
                 self._report(name, f"it could not be taken ({error.strerror or error})")
                 continue
-            self._half_open[meeting] = name
+            self._half_open[connection] = name
 
     def _room(self) -> bool:
         if len(self._half_open) < HALF_OPEN:
@@ -188,17 +197,21 @@ class Listener:
         self._pause = None
         self._loop.watch(self._sock, READ, self._accept)
 
-    def _done(self, meeting: Meeting) -> None:
-        del self._half_open[meeting]
-        assert isinstance(meeting.machine, Acceptor) and meeting.machine.claim and meeting.machine.peer_settings
-        claim = meeting.machine.claim
-        if (claim.purpose == Purpose.SHM) != (meeting.sock.family == socket.AF_UNIX):
-            self.refuse(meeting.sock, f"rank {claim.source} asks for {claim} where that does not come")
+    def _done(self, connection: HandshakeConnection) -> None:
+        del self._half_open[connection]
+        assert (
+            isinstance(connection.machine, AcceptorMachine)
+            and connection.machine.claim
+            and connection.machine.peer_settings
+        )
+        claim = connection.machine.claim
+        if (claim.purpose == Purpose.SHM) != (connection.sock.family == socket.AF_UNIX):
+            self.refuse(connection.sock, f"rank {claim.source} asks for {claim} where that does not come")
             return
-        self._on_peer(meeting.sock, claim, meeting.machine.peer_settings)
+        self._on_peer(connection.sock, claim, connection.machine.peer_settings)
 
-    def _failed(self, meeting: Meeting, error: HandshakeError) -> None:
-        self._report(self._half_open.pop(meeting, "a new connection"), str(error))
+    def _failed(self, connection: HandshakeConnection, error: HandshakeError) -> None:
+        self._report(self._half_open.pop(connection, "a new connection"), str(error))
 
     def _report(self, address: str, reason: str) -> None:
         self.refused += 1
@@ -219,8 +232,8 @@ class Listener:
     def close(self) -> None:
         if self._pause is not None:
             self._pause.cancel()
-        for meeting in list(self._half_open):
-            meeting.discard()
+        for connection in list(self._half_open):
+            connection.discard()
         self._half_open.clear()
         self._loop.watch(self._sock, 0, self._accept)
         self._sock.close()
@@ -232,7 +245,7 @@ def _name(sock: socket.socket, address: object) -> str:
     return str(Address(str(address[0]), int(address[1])))
 
 
-class Dialer:
+class Connector:
     """Dials until the connection stands, the other end refuses with a reason, or `close`.
 
     `address`: a TCP address, or the name of an abstract Unix socket. `on_failed` hears the reason of each attempt that
@@ -259,7 +272,7 @@ class Dialer:
         self.last_reason = "no answer yet"
         self._loop = loop
         self._address = address
-        self._machine = lambda: Initiator(secret, claim, settings)
+        self._machine = lambda: InitiatorMachine(secret, claim, settings)
         self._timeout_s = timeout_s
         self._source = source
         self._on_done = on_done
@@ -267,7 +280,7 @@ class Dialer:
         self._on_failed = on_failed
         self._closed = False
         self._pause_s = _FIRST_PAUSE_S
-        self._meeting: Meeting | None = None
+        self._connection: HandshakeConnection | None = None
         self._retry: Timer | None = loop.call_at(loop.clock(), self._dial)
 
     def _dial(self) -> None:
@@ -279,7 +292,9 @@ class Dialer:
             if status not in (0, errno.EINPROGRESS):
                 raise OSError(status, os.strerror(status))
             dialled = sock if self._tls is None else self._tls.dialled(sock)
-            self._meeting = Meeting(self._loop, dialled, self._machine(), self._timeout_s, self._done, self._failed)
+            self._connection = HandshakeConnection(
+                self._loop, dialled, self._machine(), self._timeout_s, self._done, self._failed
+            )
         except OSError as error:
             if sock is not None:
                 sock.close()
@@ -293,13 +308,13 @@ class Dialer:
         self._retry = self._loop.call_later(self._pause_s, self._dial)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
-    def _done(self, meeting: Meeting) -> None:
-        self._meeting = None
-        assert meeting.machine.peer_settings is not None
-        self._on_done(meeting.sock, self.claim, meeting.machine.peer_settings)
+    def _done(self, connection: HandshakeConnection) -> None:
+        self._connection = None
+        assert connection.machine.peer_settings is not None
+        self._on_done(connection.sock, self.claim, connection.machine.peer_settings)
 
-    def _failed(self, meeting: Meeting, error: HandshakeError) -> None:
-        self._meeting = None
+    def _failed(self, connection: HandshakeConnection, error: HandshakeError) -> None:
+        self._connection = None
         if isinstance(error, Refused):
             self._on_refused(self.claim, error)
         else:
@@ -309,9 +324,9 @@ class Dialer:
         self._closed = True
         if self._retry is not None:
             self._retry.cancel()
-        if self._meeting is not None:
-            self._meeting.discard()
-            self._meeting = None
+        if self._connection is not None:
+            self._connection.discard()
+            self._connection = None
 
 
 def _socket_towards(address: Address | str, source: str | None) -> tuple[socket.socket, Any]:

@@ -80,7 +80,7 @@ class _Deferred:
     """Of the tensors that W needs: how often they had been changed in place when I ran."""
 
 
-class WeightQueue:
+class WeightGradStore:
     """Weight gradients of one rank's stages that wait for their W.
 
     A microbatch (with several model chunks: one of a chunk) is opened by `collect` while its I runs and emptied by `run`. Not

@@ -13,17 +13,17 @@ from adaptra_plugin.config import PacedCompute
 from adaptra_plugin.schedule.actions import Kind
 
 
-class Pacer:
+class ComputeThrottle:
     """Sleeps out the rest of the budget of an action. Without budgets it does nothing."""
 
     def __init__(self, budgets: PacedCompute | None) -> None:
         self._budget_ms: dict[Kind, float] = {}
         if budgets is not None:
             self._budget_ms = {
-                Kind.F: budgets.forward_ms,
-                Kind.I: budgets.backward_input_ms,
-                Kind.W: budgets.backward_weight_ms,
-                Kind.B: budgets.backward_input_ms + budgets.backward_weight_ms,
+                Kind.FORWARD: budgets.forward_ms,
+                Kind.BACKWARD_INPUT: budgets.backward_input_ms,
+                Kind.BACKWARD_WEIGHT: budgets.backward_weight_ms,
+                Kind.FULL_BACKWARD: budgets.backward_input_ms + budgets.backward_weight_ms,
             }
 
     @contextmanager

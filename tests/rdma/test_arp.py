@@ -8,9 +8,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from adaptra_plugin.transport.proxy import neighbours
+from adaptra_plugin.transport.proxy import arp
+from adaptra_plugin.transport.proxy.arp import ArpQuery
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.neighbours import Way
 from adaptra_plugin.transport.proxy.nics import MAX_RETIRED, Nic
 from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
 from tests.rdma import wires
@@ -32,11 +32,11 @@ def flush() -> None:
     subprocess.run(["ip", "neigh", "flush", "all"], check=True, timeout=10)
 
 
-def looked(loop: Loop, way: Way, patience_s: float = 3.0) -> float:
+def looked(loop: Loop, arp_query: ArpQuery, patience_s: float = 3.0) -> float:
     """Looks until the way is known, or patience ends; how long that took (s)."""
     began = time.monotonic()
     end = loop.call_later(patience_s, loop.stop)
-    way.when_known(loop.stop)
+    arp_query.when_known(loop.stop)
     loop.run()
     loop._stopped = False
     end.cancel()
@@ -45,9 +45,9 @@ def looked(loop: Loop, way: Way, patience_s: float = 3.0) -> float:
 
 def test_it_is_found_at_once_and_a_queue_pair_connects_without_waiting(loop):
     flush()
-    way = Way(loop, "a0", HERE, THERE)
-    assert not way.known
-    assert looked(loop, way) < 1.0 and way.known
+    arp_query = ArpQuery(loop, "a0", HERE, THERE)
+    assert not arp_query.known
+    assert looked(loop, arp_query) < 1.0 and arp_query.known
     began = time.monotonic()
     with ends():
         # had it to look for the way itself, this would take a second
@@ -57,20 +57,20 @@ def test_it_is_found_at_once_and_a_queue_pair_connects_without_waiting(loop):
 def test_nobody_answers_until_the_wire_is_mended(loop):
     wires.fault(0, "loss", "100%")
     flush()
-    way = Way(loop, "a0", HERE, THERE)
-    assert looked(loop, way, 0.5) >= 0.5 and not way.known
-    assert str(way) == f"nobody has answered for {THERE} on a0 (ARP or neighbour discovery)"
+    arp_query = ArpQuery(loop, "a0", HERE, THERE)
+    assert looked(loop, arp_query, 0.5) >= 0.5 and not arp_query.known
+    assert str(arp_query) == f"nobody has answered for {THERE} on a0 (ARP or neighbour discovery)"
     wires.mend(0)
-    assert looked(loop, way) < 2.0 and way.known
-    way.close()
+    assert looked(loop, arp_query) < 2.0 and arp_query.known
+    arp_query.close()
 
 
 def test_what_is_closed_calls_nobody(loop):
     wires.fault(0, "loss", "100%")
     flush()
-    way = Way(loop, "a0", HERE, THERE)
-    way.when_known(lambda: pytest.fail("nobody wants to know"))
-    way.close()
+    arp_query = ArpQuery(loop, "a0", HERE, THERE)
+    arp_query.when_known(lambda: pytest.fail("nobody wants to know"))
+    arp_query.close()
     wires.mend(0)
     loop.call_later(0.5, loop.stop)
     loop.run()
@@ -79,9 +79,9 @@ def test_what_is_closed_calls_nobody(loop):
 @pytest.mark.parametrize("what", ["device", "link"])
 def test_there_is_no_way_while_the_link_is_down(loop, what):
     wires.cut(0, "a" if what == "device" else "b")
-    way = Way(loop, "a0", HERE, THERE)
-    assert looked(loop, way, 0.4) >= 0.4 and not way.known
-    way.close()
+    arp_query = ArpQuery(loop, "a0", HERE, THERE)
+    assert looked(loop, arp_query, 0.4) >= 0.4 and not arp_query.known
+    arp_query.close()
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_there_is_no_way_while_the_link_is_down(loop, what):
 )
 def test_what_needs_no_answer_or_cannot_be_asked_counts_as_known(loop, interface, source, target):
     flush()
-    assert Way(loop, interface, source, target).known
+    assert ArpQuery(loop, interface, source, target).known
 
 
 def test_a_kernel_that_does_not_tell_is_not_waited_for(loop, monkeypatch):
     flush()
 
     def refuse(*_: object) -> None:
-        raise neighbours.Unanswerable("not here")
+        raise arp.Unanswerable("not here")
 
-    monkeypatch.setattr(neighbours, "_asked", refuse)
-    assert Way(loop, "a0", HERE, THERE).known
+    monkeypatch.setattr(arp, "_asked", refuse)
+    assert ArpQuery(loop, "a0", HERE, THERE).known
 
 
 def test_behind_a_router_the_router_is_what_has_to_be_known(loop):
@@ -115,9 +115,9 @@ def test_behind_a_router_the_router_is_what_has_to_be_known(loop):
     far = "203.0.113.9"
     subprocess.run(["ip", "route", "add", far, "via", THERE, "dev", "a0", "table", "99"], check=True, timeout=10)
     try:
-        way = Way(loop, "a0", HERE, far)
-        assert not way.known
-        assert looked(loop, way) < 1.0 and way.known
+        arp_query = ArpQuery(loop, "a0", HERE, far)
+        assert not arp_query.known
+        assert looked(loop, arp_query) < 1.0 and arp_query.known
     finally:
         subprocess.run(["ip", "route", "del", far, "table", "99"], check=True, timeout=10)
 
@@ -127,11 +127,11 @@ def test_ipv6_is_asked_as_well(loop):
         subprocess.run(["ip", "addr", "add", f"{address}/64", "dev", device, "nodad"], check=True, timeout=10)
     try:
         subprocess.run(["ip", "-6", "neigh", "flush", "dev", "a0"], check=True, timeout=10)
-        way = Way(loop, "a0", "fd00::1", "fd00::3")  # nobody is there
-        assert looked(loop, way, 0.3) >= 0.3 and not way.known
-        way.close()
-        way = Way(loop, "a0", "fd00::1", "fd00::2")
-        assert looked(loop, way) < 2.0 and way.known
+        arp_query = ArpQuery(loop, "a0", "fd00::1", "fd00::3")  # nobody is there
+        assert looked(loop, arp_query, 0.3) >= 0.3 and not arp_query.known
+        arp_query.close()
+        arp_query = ArpQuery(loop, "a0", "fd00::1", "fd00::2")
+        assert looked(loop, arp_query) < 2.0 and arp_query.known
     finally:
         for address, device in (("fd00::1", "a0"), ("fd00::2", "b0")):
             subprocess.run(["ip", "addr", "del", f"{address}/64", "dev", device], check=True, timeout=10)
@@ -153,7 +153,7 @@ def test_rails_that_cannot_come_back_hold_up_nobody():
         slowest, until = 0.0, time.monotonic() + 5.0
         while rank.swap(going := time.monotonic() < until) and going:
             slowest = max(slowest, rank.round((4096,) * 4))
-        print(f"{rank.side}: the slowest of {rank.epoch} rounds took {slowest:.2f} s")
+        print(f"{rank.side}: the slowest of {rank.step_id} rounds took {slowest:.2f} s")
         assert slowest < 0.95  # a queue pair that is connected too early holds everything up for a second
         assert rank.peer_stats()["rails"]["rdma1"]["state"] != "healthy"
 

@@ -1,4 +1,4 @@
-"""Local search on the rhythm of a schedule: the same exchange in many microbatches at once.
+"""Periodic local search on a schedule: the same exchange in many microbatches at once.
 
 In the steady state every microbatch repeats the pattern of the one before. When the pattern itself is what costs
 time, an exchange for one microbatch gains nothing; the same exchange for all of them (or from one on, or for every
@@ -72,7 +72,7 @@ def exchange(
 
 
 @compiled
-def rhythm_search(
+def periodic_search(
     rows: Ints,
     rank_of: Ints,
     cost: Ints,

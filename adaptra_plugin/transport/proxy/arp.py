@@ -38,7 +38,7 @@ class Unanswerable(Exception):
     """This kernel, or what confines the process, does not tell."""
 
 
-class Way:
+class ArpQuery:
     """Finds the way from `source` on `interface` to `target`, and looks until it is known. Never raises.
 
     What this kernel does not tell counts as known, and so do link-local addresses, which may need no such answer.

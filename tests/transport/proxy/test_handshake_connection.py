@@ -10,8 +10,8 @@ import pytest
 
 from adaptra_plugin.transport import Address
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
+from adaptra_plugin.transport.proxy.handshake_connection import Acceptor, Connector
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.meeting import Dialer, Listener
 
 SECRET, SETTINGS = b"a secret of the tests, 32 bytes.", Settings(2, 1 << 20)
 CLAIM = Claim(1, 1, 0, Purpose.TCP, 0)
@@ -35,7 +35,7 @@ def run(loop, condition, patience_s=10.0):
 
 def dial(loop, address, source=None, failed=None):
     nobody = lambda *found: pytest.fail("nobody listens there")  # noqa: E731
-    return Dialer(loop, address, CLAIM, SECRET, SETTINGS, 5.0, source, nobody, nobody, failed)
+    return Connector(loop, address, CLAIM, SECRET, SETTINGS, 5.0, source, nobody, nobody, failed)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_a_connection_that_fails_while_it_is_taken_is_refused_and_the_next_one_i
 
     server = socket.create_server(("127.0.0.1", 0))
     server.setblocking(False)
-    listener = Listener(loop, server, SECRET, 0, SETTINGS, 5.0, lambda *found: None, tls=Broken())
+    acceptor = Acceptor(loop, server, SECRET, 0, SETTINGS, 5.0, lambda *found: None, tls=Broken())
     for count in (1, 2):
         with socket.create_connection(server.getsockname()):
-            run(loop, lambda count=count: listener.refused == count)
+            run(loop, lambda count=count: acceptor.refused == count)
     assert caplog.text.count("it could not be taken (Connection reset by peer)") == 2
-    listener.close()
+    acceptor.close()
