@@ -84,16 +84,17 @@ class Rendezvous:
         self, topology: Topology, host: str, endpoint_info: EndpointInfo
     ) -> dict[int, tuple[PeerInfo, EndpointInfo]]:
         """Publishes how this rank's endpoint is reached and returns the same of all ranks. Call `secret` before:
-        a card says that its rank has read it, and with all of them there, rank 0 takes the secret out of the store.
+        an endpoint info says that its rank has read the secret, and with all of them there, rank 0 takes the secret out of the store.
 
         Raises:
-            TransportError: a rank did not publish its card within the deadline, has failed to start, or published nonsense.
+            TransportError: a rank did not publish its endpoint info within the deadline, has failed to start, or published nonsense.
         """
         self._store.set(
-            self._key(f"card/{topology.rank}"), json.dumps({"host": host, "endpoint_info": endpoint_info.to_text()})
+            self._key(f"endpoint_info/{topology.rank}"),
+            json.dumps({"host": host, "endpoint_info": endpoint_info.to_text()}),
         )
         peers = {}
-        for rank, text in self._collect(lambda rank: f"card/{rank}", range(topology.world_size)).items():
+        for rank, text in self._collect(lambda rank: f"endpoint_info/{rank}", range(topology.world_size)).items():
             data = json.loads(text)
             info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
             try:
