@@ -37,6 +37,7 @@ setup(
         "plots": ["matplotlib>=3.7"],
         "exact": ["ortools>=9.10"],  # CP-SAT, the exact planner
         "fast": ["numba>=0.60"],  # compiled simulator
+        "docs": ["mkdocs>=1.6,<2"],  # `make docs`
         # the hosts and tools that the tests run against, pinned
         "dev": [
             "torch==2.13.0",
@@ -53,6 +54,7 @@ setup(
             "hypothesis==6.170.15",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "mkdocs==1.6.1",
         ],
     },
     entry_points={
