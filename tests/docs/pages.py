@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
+@cache
 def load(path: Path) -> ModuleType:
     """A script of `docs/`, which is no package."""
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
