@@ -11,6 +11,8 @@ from tests.install.environments import commands
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md")
+MADE = ("site/", ".cache/", "adaptra/")
+"""How names begin that are no files of the repository: folders that commands make, names in W&B."""
 PAGES = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -55,6 +57,23 @@ def test_modules_and_scripts_that_the_pages_name_exist():
     for name in modules:
         path = name.replace("adaptra_plugin.launch", "launch").replace(".", "/")
         assert (ROOT / f"{path}.py").is_file(), name
+
+
+def test_files_that_the_pages_name_exist():
+    inside = [
+        ROOT / folder
+        for folder in ("", *(f"adaptra_plugin/{name}" for name in ("", "schedule", "transport", "transport/proxy")))
+    ]
+    named = {name for path in PAGES for name in re.findall(r"`([\w.]+/[\w./*]*)`", path.read_text())}
+    named = {name for name in named if not name.startswith(MADE) and "NAME" not in name}
+    assert {"schedule/analysis.py", "rails/rdma", "docs/generate.py"} <= named
+    found = {
+        name
+        for name in named
+        for folder in inside
+        if any(folder.glob(name.rstrip("/"))) or any(folder.glob(f"{name}.py"))
+    }
+    assert named - found == set()
 
 
 def test_readme_installs_each_host_from_a_checkout():
