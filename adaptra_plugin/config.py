@@ -321,7 +321,7 @@ class AdaptraConfig(_Block):
     enabled: bool = True
     """Off: the host behaves exactly as without the plug-in."""
     schedule: Literal["slack-adaptive", "1f1b", "zb-h1"] = "slack-adaptive"
-    """Which schedule to run. Only `slack-adaptive` replans."""
+    """Which schedule to run; only `slack-adaptive` replans."""
     split_backward: bool = True
     """Run the backward of linear layers in two parts (input first, weights when there is time)."""
     max_activations: int | tuple[int, ...] | None = None
