@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,12 @@ def headings(path: Path) -> set[str]:
 
 
 def test_commands_that_the_pages_name_are_targets_of_make():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {
-        name
-        for path in PAGES
-        for name in re.findall(r"(?:^ {4}|`|\| |> )make ([\w-]+)", path.read_text(), re.MULTILINE)
-    }
+    command = re.compile(r"(?:^ {4}|`|\| |> )make ([\w-]+)", re.MULTILINE)
+    named = {name for path in PAGES for name in command.findall(path.read_text())}
     assert {"demo", "test", "docs", "test-wheel", "test-rdma", "lint", "install"} <= named
-    assert named <= targets
+    for name in named:
+        done = subprocess.run(["make", "--dry-run", name], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
 
 
 def test_modules_and_scripts_that_the_pages_name_exist():
