@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
-.PHONY: install demo test test-wheel test-rdma lint benchmarks clean
+.PHONY: install demo test test-wheel test-rdma lint benchmarks clean docs
 
 install: $(VENV)/.installed
 
@@ -36,4 +36,8 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache demo-out build *.egg-info
+	rm -rf $(VENV) .cache demo-out site build *.egg-info
+
+# the pages of docs/ into site/; a broken link is an error
+docs: install
+	$(BIN)/mkdocs build --strict

@@ -37,6 +37,7 @@ setup(
         "plots": ["matplotlib>=3.7"],
         "exact": ["ortools>=9.10"],  # CP-SAT, the exact planner
         "fast": ["numba>=0.60"],  # compiled simulator
+        "docs": ["mkdocs>=1.6,<2"],  # `make docs`
         # the hosts and tools that the tests run against, pinned
         "dev": [
             "torch==2.13.0",
@@ -47,6 +48,7 @@ setup(
             "ortools==9.15.6755",
             "numba==0.68.1",
             "ninja==1.13.2",
+            "mkdocs==1.6.1",
             "psutil==7.2.2",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
 """What `make install` installs first, and for the same reason."""
-COMMAND = re.compile(r'^ {4}(pip install torch (\S+) && pip install "adaptra-plugin\[\S+\]")$', re.MULTILINE)
+COMMAND = re.compile(r'^ {4}(pip install torch (\S+) && pip install "\.\[\S+\]")$', re.MULTILINE)
 
 
 def commands() -> dict[str, str]:
