@@ -1,20 +1,34 @@
-"""Installs `adaptra_plugin`; `patches/` and `launch/` become its subpackages."""
+"""Installs `adaptra_plugin`. Its packages `patches` and `launch` are links to the folders beside it."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
-
-HERE_PACKAGES = find_packages(include=["adaptra_plugin", "adaptra_plugin.*"])
 
 setup(
     name="adaptra-plugin",
     version="0.1.0",
     description="Slack-adaptive pipeline schedules and delegated p2p for DeepSpeed and Megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=[*HERE_PACKAGES, "adaptra_plugin.patches", "adaptra_plugin.launch"],
-    package_dir={
-        "adaptra_plugin": "adaptra_plugin",
-        "adaptra_plugin.patches": "patches",
-        "adaptra_plugin.launch": "launch",
-    },
+    packages=find_packages(include=["adaptra_plugin", "adaptra_plugin.*"]),
+    package_data={"adaptra_plugin": ["py.typed"]},
     install_requires=[
         "torch>=2.4",
         "pydantic>=2.5",  # the typed configuration
