@@ -6,6 +6,7 @@ a host's gate once the import of that host has finished, and does nothing else. 
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -14,37 +15,19 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-DEEPSPEED = "deepspeed"
-MEGATRON = "megatron.core.pipeline_parallel.schedules"
-HOSTS = (DEEPSPEED, MEGATRON)
+from adaptra_plugin import _activation
+
+GATES = {
+    "deepspeed": "adaptra_plugin.patches.deepspeed_gate",
+    "megatron.core.pipeline_parallel.schedules": "adaptra_plugin.patches.megatron_gate",
+}
 """The modules whose import opens a gate."""
-CONFIGURATION = "ADAPTRA_CONFIG"
-"""Variable with the path of a configuration, for hosts that have none of their own."""
+ON_REQUEST = ("megatron.core.pipeline_parallel.schedules",)
+"""Hosts without a configuration in which the block could be absent."""
 logger = logging.getLogger("adaptra")
-
-
-def _at_start() -> tuple[str, Path] | None:
-    given = os.environ.get(CONFIGURATION)
-    try:
-        return (given, Path(given).absolute()) if given else None
-    except OSError:  # there is no working directory
-        return None
-
-
-_given = _at_start()
-
-
-def configuration() -> Path | None:
-    """The file that `ADAPTRA_CONFIG` names. A relative path begins where the process began, whatever the working directory is
-    now; one that the script has set, where the process is."""
-    given = os.environ.get(CONFIGURATION)
-    if not given:
-        return None
-    return _given[1] if _given is not None and given == _given[0] else Path(given)
 
 
 def register() -> None:
@@ -59,7 +42,7 @@ def register() -> None:
 
 def install() -> None:
     """Opens the gates of the hosts that are, and of each other one when it is, fully imported."""
-    for host in HOSTS:
+    for host in GATES:
         if not hook(host):
             _ready(host)
 
@@ -78,9 +61,11 @@ def hook(host: str) -> bool:
 
 
 def uninstall() -> None:
-    """Removes the hooks, if there are any."""
-    for host in HOSTS:
+    """Removes the hooks, and closes the gates that are open."""
+    for host, name in GATES.items():
         _done_with(host)
+        if (gate := sys.modules.get(name)) is not None:
+            gate.close()
 
 
 def _wait_for(host: str) -> None:
@@ -106,11 +91,10 @@ def _initializing(module: ModuleType) -> bool:
 
 
 def _ready(host: str) -> None:
-    from adaptra_plugin import _activation
-
     _done_with(host)
     try:
-        _activation.open_gate(host)
+        if host not in ON_REQUEST or _activation.asked():
+            importlib.import_module(GATES[host]).install()
     except Exception:
         if _activation.asked():
             raise  # by `activate`, or with a configuration in the environment: to train without it would be no answer

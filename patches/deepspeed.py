@@ -24,7 +24,6 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import deepspeed_foreign as foreign
 from adaptra_plugin.patches import deepspeed_support as support
-from adaptra_plugin.patches.deepspeed_gate import effective_config
 from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
@@ -137,7 +136,7 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = effective_config(self._config._param_dict)
+        config = support.effective_config(self._config._param_dict)
         if not (self.is_pipe_parallel and config.enabled):
             return  # one stage has nothing to schedule and nothing to send
         support.check_engine(self)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adaptra_plugin import _activation
+from adaptra_plugin import _activation, activate
 from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.patches.registry import PATCHES, Patch
 
@@ -92,7 +92,7 @@ class _Activate(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, values)
         if values:
-            _activation.activate(str(values))
+            activate(str(values))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
