@@ -67,6 +67,7 @@ setup(
             "hypothesis==6.170.15",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "import-linter==2.17",  # layers and circles of imports, see pyproject.toml
         ],
     },
     entry_points={
