@@ -1,8 +1,13 @@
 """Installs `adaptra_plugin`. Its packages `patches` and `launch` are links to the folders beside it."""
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from adaptra_plugin.patches.hosts import HOSTS
 
 setup(
     name="adaptra-plugin",
@@ -39,8 +44,7 @@ setup(
         "rich>=13",  # tables and progress of the command line and the demo
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.16,<0.20"],
-        "megatron": ["megatron-core>=0.14,<0.20"],
+        **{host.name: [f"{host.distribution}{host.versions}"] for host in HOSTS.values()},
         "rdma": [
             "pyverbs"
         ],  # must match rdma-core; better from the system (Debian: python3-pyverbs), where it is found too

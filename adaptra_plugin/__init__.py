@@ -54,13 +54,19 @@ def deactivate() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is active: patches (applied, bound per call, or skipped, each with the reason) and one entry per running session."""
+    """What is active.
+
+    `hosts`: name, installed and supported versions, whether the gate is open. `patches`: applied, bound per call, or skipped, each
+    with the reason. `sessions`: one entry per running session.
+    """
     from adaptra_plugin import _activation
+    from adaptra_plugin.patches.hosts import HOSTS
 
     registry = sys.modules.get("adaptra_plugin.patches.registry")
     sessions = _activation.sessions()
     return {
         "active": bool(sessions),
+        "hosts": [host.status() for host in HOSTS.values()],
         "patches": registry.PATCHES.describe() if registry is not None else [],
         "sessions": sessions,
     }

@@ -6,7 +6,6 @@ a host's gate once the import of that host has finished, and does nothing else. 
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -19,14 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from adaptra_plugin import _activation
+from adaptra_plugin.patches.hosts import HOSTS
 
-GATES = {
-    "deepspeed": "adaptra_plugin.patches.deepspeed_gate",
-    "megatron.core.pipeline_parallel.schedules": "adaptra_plugin.patches.megatron_gate",
-}
-"""The modules whose import opens a gate."""
-ON_REQUEST = ("megatron.core.pipeline_parallel.schedules",)
-"""Hosts without a configuration in which the block could be absent."""
 logger = logging.getLogger("adaptra")
 
 
@@ -42,16 +35,16 @@ def register() -> None:
 
 def install() -> None:
     """Opens the gates of the hosts that are, and of each other one when it is, fully imported."""
-    for host in GATES:
-        if not hook(host):
-            _ready(host)
+    for host in HOSTS.values():
+        if not _hook(host.entry):
+            _ready(host.entry)
 
 
-def hook(host: str) -> bool:
-    """Has a host's gate opened when the host is fully imported; False if it is already."""
-    module = sys.modules.get(host)
+def _hook(entry: str) -> bool:
+    """Has a host's gate opened when the module `entry` is fully imported; False if it is already."""
+    module = sys.modules.get(entry)
     if module is None:
-        _wait_for(host)
+        _wait_for(entry)
     elif _initializing(module):
         # `import deepspeed` itself imports torch: its own import is under way, and cannot be hooked any more
         module.__class__ = _Unfinished
@@ -62,26 +55,26 @@ def hook(host: str) -> bool:
 
 def uninstall() -> None:
     """Removes the hooks, and closes the gates that are open."""
-    for host, name in GATES.items():
-        _done_with(host)
-        if (gate := sys.modules.get(name)) is not None:
+    for host in HOSTS.values():
+        _done_with(host.entry)
+        if (gate := host.loaded_gate()) is not None:
             gate.close()
 
 
-def _wait_for(host: str) -> None:
+def _wait_for(entry: str) -> None:
     finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if finder is None:
         finder = _Finder()
         sys.meta_path.insert(0, finder)
-    finder.hosts.add(host)
+    finder.entries.add(entry)
 
 
-def _done_with(host: str) -> None:
+def _done_with(entry: str) -> None:
     for finder in [finder for finder in sys.meta_path if isinstance(finder, _Finder)]:
-        finder.hosts.discard(host)
-        if not finder.hosts:
+        finder.entries.discard(entry)
+        if not finder.entries:
             sys.meta_path.remove(finder)
-    module = sys.modules.get(host)
+    module = sys.modules.get(entry)
     if isinstance(module, _Unfinished):
         module.__class__ = ModuleType  # type: ignore[assignment]
 
@@ -90,11 +83,12 @@ def _initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-def _ready(host: str) -> None:
-    _done_with(host)
+def _ready(entry: str) -> None:
+    _done_with(entry)
     try:
-        if host not in ON_REQUEST or _activation.asked():
-            importlib.import_module(GATES[host]).install()
+        for host in HOSTS.values():
+            if host.entry == entry and (_activation.asked() or not host.on_request):
+                host.load_gate().install()
     except Exception:
         if _activation.asked():
             raise  # by `activate`, or with a configuration in the environment: to train without it would be no answer
@@ -120,13 +114,13 @@ class _Finder(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self) -> None:
-        self.hosts: set[str] = set()
+        self.entries: set[str] = set()
         self._asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.hosts or getattr(self._asking, "others", False):
+        if fullname not in self.entries or getattr(self._asking, "others", False):
             return None
         self._asking.others = True  # the look-up below asks every finder, this one too
         try:
@@ -141,9 +135,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _Loader(importlib.abc.Loader):
     """The host's loader, plus `_ready` at the end."""
 
-    def __init__(self, inner: Any, host: str) -> None:
+    def __init__(self, inner: Any, entry: str) -> None:
         self._inner = inner
-        self._host = host
+        self._entry = entry
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)  # who has only looked the host up may ask for its path or its source
@@ -155,4 +149,4 @@ class _Loader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
-        _ready(self._host)
+        _ready(self._entry)

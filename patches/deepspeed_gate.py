@@ -54,6 +54,10 @@ def close() -> None:
     PATCHES.restore(GATE_ID)
 
 
+def is_open() -> bool:
+    return PATCHES.is_applied(GATE_ID)
+
+
 def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def initialize(*args: Any, **kwargs: Any) -> Any:
