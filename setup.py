@@ -1,20 +1,39 @@
-"""Installs `adaptra_plugin`; `patches/` and `launch/` become its subpackages."""
+"""Installs `adaptra_plugin`. Its packages `patches` and `launch` are links to the folders beside it."""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
-HERE_PACKAGES = find_packages(include=["adaptra_plugin", "adaptra_plugin.*"])
+sys.path.insert(0, str(Path(__file__).parent))
+
+from adaptra_plugin.patches.hosts import HOSTS
 
 setup(
     name="adaptra-plugin",
     version="0.1.0",
     description="Slack-adaptive pipeline schedules and delegated p2p for DeepSpeed and Megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=[*HERE_PACKAGES, "adaptra_plugin.patches", "adaptra_plugin.launch"],
-    package_dir={
-        "adaptra_plugin": "adaptra_plugin",
-        "adaptra_plugin.patches": "patches",
-        "adaptra_plugin.launch": "launch",
-    },
+    packages=find_packages(include=["adaptra_plugin", "adaptra_plugin.*"]),
+    package_data={"adaptra_plugin": ["py.typed"]},
     install_requires=[
         "torch>=2.4",
         "pydantic>=2.5",  # the typed configuration
@@ -25,8 +44,7 @@ setup(
         "rich>=13",  # tables and progress of the command line and the demo
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.16,<0.20"],
-        "megatron": ["megatron-core>=0.14,<0.20"],
+        **{host.name: [f"{host.distribution}{host.versions}"] for host in HOSTS.values()},
         "rdma": [
             "pyverbs"
         ],  # must match rdma-core; better from the system (Debian: python3-pyverbs), where it is found too
@@ -55,6 +73,7 @@ setup(
             "hypothesis==6.170.15",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "import-linter==2.17",  # layers and circles of imports, see pyproject.toml
         ],
     },
     entry_points={

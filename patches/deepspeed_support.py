@@ -1,10 +1,13 @@
-"""What DeepSpeed jobs Adaptra refuses, each with a reason and a remedy. Checked before and after the engine is built."""
+"""The "adaptra" block of a DeepSpeed job, and what DeepSpeed jobs Adaptra refuses, each with a reason and a remedy. Checked before
+and after the engine is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adaptra_plugin import _activation
+from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.errors import UnsupportedError
 
 Check = tuple[Callable[[Mapping[str, Any]], bool], str, str]
@@ -101,6 +104,15 @@ REFUSED: tuple[Check, ...] = (
     ),
 )
 """(predicate on DeepSpeed's configuration, reason, remedy)."""
+
+
+def effective_config(host_config: Mapping[str, Any]) -> AdaptraConfig:
+    """The `"adaptra"` block of DeepSpeed's configuration, or the one given to `activate`.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    return parse_config(host_config["adaptra"] if "adaptra" in host_config else _activation.default_block())
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import distributed
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.host import holds_collectives
 from adaptra_plugin.transport import PeerInfo
 
 STUCK_S = 0.5
@@ -30,9 +31,7 @@ _LOOK_S = 0.05
 _MAX_WHY = 500
 ENDED = "it has ended and closed its connections"
 
-_COLLECTIVES = re.compile(
-    r"torch/distributed/(distributed_c10d|c10d_logger|_functional_collectives)\.py|deepspeed/comm/"
-)
+_COLLECTIVES = re.compile(r"torch/distributed/(distributed_c10d|c10d_logger|_functional_collectives)\.py")
 _COLLECTIVE_TEXT = re.compile(r"gloo/|NCCL error|nccl\w+Error|RCCL error|ProcessGroup(NCCL|Gloo|UCC|MPI)|c10d::")
 
 
@@ -54,7 +53,8 @@ def is_foreign(error: BaseException) -> bool:
 def _in_collective(error: BaseException) -> bool:
     """Whether a collective of the host has raised it, by the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _COLLECTIVES.search(frames[-1].filename) is not None
+    file = frames[-1].filename if frames else ""
+    return _COLLECTIVES.search(file) is not None or holds_collectives(file)
 
 
 def reason(error: BaseException) -> str:

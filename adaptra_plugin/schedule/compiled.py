@@ -58,7 +58,7 @@ def compiled(kernel: Kernel) -> Kernel:
     """The kernel, compiled on first use and kept on disk where there is room; unchanged without numba."""
     if numba is None:
         return kernel
-    made = _kept(kernel) if keeper().folder is not None else numba.njit(kernel)
+    made: Kernel = _kept(kernel) if keeper().folder is not None else numba.njit(kernel)
     if made is not kernel:  # as it is with NUMBA_DISABLE_JIT
         KERNELS.append(made)
     return made

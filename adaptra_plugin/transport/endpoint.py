@@ -21,16 +21,15 @@ from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, RECORD, Op
 from adaptra_plugin.transport.channel import Channel, Link
 from adaptra_plugin.transport.control import ControlStream, encode_control
 from adaptra_plugin.transport.event_pump import EventPump
-from adaptra_plugin.transport.lanes import BackpressureDrainer, Shared
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import growth_limit
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
 from adaptra_plugin.transport.ring import WINDOW_BYTES
+from adaptra_plugin.transport.shared import BackpressureDrainer, Fate, Loss, Shared
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.staging import Copier, Device
 from adaptra_plugin.transport.types import PROTOCOL, Address, EndpointInfo, PeerInfo
-from adaptra_plugin.transport.works import Fate, Loss
 
 MIN_SECRET_BYTES = 16
 REMIND_S = 10.0

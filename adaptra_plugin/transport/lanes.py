@@ -8,109 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.memory import MIB, Memory
 from adaptra_plugin.transport.pauses import Pauses
-from adaptra_plugin.transport.ring import Memory, Outgoing, RingAllocator
-from adaptra_plugin.transport.shared import BackpressureDrainer, Counters, Shared
+from adaptra_plugin.transport.ring import Outgoing, RingAllocator
+from adaptra_plugin.transport.shared import Loss, Shared
 from adaptra_plugin.transport.staging import PART_SEGMENTS, Block, Piece, blocks, stage
-from adaptra_plugin.transport.tensors import Assembly, BadLayout, Spec, describe, understand
+from adaptra_plugin.transport.tensors import Assembly, BadLayout, describe, understand
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
-from adaptra_plugin.transport.works import Loss, RecvWork, SendWork
+from adaptra_plugin.transport.works import Arrived, RecvWork, SendWork, Source
 
-MIB = 1 << 20
 DRAIN_FROM = 64 << 10
 """Before a message of so many bytes is staged, the books are brought up to date, which costs a system call: an empty ring
 is filled from its start again, where it is in the caches."""
-
-
-@dataclass(slots=True)
-class Arrived:
-    """A message, or a part of one, in the receive ring, or in the peer's ring."""
-
-    position: int
-    total: int
-    memory: Memory
-    payload_at: int
-    specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
-    header: Header
-    delay_ms: float
-    came_s: float = 0.0
-    work: RecvWork | None = None  # the receive that it belongs to, once that is posted
-
-    @property
-    def at(self) -> int:
-        return self.header.at
-
-    @property
-    def nbytes(self) -> int:
-        return self.header.payload_bytes
-
-    @property
-    def is_last(self) -> bool:
-        return not self.header.rest
-
-    @property
-    def tag(self) -> int:
-        return self.header.tag
-
-
-class Lane(ABC):
-    def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
-        self.peer = peer
-        self.direction = direction
-        self.index = index
-        self.memory = memory
-        self.config = shared.config
-        self.fate = shared.fate
-        self.pump = shared.pump
-        self.slabs = shared.slabs
-        self.copier = shared.copier
-        self.clock = shared.clock
-        self.deadline_s = self.config.deadline_s
-        self.capacity = memory.memfd.capacity
-        self.limit = min(self.capacity, self.config.max_message_mib * MIB)
-        self.counters = Counters()
-        self.loss: Loss | None = None
-        self.drainer = BackpressureDrainer()
-        self._lock = threading.Lock()
-
-    def _post(self, op: Op, position: int = 0, total: int = 0, value: float = 0.0, after: int = 0) -> None:
-        self.pump.post(op, self.peer.rank, self.direction, self.index, position, total, value, after)
-
-    @abstractmethod
-    def situation(self) -> str:
-        """What waits in the lane, in words for an error."""
-
-    @abstractmethod
-    def abort(self, loss: Loss) -> None:
-        """Fails what waits; `EventPump.wake` has to follow."""
-
-    def close(self) -> None:
-        self.memory.close()
-
-    def stats(self) -> dict[str, Any]:
-        """Counters as plain numbers."""
-        c = self.counters
-        return {
-            "messages": c.messages,
-            "bytes": c.bytes,
-            "blocked_ms": c.blocked_ms,
-            "full": c.full,
-            "drained_early": c.drained_early,
-        }
 
 
 class SendLane(Lane):
@@ -308,7 +228,7 @@ class SendLane(Lane):
         self.loss = self.loss or loss
 
 
-class RecvLane(Lane):
+class RecvLane(Source):
     """Messages that have arrived, and receives that wait for one. `memory` is the receive ring."""
 
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:

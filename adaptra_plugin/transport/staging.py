@@ -32,7 +32,7 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import told
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.tensors import aligned, as_bytes, overlaps
 
 PART_SEGMENTS = 4

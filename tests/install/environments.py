@@ -85,9 +85,10 @@ def build_wheel(folder: Path) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
+        path = ROOT / name
+        if path.is_file() or path.is_symlink():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name)
+            shutil.copy2(path, source / name, follow_symlinks=False)
     _python(source, "setup.py", "-q", "sdist", "--dist-dir", str(folder))
     (archive,) = folder.glob("*.tar.gz")
     _python(folder, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-deps", str(archive))

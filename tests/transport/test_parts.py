@@ -15,8 +15,8 @@ from adaptra_plugin.errors import PeerLostError, TransportError
 from adaptra_plugin.transport import Direction
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.shared import Loss
 from adaptra_plugin.transport.tensors import describe
-from adaptra_plugin.transport.works import Loss
 from tests.transport.fake_device import THERE, FakeDevice, channels, pair
 from tests.transport.support import activation, gradient, heard, until
 

@@ -18,7 +18,7 @@ from adaptra_plugin.errors import TransportError
 from adaptra_plugin.report.worker import Worker
 from adaptra_plugin.transport import spawn
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.slabs import Slabs
 
 from .support import activation, config, endpoint, line
