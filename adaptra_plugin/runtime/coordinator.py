@@ -17,7 +17,6 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport, overview
 from adaptra_plugin.errors import PlanError, TransportError
 from adaptra_plugin.report import StragglerEvent
-from adaptra_plugin.runtime.events import finding_event, part_event, subject
 from adaptra_plugin.runtime.merging import merge_profiles
 from adaptra_plugin.runtime.messages import answer_from, report_from
 from adaptra_plugin.runtime.parts import Parts
@@ -357,7 +356,7 @@ class Coordinator:
             self._verdict(commit=True)
             self._last_first = vote.first_iteration
             self._committed = (vote.profile, vote.plan)
-            reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or vote.reason
+            reason = ", ".join(sorted({f"{it.kind} {it.name} {it.state}" for it in vote.findings})) or vote.reason
             with self._parts.guard("report of plans", "the plan runs all the same"):
                 self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
             warmups = " ".join(map(str, vote.plan.warmup))
@@ -405,11 +404,24 @@ class Coordinator:
     ) -> None:
         version = self._version if version is None else version
         for finding in findings:
+            ranks = [self._topology.pipelines[finding.replica][position] for position in finding.stages]
             with self._parts.guard("report of events", "one is not reported"):
                 self._on_event(
-                    finding_event(finding, self._topology, self._hosts, action, before_ms, after_ms, version)
+                    StragglerEvent.of_finding(
+                        finding,
+                        ranks,
+                        self._hosts,
+                        action=action,
+                        plan_version=version,
+                        before_ms=before_ms,
+                        after_ms=after_ms,
+                    )
                 )
 
     def _part_event(self, part: str, state: Any, text: str) -> None:
-        iteration = max(self._complete, 0)
-        self._on_event(part_event(part, state, text, iteration, self._version, self._topology.rank, self._hosts))
+        rank, iteration = self._topology.rank, max(self._complete, 0)
+        self._on_event(
+            StragglerEvent.of_part(
+                part, state, rank, self._hosts[rank], iteration=iteration, action=text, plan_version=self._version
+            )
+        )

@@ -27,7 +27,7 @@ from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.losses import COORDINATOR, Losses
 from adaptra_plugin.runtime.messages import proposal_from, verdict_from, version_from
 from adaptra_plugin.runtime.plans import PlanBook
-from adaptra_plugin.runtime.rails import RailWatch, event_from
+from adaptra_plugin.runtime.rails import RailWatch
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
@@ -310,7 +310,7 @@ class Session:
             if self._coordinator is not None:
                 self._coordinator.post(sender, message)
         elif kind == "rail":
-            self._event(event_from(message.get("event")))
+            self._event(StragglerEvent.from_json(message.get("event")))
         elif kind == "show" and sender == COORDINATOR:
             self._show(message)
         elif kind in ("lost", "departed"):
@@ -338,7 +338,7 @@ class Session:
     def _show(self, message: dict[str, Any]) -> None:
         """What the coordinator reports, for the W&B run that this rank owns."""
         if "event" in message:
-            self._reporter.show_event(event_from(message["event"]))
+            self._reporter.show_event(StragglerEvent.from_json(message["event"]))
         else:
             self._reporter.show_pipeline(message["pipeline"])
             self._shown = int(message["pipeline"]["iteration"])
@@ -385,27 +385,17 @@ class Session:
             logger.exception("rail %s of %s is %s (%s), which cannot be reported", rail, peer, state, why)
             return
         if event is not None:
-            self._send(COORDINATOR, {"type": "rail", "event": event})
+            self._send(COORDINATOR, {"type": "rail", "event": event.to_json()})
 
     def _report_loss(self, peer: PeerInfo, why: str) -> None:
         self._reporter.event(
-            StragglerEvent(
-                time_unix=time.time(),
-                kind="peer",
-                state="lost",
+            StragglerEvent.of_peer(
+                peer.stage,
+                peer.rank,
+                peer.host,
                 replica=self.topology.place(peer.rank)[0],
-                link=None,
-                stages=(peer.stage,),
-                ranks=(peer.rank,),
-                hosts=(peer.host,),
-                since_iteration=self._iteration,
-                found_iteration=self._iteration,
-                delay_before_ms=0.0,
-                delay_after_ms=0.0,
+                iteration=self._iteration,
                 action=f"this rank ends: {why}",
-                predicted_iteration_ms_before=None,
-                predicted_iteration_ms_after=None,
-                predicted_gain=None,
                 plan_version=self._book.version,
             )
         )
