@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report.event import StragglerEvent
+from adaptra_plugin.report.sink import Sink
 from adaptra_plugin.report.wandb_feed import MAX_EVENTS, MAX_WAITING, Feed, HostFeed, OwnFeed
 from adaptra_plugin.report.wandb_own import OwnRun
 from adaptra_plugin.report.wandb_rows import flatten
@@ -33,7 +34,7 @@ _NONE_YET = object()
 Record = Mapping[str, Any] | StragglerEvent
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Feeds the host's W&B run, or one of its own; every W&B call happens on the sink's thread.
 
     A missing, failing or slow W&B is logged once and costs training nothing.
@@ -43,6 +44,7 @@ class WandbSink:
         self,
         config: ReportConfig,
         *,
+        overviews: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
         logger: logging.Logger | None = None,
         at_exit: Callable[[], object] | None = None,
@@ -50,12 +52,14 @@ class WandbSink:
         """
         Args:
             config: `wandb` must be `auto` (only a run that exists) or `on` (else open one).
+            overviews: metrics of the whole pipeline come, and take the place of this rank's own.
             at_exit: called at the exit of the process, before W&B ends its connection; it must `close` this sink in
                 the end, and may feed it before that. By default `close`.
             monotonic: seconds, for the intervals between alerts.
             logger: for the line about a failing W&B.
         """
         self._config = config
+        self._overviews = overviews
         self._directory = working_directory()
         self._at_exit = at_exit or self.close
         self._monotonic = monotonic
@@ -76,6 +80,10 @@ class WandbSink:
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Queues the metrics of an iteration: `iteration` is the axis, each entry of a list or mapping a series."""
+        if not self._overviews:
+            self._put(metrics)
+
+    def pipeline(self, metrics: Mapping[str, Any]) -> None:
         self._put(metrics)
 
     def event(self, event: StragglerEvent) -> None:
@@ -112,7 +120,7 @@ class WandbSink:
             feed, self._feed = self._feed, None
             if isinstance(feed, HostFeed):
                 self._left = feed.run
-                if "is finished" in str(error):  # W&B's words: the host has just done so
+                if getattr(feed.run, "_is_finished", False):  # the host has just done so: W&B refuses further calls
                     return
             self._failures += 1
             if self._failures == 1:
