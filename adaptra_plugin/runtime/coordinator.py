@@ -109,7 +109,7 @@ class Coordinator:
         self._limits = list(limits)
         self._clock = clock
         self._detector = Detector(config.detector, topology.length, wraparound=topology.chunks > 1)
-        self._estimator = Estimator(config.detector, topology.length, topology.chunks)
+        self._estimator = Estimator(self._detector, topology.chunks)
         self._reports: dict[int, dict[int, IterationReport | None]] = {}  # None: one that was refused
         self._heard: dict[int, int] = {}  # newest iteration that each rank has reported
         self._newest = 0
@@ -255,8 +255,9 @@ class Coordinator:
         with self._parts.guard("detection", "the iteration is passed over"):
             for pipeline in self._topology.pipelines:
                 reports = [report for rank in pipeline if (report := together[rank]) is not None]
-                self._owed += self._detector.observe(reports)
-                self._estimator.observe(reports)
+                findings = self._detector.observe(reports)
+                self._owed += findings
+                self._estimator.observe(reports, findings)
         if self._parts.failures("detection") >= MOST_FAILURES:
             self._give_up("detection")
         elif self._vote is None and found:
