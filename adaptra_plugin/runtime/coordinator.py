@@ -22,6 +22,7 @@ from adaptra_plugin.runtime.messages import answer_from, report_from
 from adaptra_plugin.runtime.parts import Parts
 from adaptra_plugin.runtime.refining import Refiner, Refining, exact_refiner
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.names import SCHEDULES
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import Profile
@@ -296,7 +297,7 @@ class Coordinator:
             return "the profile is not complete yet"
         first_time, self._profiled = not self._profiled, True
         self._considered = iteration
-        if self._config.schedule != "slack-adaptive":
+        if not SCHEDULES[self._config.schedule].adapts:
             return f"schedule {self._config.schedule} does not adapt"
         profile = merge_profiles(known)
         running = self._newest_plan(microbatches)

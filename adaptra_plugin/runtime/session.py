@@ -32,7 +32,7 @@ from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
-from adaptra_plugin.schedule.names import ADAPTIVE
+from adaptra_plugin.schedule.names import SCHEDULES
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.prepare import prepare
 from adaptra_plugin.schedule.profile import Profile, StageProfile
@@ -97,7 +97,7 @@ class Session:
         self._throttle = ComputeThrottle(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
         _check_links(config, topology)
-        if config.schedule in ADAPTIVE:
+        if SCHEDULES[config.schedule].adapts:
             prepare()
         stages = tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
         unknown = Profile(microbatches=1, stages=stages, virtual_stages=topology.chunks)
