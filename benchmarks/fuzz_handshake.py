@@ -19,7 +19,7 @@ from adaptra_plugin.transport.proxy.wire import FrameKind, Header
 from benchmarks.fuzz_inputs import mutated
 
 SECRET = b"the secret that strangers lack.."
-CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.TCP, index=1)
+CLAIM = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.TCP, index=1)
 SETTINGS = Settings(connections=2, ring_bytes=1 << 20)
 
 
@@ -140,7 +140,7 @@ class _Entrance:
         self._bell.close()
 
 
-LOCAL = Claim(source=1, stage=1, target=0, purpose=Purpose.SHM, index=0)
+LOCAL = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.SHM, index=0)
 
 
 class ListenerCase:

@@ -122,7 +122,7 @@ class Detector:
         if any((report.replica, report.iteration) != (first.replica, first.iteration) for report in reports):
             pairs = sorted({(report.replica, report.iteration) for report in reports})
             raise ValueError(f"reports of one iteration and replica expected, got (replica, iteration) {pairs}")
-        stages = sorted(report.stage for report in reports)
+        stages = sorted(report.pp_rank for report in reports)
         if len(set(stages)) < len(stages) or not 0 <= stages[0] <= stages[-1] < self.ranks:
             raise ValueError(f"reports of stages {stages}: each of 0..{self.ranks - 1} may report once")
 
@@ -180,21 +180,21 @@ class Detector:
     def _observe_stages(self, state: _Replica, reports: Sequence[IterationReport]) -> list[Finding]:
         replica, iteration = reports[0].replica, reports[0].iteration
         for report in reports:
-            if report.stage not in state.stages:
-                state.stages[report.stage] = Monitor("stage", replica, (report.stage,), self.config)
-        readings = {report.stage: reading for report in reports if (reading := _readings(state, report))}
+            if report.pp_rank not in state.stages:
+                state.stages[report.pp_rank] = Monitor("stage", replica, (report.pp_rank,), self.config)
+        readings = {report.pp_rank: reading for report in reports if (reading := _readings(state, report))}
         work, measures = state.work.of(readings)
         typical = state.work.typical or work
         # two stages are compared with each other: their ratio has twice the spread of what each of them differs from the mean
         spreads = self.config.spread_factor * (2 if len(readings) == 2 else 1)
         findings = []
-        for report in sorted(reports, key=lambda report: report.stage):
-            measure = measures.get(report.stage, work)
+        for report in sorted(reports, key=lambda report: report.pp_rank):
+            measure = measures.get(report.pp_rank, work)
             slowdown = state.work.slowdown(measure)
             findings.append(
-                state.stages[report.stage].observe(
+                state.stages[report.pp_rank].observe(
                     iteration,
-                    {(report.stage, report.stage): report.times.total_ms / measure},
+                    {(report.pp_rank, report.pp_rank): report.times.total_ms / measure},
                     self._stage_margin(slowdown, spreads),
                     ease=max(1.0, typical / measure),
                     scale=measure,
@@ -211,8 +211,8 @@ class Detector:
 def _readings(state: _Replica, report: IterationReport) -> list[float]:
     """Time of a stage over its usual share of the work: the work of the iteration as this stage knows it. Two readings if it
     is slow: it is as slow as it was, or it heals in this very iteration."""
-    monitor, total = state.stages[report.stage], report.times.total_ms
-    key = (report.stage, report.stage)
+    monitor, total = state.stages[report.pp_rank], report.times.total_ms
+    key = (report.pp_rank, report.pp_rank)
     window, slow = monitor.baseline.get(key), monitor.current(key) if monitor.slow else None
     return [total / share for share in (window.median if window else None, slow) if share] if total > 0 else []
 

@@ -43,13 +43,15 @@ class Estimator:
         if wrong := [report.rank for report in reports if len(report.chunks) != self._chunks]:
             raise ValueError(f"the reports of ranks {wrong} do not have {self._chunks} model chunks")
         for report in reports:
-            recent = self._recent.setdefault((report.replica, report.stage), deque(maxlen=self._detector.config.window))
+            recent = self._recent.setdefault(
+                (report.replica, report.pp_rank), deque(maxlen=self._detector.config.window)
+            )
             if recent and _splits(recent[-1][1]) != _splits(report.chunks):
                 recent.clear()  # the backward is split now, or no longer is: parts of the two must not be mixed
             recent.append((report.iteration, report.chunks))
         for finding in findings:
             if finding.kind == "stage":
-                recent = self._recent[finding.replica, finding.stages[0]]
+                recent = self._recent[finding.replica, finding.pp_ranks[0]]
                 while recent and recent[0][0] < finding.since_iteration:
                     recent.popleft()
 

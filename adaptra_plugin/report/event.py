@@ -21,11 +21,11 @@ class StragglerEvent:
     replica: int
     """Pipeline replica (data-parallel index)."""
     link: str | None = None
-    """`2-3` for the link between stages 2 and 3."""
-    stages: tuple[int, ...] = ()
-    """Pipeline stages concerned; `ranks` and `hosts` are in the same order."""
+    """`2-3` for the link between positions 2 and 3."""
+    pp_ranks: tuple[int, ...] = ()
+    """Positions in the pipeline; `ranks` and `hosts` are in the same order."""
     ranks: tuple[int, ...]
-    """World ranks of the stages."""
+    """World ranks there."""
     hosts: tuple[str, ...]
     """Host names of the ranks."""
     since_iteration: int
@@ -78,7 +78,7 @@ class StragglerEvent:
             state=finding.state,
             replica=finding.replica,
             link=finding.name if finding.kind == "link" else None,
-            stages=finding.stages,
+            pp_ranks=finding.pp_ranks,
             ranks=tuple(ranks),
             hosts=tuple(hosts[rank] for rank in ranks),
             since_iteration=finding.since_iteration,
@@ -105,13 +105,13 @@ class StragglerEvent:
         plan_version: int,
     ) -> StragglerEvent:
         """A rail of a link is given up for a while, or used again. `ends`: (position, world rank, host) of both ends."""
-        stages, ranks, hosts = zip(*ends, strict=True)
+        pp_ranks, ranks, hosts = zip(*ends, strict=True)
         return cls(
             kind="rail",
             state=state,
             replica=replica,
-            link="-".join(map(str, stages)),
-            stages=stages,
+            link="-".join(map(str, pp_ranks)),
+            pp_ranks=pp_ranks,
             ranks=ranks,
             hosts=hosts,
             since_iteration=iteration,
@@ -123,14 +123,14 @@ class StragglerEvent:
 
     @classmethod
     def of_peer(
-        cls, stage: int, rank: int, host: str, *, replica: int, iteration: int, action: str, plan_version: int
+        cls, pp_rank: int, rank: int, host: str, *, replica: int, iteration: int, action: str, plan_version: int
     ) -> StragglerEvent:
         """The rank at a position of a replica is lost."""
         return cls(
             kind="peer",
             state="lost",
             replica=replica,
-            stages=(stage,),
+            pp_ranks=(pp_rank,),
             ranks=(rank,),
             hosts=(host,),
             since_iteration=iteration,
@@ -194,7 +194,7 @@ class StragglerEvent:
         if self.kind == "link":
             return f"link {self.link}"
         if self.kind == "stage":
-            return f"stage {', '.join(map(str, self.stages))}"
+            return f"stage {', '.join(map(str, self.pp_ranks))}"
         return f"peer {_ranks(self.ranks, ())}"
 
     def to_json(self) -> dict[str, Any]:

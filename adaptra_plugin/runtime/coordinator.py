@@ -406,7 +406,7 @@ class Coordinator:
     ) -> None:
         version = self._version if version is None else version
         for finding in findings:
-            ranks = [self._topology.pipelines[finding.replica][position] for position in finding.stages]
+            ranks = [self._topology.pipelines[finding.replica][position] for position in finding.pp_ranks]
             with self._parts.guard("report of events", "one is not reported"):
                 self._on_event(
                     StragglerEvent.of_finding(

@@ -40,9 +40,9 @@ class RailWatch:
         else:
             return None
         topology = self._topology
-        if peer.stage < topology.position:
+        if peer.pp_rank < topology.position:
             return None
-        ends = [(topology.position, topology.rank, self._host), (peer.stage, peer.rank, peer.host)]
+        ends = [(topology.position, topology.rank, self._host), (peer.pp_rank, peer.rank, peer.host)]
         return StragglerEvent.of_rail(
             rail,
             word,

@@ -95,7 +95,7 @@ class Rendezvous:
         peers = {}
         for rank, text in self._collect(lambda rank: f"card/{rank}", range(topology.world_size)).items():
             data = json.loads(text)
-            info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
+            info = PeerInfo(rank=rank, pp_rank=topology.place(rank)[1], host=str(data["host"]))
             try:
                 peers[rank] = (info, EndpointInfo.parse(str(data["endpoint_info"])))
             except TransportError as error:

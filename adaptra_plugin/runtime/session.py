@@ -79,7 +79,7 @@ class Session:
         self.queue = WeightGradStore()
         self._wandb_rank = wandb_rank
         self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
-        self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=socket.gethostname())
+        self._me = PeerInfo(rank=topology.rank, pp_rank=topology.position, host=socket.gethostname())
         self._losses = Losses(
             self._me,
             topology,
@@ -369,7 +369,7 @@ class Session:
     def _report_loss(self, peer: PeerInfo, why: str) -> None:
         self._reporter.event(
             StragglerEvent.of_peer(
-                peer.stage,
+                peer.pp_rank,
                 peer.rank,
                 peer.host,
                 replica=self.topology.place(peer.rank)[0],
@@ -423,7 +423,7 @@ class Session:
         return {
             "rank": self.topology.rank,
             "run": self.run,
-            "stage": self.topology.position,
+            "pp_rank": self.topology.position,
             "stages": self.topology.stages,
             "iteration": self._iteration,
             "plan_version": self._book.version,

@@ -137,7 +137,7 @@ class Endpoint:
         _live.add(self)
         self._tell(
             "start",
-            me={"rank": me.rank, "stage": me.stage, "host": me.host},
+            me={"rank": me.rank, "pp_rank": me.pp_rank, "host": me.host},
             config=config.model_dump(mode="json") | {"cpus": cpus, "spin_us": spin * 1e6},
             secret=secret.hex(),
             bind=host,
@@ -222,7 +222,7 @@ class Endpoint:
             peers=[
                 {
                     "rank": rank,
-                    "stage": info.stage,
+                    "pp_rank": info.pp_rank,
                     "host": info.host,
                     "endpoint_info": endpoint_info.to_text(),
                     "neighbour": rank in self._links,

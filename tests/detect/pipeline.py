@@ -48,7 +48,7 @@ class Pipeline:
         times = StageTimes(pace, pace, 0.8 * pace)
         return IterationReport(
             replica=self.replica,
-            stage=stage,
+            pp_rank=stage,
             rank=self.replica * self.stages + stage,
             host=f"n{stage}",
             iteration=iteration,

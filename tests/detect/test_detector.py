@@ -287,7 +287,7 @@ def test_a_missing_report_is_no_evidence() -> None:
     found = []
     for i in range(40):
         reports = pipeline.reports(i)
-        found += detector.observe([r for r in reports if not (r.stage >= 2 and 20 <= i < 25)])
+        found += detector.observe([r for r in reports if not (r.pp_rank >= 2 and 20 <= i < 25)])
     assert list(short(found)) == [("link", "2-3", "slow", 25, 26)]
     assert detector.observe([]) == []
 
@@ -305,7 +305,7 @@ def test_the_healthy_direction_alone_heals_nothing() -> None:
     detector = Detector(DetectorConfig(), 4)
     pipeline = Pipeline(only=1, extra=lambda link, i: 30.0 if link == 2 and i >= 20 else 0.0)
     for i in range(40):
-        detector.observe([report for report in pipeline.reports(i) if report.stage < 3 or i < 30])
+        detector.observe([report for report in pipeline.reports(i) if report.pp_rank < 3 or i < 30])
     assert [finding.name for finding in detector.slow()] == ["2-3"]
 
 

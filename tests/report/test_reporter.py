@@ -34,7 +34,7 @@ def test_records_carry_type_time_and_rank(tmp_path: Path, caplog: pytest.LogCapt
     got = records(tmp_path)
     assert [record["type"] for record in got] == ["iteration", "event", "event", "plan", "ring_full"]
     assert {(record["time"], record["rank"], record["run"]) for record in got} == {(12.5, 3, "r1")}
-    assert got[0]["bubble_ms"] == [1.0, 2.0] and got[1]["text"] == SLOW.sentence() and got[1]["stages"] == [2, 3]
+    assert got[0]["bubble_ms"] == [1.0, 2.0] and got[1]["text"] == SLOW.sentence() and got[1]["pp_ranks"] == [2, 3]
     assert report.files() == [str(tmp_path / "rank00003.jsonl")]
     lines = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [

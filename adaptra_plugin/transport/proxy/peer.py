@@ -220,7 +220,7 @@ class Peer:
         index = 0 if shm else int(name.removeprefix("tcp"))
         path = index % self._paths if self.near else 0
         claim = Claim(
-            self._owner.me.rank, self._owner.me.stage, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
+            self._owner.me.rank, self._owner.me.pp_rank, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
         )
         source = self._owner.endpoint_info.addresses[path].host if path else None
         settings = self._owner.settings

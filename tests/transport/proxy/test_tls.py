@@ -26,7 +26,7 @@ from benchmarks.fuzz_inputs import mutated
 from tests.transport.proxy import certificates
 
 SECRET = b"a secret of the tests, 32 bytes."
-CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.TCP, index=0)
+CLAIM = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.TCP, index=0)
 SETTINGS = Settings(connections=1, ring_bytes=1 << 20)
 MIB = 1 << 20
 

@@ -57,8 +57,8 @@ class Fault:
     def of_slow_link(cls, block: Mapping[str, Any]) -> Fault:
         return cls.of({**block, "kind": SLOW_LINK, "ms": block["latency_ms"]})
 
-    def concerns(self, stages: set[int], rail: Rail) -> bool:
-        return {self.src, self.dst} == stages and self.rail in ("any", rail.name, rail.kind.word)
+    def concerns(self, ends: set[int], rail: Rail) -> bool:
+        return {self.src, self.dst} == ends and self.rail in ("any", rail.name, rail.kind.word)
 
     def active(self, iteration: int, elapsed_s: float) -> bool:
         return (
@@ -74,29 +74,27 @@ class Faults:
 
     Args:
         simulate: the `simulate` block of the configuration: `links`, `faults`.
-        stage: of this rank.
+        pp_rank: position of this rank.
     """
 
-    def __init__(self, simulate: Mapping[str, Any], stage: int, loop: Clockwork) -> None:
+    def __init__(self, simulate: Mapping[str, Any], pp_rank: int, loop: Clockwork) -> None:
         self.iteration = 0
         self._loop = loop
-        self._stage = stage
+        self._pp_rank = pp_rank
         self._began = loop.clock()
         self._faults = [Fault.of_slow_link(block) for block in simulate.get("links") or ()]
         self._faults += [Fault.of(block) for block in simulate.get("faults") or ()]
         self._connections: Counter[tuple[int, str]] = Counter()
 
-    def wrap(self, rail: Rail, peer_stage: int) -> Rail:
+    def wrap(self, rail: Rail, peer: int) -> Rail:
         """A new connection to a peer, with what is configured for it; the rail itself if that is nothing."""
         found = [
-            (index, fault)
-            for index, fault in enumerate(self._faults)
-            if fault.concerns({self._stage, peer_stage}, rail)
+            (index, fault) for index, fault in enumerate(self._faults) if fault.concerns({self._pp_rank, peer}, rail)
         ]
         if not found:
             return rail
-        self._connections[peer_stage, rail.name] += 1
-        which = f"{self._stage} {peer_stage} {rail.name} {self._connections[peer_stage, rail.name]}"
+        self._connections[peer, rail.name] += 1
+        which = f"{self._pp_rank} {peer} {rail.name} {self._connections[peer, rail.name]}"
         return FaultyRail(
             rail, [(fault, random.Random(f"{fault.seed} {index} {which}")) for index, fault in found], self, self._loop
         )
