@@ -37,6 +37,9 @@ class Receiver(Sink):
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         self._sink.iteration(metrics)
 
+    def pipeline(self, metrics: Mapping[str, Any]) -> None:
+        self._sink.pipeline(metrics)
+
     def event(self, event: StragglerEvent) -> None:
         self._sink.event(event)
 
