@@ -6,7 +6,6 @@ bytes are copied, while anybody waits, nor around a call into the event pump.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import time
@@ -347,7 +346,8 @@ class RecvLane(Lane):
         if self.peer_stuck:
             self.pump.wake()  # a blocked send may drain early now
         if work.for_device:
-            self._fetch()
+            with self._lock:
+                self._fetch_oldest()
         return work
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float, came_s: float = 0.0) -> None:
@@ -417,29 +417,28 @@ class RecvLane(Lane):
         if posted is not None and not posted:
             self._posted.pop(key, None)
         if work is not None and work.for_device:
-            self._fetch(work)
+            if work is self._ahead:  # its next part
+                self.copier.fetches.put(work.fetch)
+            else:
+                self._fetch_oldest()
 
-    def _fetch(self, newer: RecvWork | None = None) -> None:
-        """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn. `newer`: of what
-        has just come; the caller has the lock."""
-        with contextlib.nullcontext() if newer is not None else self._lock:
-            if self._ahead is not None:
-                if newer is self._ahead:  # its next part
-                    self.copier.fetches.put(newer.fetch)
+    def _fetch_oldest(self) -> None:
+        """Under the lock: has the oldest message that is asked for taken to its device, if none is there ahead of its turn."""
+        if self._ahead is not None:
+            return
+        for position in sorted(self._held):
+            work = self._held[position].work
+            if work is not None and work.for_device:
+                self._ahead = work
+                self.copier.fetches.put(work.fetch)
                 return
-            for position in sorted(self._held):
-                work = self._held[position].work
-                if work is not None and work.for_device:
-                    self._ahead = work
-                    self.copier.fetches.put(work.fetch)
-                    return
 
     def fetched(self, work: RecvWork) -> None:
         """Caller: has waited for a message on a device."""
         with self._lock:
             if self._ahead is work:
                 self._ahead = None
-        self._fetch()
+            self._fetch_oldest()
 
     def assembly(self, first: Arrived, device: torch.device | None) -> Assembly:
         """Memory for a message of which the first part is given, fit for a copy to `device` if that is given."""
