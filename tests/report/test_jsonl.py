@@ -141,7 +141,7 @@ def test_a_full_disk_is_logged_once_and_survived(
         writer = JsonlWriter(tmp_path, 0, "r1", clock=lambda: 5.0, monotonic=lambda: now[0])
         for i in range(3):  # each within another pause: 1, 2, 4 s
             writer.write({"i": i})
-            until(lambda pause=2.0 ** (i + 1): writer._pause_s == pause)
+            until(lambda pause=2.0 ** (i + 1): writer._pauses.pause_s == pause)
             now[0] += 100.0
         disk.full = False
         now[0] += 100.0

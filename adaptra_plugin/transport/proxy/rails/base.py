@@ -76,6 +76,8 @@ class Rail(ABC):
     by_reference = False
     """The peer reads the sender's ring itself."""
     closed = False
+    garbled = False
+    """It has ended because what came was no frame."""
     damages = False
     """What it carries may arrive damaged although the connection stands: segments need checksums, whatever is configured."""
 

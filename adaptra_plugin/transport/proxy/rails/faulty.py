@@ -249,6 +249,7 @@ class FaultyRail(Rail):
 
     def failed(self, rail: Rail, reason: str) -> None:
         if not self.closed:
+            self.garbled = self.inner.garbled
             self.close()
             self.sink.failed(self, reason)
 

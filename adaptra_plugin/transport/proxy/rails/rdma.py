@@ -360,6 +360,7 @@ class RdmaRail(Rail):
         except VerbsError as error:
             self._fail(str(error))
         except MalformedFrame as error:
+            self.garbled = True
             self._fail(f"what came is no frame: {error}")
 
     @staticmethod

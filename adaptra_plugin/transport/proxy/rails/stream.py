@@ -147,6 +147,7 @@ class StreamRail(Rail):
         except OSError as error:
             self._fail(f"its connection broke ({error.strerror or error})")
         except MalformedFrame as error:
+            self.garbled = True
             self._fail(f"what came is no frame: {error}")
 
     def _read_once(self) -> bool:
