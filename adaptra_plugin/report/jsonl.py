@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.backoff import Backoff
-from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.report.worker import BatchWorker
 from adaptra_plugin.shortage import explain
 
 _MIB = 1 << 20
@@ -81,7 +81,7 @@ class JsonlWriter:
         self._missed = False
         self._pauses = Backoff(_PAUSE_S, _LONGEST_PAUSE_S)
         self._retry_at = float("-inf")
-        self._worker: Worker[Mapping[str, Any]] = Worker(
+        self._worker: BatchWorker[Mapping[str, Any]] = BatchWorker(
             f"adaptra-jsonl-{rank}", self._write, self._finish, queue_records
         )
 

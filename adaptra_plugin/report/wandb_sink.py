@@ -22,7 +22,7 @@ from adaptra_plugin.report.sink import Sink
 from adaptra_plugin.report.wandb_feed import MAX_EVENTS, MAX_WAITING, Feed, HostFeed, OwnFeed
 from adaptra_plugin.report.wandb_own import OwnRun
 from adaptra_plugin.report.wandb_rows import flatten
-from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.report.worker import BatchWorker
 
 MAX_FAILURES = 3
 """W&B calls that may fail before the sink gives up."""
@@ -74,7 +74,7 @@ class WandbSink(Sink):
         self._may_open = config.wandb == "on"
         self._seen = False  # the host has had a run
         self._failures = 0
-        self._worker: Worker[tuple[Any, Record]] = Worker(
+        self._worker: BatchWorker[tuple[Any, Record]] = BatchWorker(
             "adaptra-wandb", self._take, self._finish, config.queue_records, tick_s=_POLL_S
         )
 

@@ -19,10 +19,10 @@ import torch
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.frames import HEADER_BYTES, MalformedMessage, MessageHeader, parse_header, split
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.pauses import Pauses
-from adaptra_plugin.transport.ring import Memory, Outgoing, RingAllocator
+from adaptra_plugin.transport.ring import Memory, RingAllocator, RingEntry
 from adaptra_plugin.transport.shared import BackpressureDrainer, Counters, Shared
 from adaptra_plugin.transport.staging import PART_SEGMENTS, Block, Piece, blocks, stage
 from adaptra_plugin.transport.tensors import Assembly, BadLayout, Spec, describe, understand
@@ -44,7 +44,7 @@ class Arrived:
     memory: Memory
     payload_at: int
     specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
-    header: Header
+    header: MessageHeader
     delay_ms: float
     came_s: float = 0.0
     work: RecvWork | None = None  # the receive that it belongs to, once that is posted
@@ -118,7 +118,7 @@ class SendLane(Lane):
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
         self.allocator = RingAllocator(self.capacity, grows=self.config.ring_grows)
-        self._newest: dict[Key, Outgoing] = {}  # of each key, the last message, or part, that is not consumed
+        self._newest: dict[Key, RingEntry] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
@@ -174,7 +174,7 @@ class SendLane(Lane):
             )
 
     def _stage(
-        self, key: Key, parts: Sequence[Header], starts: Sequence[bytes], payload: Sequence[Block], total: int
+        self, key: Key, parts: Sequence[MessageHeader], starts: Sequence[bytes], payload: Sequence[Block], total: int
     ) -> SendWork:
         with self._lock:
             position = self.allocator.place(total)
@@ -182,11 +182,11 @@ class SendLane(Lane):
         # follows, and an error then ends the endpoint
         event = next((self.copier.device.mark(block.data) for block in payload if block.later), None)
         work = SendWork(key, self)
-        placed: list[tuple[Outgoing, list[Piece]]] = []
+        placed: list[tuple[RingEntry, list[Piece]]] = []
         for part, start in zip(parts, starts, strict=True):
             later = stage(self.memory, position + len(start), payload, part.at, part.payload_bytes)
             self.memory.memfd.write(position, start)
-            placed.append((Outgoing(position, part.total, work), later))
+            placed.append((RingEntry(position, part.total, work), later))
             work.missing.add(position)
             position += part.total
         with self._lock:
@@ -321,7 +321,7 @@ class RecvLane(Lane):
         self._posted: dict[Key, deque[RecvWork]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
-        self._parts: dict[Key, Header] = {}  # the newest part of messages that are not complete
+        self._parts: dict[Key, MessageHeader] = {}  # the newest part of messages that are not complete
         self._entering: Arrived | None = None  # what `deliver` is at
         self._entered = -1  # position of the newest one that it is done with
         self._ahead: RecvWork | None = None  # is on its way to the device, or there, and nobody has waited for it
