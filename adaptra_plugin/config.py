@@ -9,13 +9,18 @@ Times are milliseconds where a name ends in `_ms`, seconds where it ends in `_s`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from adaptra_plugin.errors import ConfigError
+from adaptra_plugin.schedule.names import SCHEDULES
 
 NonNegative = Annotated[float, Field(ge=0)]
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[tuple(name for name, entry in SCHEDULES.items() if entry.for_jobs)]
 
 
 class _Block(BaseModel):
@@ -320,7 +325,7 @@ class AdaptraConfig(_Block):
 
     enabled: bool = True
     """Off: the host behaves exactly as without the plug-in."""
-    schedule: Literal["slack-adaptive", "1f1b", "zb-h1"] = "slack-adaptive"
+    schedule: ScheduleName = "slack-adaptive"
     """Which schedule to run; only `slack-adaptive` replans."""
     split_backward: bool = True
     """Run the backward of linear layers in two parts (input first, weights when there is time)."""

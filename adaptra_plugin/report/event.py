@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from adaptra_plugin.detect import Finding
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class StragglerEvent:
     """One change that somebody should know about. Delays and iteration times are ms."""
 
-    time_unix: float
+    time_unix: float = field(default_factory=time.time)
     """Seconds since the epoch at which it was found."""
     kind: Literal["link", "stage", "peer", "rail", "part"]
     state: Literal["slow", "healed", "lost"]
     replica: int
     """Pipeline replica (data-parallel index)."""
-    link: str | None
-    """`2-3` for the link between stages 2 and 3."""
-    stages: tuple[int, ...]
-    """Pipeline stages concerned; `ranks` and `hosts` are in the same order."""
+    link: str | None = None
+    """`2-3` for the link between positions 2 and 3."""
+    pp_ranks: tuple[int, ...] = ()
+    """Positions in the pipeline; `ranks` and `hosts` are in the same order."""
     ranks: tuple[int, ...]
-    """World ranks of the stages."""
+    """World ranks there."""
     hosts: tuple[str, ...]
     """Host names of the ranks."""
     since_iteration: int
     """First iteration in which it was so."""
     found_iteration: int
     """Iteration whose measurements confirmed it."""
-    delay_before_ms: float
+    delay_before_ms: float = 0.0
     """Link: one-way delay of the worst direction; stage: compute time of a microbatch."""
-    delay_after_ms: float
+    delay_after_ms: float = 0.0
     """The same now."""
     action: str
     """What was done about it, such as `replan v3 from iteration 24` or `none: the plan in use is still the best`."""
-    predicted_iteration_ms_before: float | None
+    predicted_iteration_ms_before: float | None = None
     """Predicted iteration time if nothing were done."""
-    predicted_iteration_ms_after: float | None
+    predicted_iteration_ms_after: float | None = None
     """Predicted iteration time with the action."""
-    predicted_gain: float | None
+    predicted_gain: float | None = None
     """Ratio of the two."""
     plan_version: int
     """Plan in use once the action is done."""
@@ -46,6 +50,139 @@ class StragglerEvent:
     """`rdma0`, `tcp1`: the rail of `link` that was lost or works again."""
     part: str | None = None
     """`exact solver`: the part of Adaptra that fails on `ranks`, without harm to training, or works again."""
+
+    @classmethod
+    def of_finding(
+        cls,
+        finding: Finding,
+        ranks: Sequence[int],
+        hosts: Mapping[int, str],
+        *,
+        action: str,
+        plan_version: int,
+        before_ms: float | None = None,
+        after_ms: float | None = None,
+    ) -> StragglerEvent:
+        """A link or stage turned slow, changed its level, or healed.
+
+        Args:
+            ranks: world ranks of the finding's positions.
+            hosts: host name of every rank.
+            action: what is done about it.
+            plan_version: of the plan in use then.
+            before_ms: predicted iteration time without the action (ms).
+            after_ms: the same with it (ms).
+        """
+        return cls(
+            kind=finding.kind,
+            state=finding.state,
+            replica=finding.replica,
+            link=finding.name if finding.kind == "link" else None,
+            pp_ranks=finding.pp_ranks,
+            ranks=tuple(ranks),
+            hosts=tuple(hosts[rank] for rank in ranks),
+            since_iteration=finding.since_iteration,
+            found_iteration=finding.found_iteration,
+            delay_before_ms=finding.before_ms,
+            delay_after_ms=finding.after_ms,
+            action=action,
+            predicted_iteration_ms_before=before_ms,
+            predicted_iteration_ms_after=after_ms,
+            predicted_gain=before_ms / after_ms if before_ms is not None and after_ms else None,
+            plan_version=plan_version,
+        )
+
+    @classmethod
+    def of_rail(
+        cls,
+        rail: str,
+        state: Literal["lost", "healed"],
+        ends: Sequence[tuple[int, int, str]],
+        *,
+        replica: int,
+        iteration: int,
+        action: str,
+        plan_version: int,
+    ) -> StragglerEvent:
+        """A rail of a link is given up for a while, or used again. `ends`: (position, world rank, host) of both ends."""
+        pp_ranks, ranks, hosts = zip(*ends, strict=True)
+        return cls(
+            kind="rail",
+            state=state,
+            replica=replica,
+            link="-".join(map(str, pp_ranks)),
+            pp_ranks=pp_ranks,
+            ranks=ranks,
+            hosts=hosts,
+            since_iteration=iteration,
+            found_iteration=iteration,
+            action=action,
+            plan_version=plan_version,
+            rail=rail,
+        )
+
+    @classmethod
+    def of_peer(
+        cls, pp_rank: int, rank: int, host: str, *, replica: int, iteration: int, action: str, plan_version: int
+    ) -> StragglerEvent:
+        """The rank at a position of a replica is lost."""
+        return cls(
+            kind="peer",
+            state="lost",
+            replica=replica,
+            pp_ranks=(pp_rank,),
+            ranks=(rank,),
+            hosts=(host,),
+            since_iteration=iteration,
+            found_iteration=iteration,
+            action=action,
+            plan_version=plan_version,
+        )
+
+    @classmethod
+    def of_part(
+        cls,
+        part: str,
+        state: Literal["lost", "healed"],
+        rank: int,
+        host: str,
+        *,
+        iteration: int,
+        action: str,
+        plan_version: int,
+    ) -> StragglerEvent:
+        """A part of Adaptra on `rank` fails, or works again."""
+        return cls(
+            kind="part",
+            state=state,
+            replica=0,
+            ranks=(rank,),
+            hosts=(host,),
+            since_iteration=iteration,
+            found_iteration=iteration,
+            action=action,
+            plan_version=plan_version,
+            part=part,
+        )
+
+    @classmethod
+    def from_json(cls, data: Any) -> StragglerEvent:
+        """The event behind the fields that another rank has sent.
+
+        Raises:
+            ValueError: they are not those of an event that can be reported.
+        """
+        if not isinstance(data, Mapping) or set(data) != {field.name for field in fields(cls)}:
+            raise ValueError(f"no event: {data!r:.200} has not the fields of one")
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        event = cls(**values)
+        try:
+            event.sentence()  # what cannot be put into words has a field of another kind than it should
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"no event: {error}") from None
+        return event
 
     @property
     def subject(self) -> str:
@@ -57,7 +194,7 @@ class StragglerEvent:
         if self.kind == "link":
             return f"link {self.link}"
         if self.kind == "stage":
-            return f"stage {', '.join(map(str, self.stages))}"
+            return f"stage {', '.join(map(str, self.pp_ranks))}"
         return f"peer {_ranks(self.ranks, ())}"
 
     def to_json(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Departure:
         return {
             "type": "departed",
             "rank": peer.rank,
-            "stage": peer.stage,
+            "pp_rank": peer.pp_rank,
             "host": peer.host,
             "step_id": self.step_id,
             "final": self.final,
@@ -92,7 +92,7 @@ class Departure:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Departure:
         """Raises KeyError, TypeError, ValueError."""
-        peer = PeerInfo(int(data["rank"]), int(data["stage"]), str(data["host"]))
+        peer = PeerInfo(int(data["rank"]), int(data["pp_rank"]), str(data["host"]))
         return cls(peer, int(data["step_id"]), bool(data["final"]), bool(data["broken"]), str(data["why"]))
 
     def concerns(self, step_id: int) -> bool:

@@ -6,7 +6,6 @@ bytes are copied, while anybody waits, nor around a call into the event pump.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections import deque
@@ -16,12 +15,12 @@ import torch
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.frames import HEADER_BYTES, MalformedMessage, MessageHeader, parse_header, split
 from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memory import MIB, Memory
 from adaptra_plugin.transport.pauses import Pauses
-from adaptra_plugin.transport.ring import Outgoing, RingAllocator
+from adaptra_plugin.transport.ring import RingAllocator, RingEntry
 from adaptra_plugin.transport.shared import Loss, Shared
 from adaptra_plugin.transport.staging import PART_SEGMENTS, Block, Piece, blocks, stage
 from adaptra_plugin.transport.tensors import Assembly, BadLayout, describe, understand
@@ -39,7 +38,7 @@ class SendLane(Lane):
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
         self.allocator = RingAllocator(self.capacity, grows=self.config.ring_grows)
-        self._newest: dict[Key, Outgoing] = {}  # of each key, the last message, or part, that is not consumed
+        self._newest: dict[Key, RingEntry] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
@@ -95,7 +94,7 @@ class SendLane(Lane):
             )
 
     def _stage(
-        self, key: Key, parts: Sequence[Header], starts: Sequence[bytes], payload: Sequence[Block], total: int
+        self, key: Key, parts: Sequence[MessageHeader], starts: Sequence[bytes], payload: Sequence[Block], total: int
     ) -> SendWork:
         with self._lock:
             position = self.allocator.place(total)
@@ -103,11 +102,11 @@ class SendLane(Lane):
         # follows, and an error then ends the endpoint
         event = next((self.copier.device.mark(block.data) for block in payload if block.later), None)
         work = SendWork(key, self)
-        placed: list[tuple[Outgoing, list[Piece]]] = []
+        placed: list[tuple[RingEntry, list[Piece]]] = []
         for part, start in zip(parts, starts, strict=True):
             later = stage(self.memory, position + len(start), payload, part.at, part.payload_bytes)
             self.memory.memfd.write(position, start)
-            placed.append((Outgoing(position, part.total, work), later))
+            placed.append((RingEntry(position, part.total, work), later))
             work.missing.add(position)
             position += part.total
         with self._lock:
@@ -242,7 +241,7 @@ class RecvLane(Source):
         self._posted: dict[Key, deque[RecvWork]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
-        self._parts: dict[Key, Header] = {}  # the newest part of messages that are not complete
+        self._parts: dict[Key, MessageHeader] = {}  # the newest part of messages that are not complete
         self._entering: Arrived | None = None  # what `deliver` is at
         self._entered = -1  # position of the newest one that it is done with
         self._ahead: RecvWork | None = None  # is on its way to the device, or there, and nobody has waited for it
@@ -267,7 +266,8 @@ class RecvLane(Source):
         if self.peer_stuck:
             self.pump.wake()  # a blocked send may drain early now
         if work.for_device:
-            self._fetch()
+            with self._lock:
+                self._fetch_oldest()
         return work
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float, came_s: float = 0.0) -> None:
@@ -337,29 +337,28 @@ class RecvLane(Source):
         if posted is not None and not posted:
             self._posted.pop(key, None)
         if work is not None and work.for_device:
-            self._fetch(work)
+            if work is self._ahead:  # its next part
+                self.copier.fetches.put(work.fetch)
+            else:
+                self._fetch_oldest()
 
-    def _fetch(self, newer: RecvWork | None = None) -> None:
-        """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn. `newer`: of what
-        has just come; the caller has the lock."""
-        with contextlib.nullcontext() if newer is not None else self._lock:
-            if self._ahead is not None:
-                if newer is self._ahead:  # its next part
-                    self.copier.fetches.put(newer.fetch)
+    def _fetch_oldest(self) -> None:
+        """Under the lock: has the oldest message that is asked for taken to its device, if none is there ahead of its turn."""
+        if self._ahead is not None:
+            return
+        for position in sorted(self._held):
+            work = self._held[position].work
+            if work is not None and work.for_device:
+                self._ahead = work
+                self.copier.fetches.put(work.fetch)
                 return
-            for position in sorted(self._held):
-                work = self._held[position].work
-                if work is not None and work.for_device:
-                    self._ahead = work
-                    self.copier.fetches.put(work.fetch)
-                    return
 
     def fetched(self, work: RecvWork) -> None:
         """Caller: has waited for a message on a device."""
         with self._lock:
             if self._ahead is work:
                 self._ahead = None
-        self._fetch()
+            self._fetch_oldest()
 
     def assembly(self, first: Arrived, device: torch.device | None) -> Assembly:
         """Memory for a message of which the first part is given, fit for a copy to `device` if that is given."""

@@ -21,7 +21,7 @@ REUSE = 256
 
 
 @dataclass(slots=True, eq=False)
-class Outgoing:
+class RingEntry:
     """A message, or a part of one, in the sender's ring. Its room is free once the peer has copied it out."""
 
     position: int
@@ -43,8 +43,8 @@ class RingAllocator:
         self.window = min(WINDOW_BYTES, capacity) if grows else capacity
         self._grows = grows
         self._next = 0
-        self._held: deque[Outgoing] = deque()
-        self._by_position: dict[int, Outgoing] = {}
+        self._held: deque[RingEntry] = deque()
+        self._by_position: dict[int, RingEntry] = {}
 
     def __len__(self) -> int:
         return len(self._by_position)
@@ -77,16 +77,16 @@ class RingAllocator:
             onward = bool(self._held)
         return self._next if onward or not at else self._next - at + self.capacity
 
-    def add(self, outgoing: Outgoing) -> None:
+    def add(self, outgoing: RingEntry) -> None:
         """A message has been placed; it did fit."""
         self._next = outgoing.position + outgoing.total
         self._held.append(outgoing)
         self._by_position[outgoing.position] = outgoing
 
-    def find(self, position: int) -> Outgoing | None:
+    def find(self, position: int) -> RingEntry | None:
         return self._by_position.get(position)
 
-    def consume(self, position: int) -> Outgoing | None:
+    def consume(self, position: int) -> RingEntry | None:
         """The peer has copied a message out. Room becomes free from the oldest message on."""
         outgoing = self._by_position.get(position)
         if outgoing is not None:
@@ -96,5 +96,5 @@ class RingAllocator:
             del self._by_position[position]  # last: a reader that is interrupted begins again with this record
         return outgoing
 
-    def waiting(self) -> list[Outgoing]:
+    def waiting(self) -> list[RingEntry]:
         return list(self._by_position.values())

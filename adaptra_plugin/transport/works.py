@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from adaptra_plugin.errors import TransferTimeout
-from adaptra_plugin.transport.frames import Header
+from adaptra_plugin.transport.frames import MessageHeader
 from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memory import Memory
@@ -31,7 +31,7 @@ class Arrived:
     memory: Memory
     payload_at: int
     specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
-    header: Header
+    header: MessageHeader
     delay_ms: float
     came_s: float = 0.0
     work: RecvWork | None = None  # the receive that it belongs to, once that is posted
