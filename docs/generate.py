@@ -11,7 +11,8 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
@@ -77,30 +78,23 @@ def options(command: str) -> str:
 
 
 def fields(name: str) -> str:
-    """The table of an event's fields: name, type, docstring."""
-    (node,) = ast.parse(inspect.getsource(getattr(event, name))).body
-    assert isinstance(node, ast.ClassDef)
+    """The table of an event's fields: name, type, docstring. Raises KeyError for a field without a docstring."""
+    event_class = getattr(event, name)
+    (tree,) = ast.parse(inspect.getsource(event_class)).body
+    described = {
+        ast.unparse(field.target): _line(str(text.value.value))
+        for field, text in pairwise(getattr(tree, "body", []))
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
     rows = ["| field | type | meaning |", "|---|---|---|"]
-    described = ""
-    for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign):
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                described = _line(str(after.value.value))
-            elif not _choices(statement):
-                raise ValueError(f"{name}.{ast.unparse(statement.target)} has no docstring")
-            else:
-                described = "one of these"
-            kind = ast.unparse(statement.annotation).replace("|", "or")
-            rows.append(f"| `{ast.unparse(statement.target)}` | {_choices(statement) or kind} | {described} |")
+    for field, kind in get_type_hints(event_class).items():
+        if get_origin(kind) is Literal:
+            values = ", ".join(f"`{value}`" for value in get_args(kind))
+            rows.append(f"| `{field}` | {values} | {described.get(field, 'one of these')} |")
+        else:
+            words = event_class.__annotations__[field].replace("|", "or")
+            rows.append(f"| `{field}` | {words} | {described[field]} |")
     return "\n".join(rows)
-
-
-def _choices(statement: ast.AnnAssign) -> str:
-    """The values of a `Literal`."""
-    kind = statement.annotation
-    if not isinstance(kind, ast.Subscript) or ast.unparse(kind.value) != "Literal":
-        return ""
-    return ", ".join(f"`{ast.literal_eval(value)}`" for value in getattr(kind.slice, "elts", [kind.slice]))
 
 
 def raised() -> str:

@@ -30,7 +30,7 @@ def simulate(
 
     *delegated*: a transfer arrives ``transfer_ms + latency_ms`` after it got the link, and holds the link for
     ``transfer_ms`` only. *blocking*: it holds the link for all of that, as send and recv kernels of one NCCL queue do
-    (METHOD: what explains the measured columns of 1F1B and ZB). ``duplex`` says whether the two directions of a
+    (docs/design/method.md: two models of a link). ``duplex`` says whether the two directions of a
     link share one queue (``half``) or not (``full``); by default ``half`` for a blocking link under a split backward,
     whose sends and recvs are not paired, else ``full``. ``durations`` replaces the milliseconds of single actions.
 
