@@ -6,6 +6,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
 .PHONY: install demo test test-wheel test-rdma lint benchmarks clean docs
+.PHONY: install demo test test-pythons test-wheel test-rdma lint benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -42,3 +43,20 @@ clean:
 # the pages of docs/ into site/; a broken link is an error
 docs: install
 	$(BIN)/mkdocs build --strict
+	rm -rf $(VENV) .cache demo-out build *.egg-info
+
+# what needs neither torch nor a host, under each other version of Python that is installed (`make test-pythons PYTHONS=/path/python`)
+PYTHONS ?= python3.10 python3.12 python3.13
+PURE := tests/detect tests/schedule tests/report tests/test_config.py tests/test_shortage.py
+test-pythons:
+	@for python in $(PYTHONS); do \
+		version=$$("$$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) \
+			|| { echo "$$python is not installed: left out"; continue; }; \
+		venv=.cache/pythons/$$version; \
+		if [ ! -f "$$venv/.installed" ]; then \
+			"$$python" -m venv "$$venv" && "$$venv/bin/python" -m pip -q install --upgrade "pip>=25.1" \
+				&& "$$venv/bin/python" -m pip -q install --group pure && touch "$$venv/.installed" || exit 1; \
+		fi; \
+		echo "Python $$version"; \
+		CI=1 "$$venv/bin/python" -m pytest $(PURE) || exit 1; \
+	done

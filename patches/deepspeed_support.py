@@ -3,13 +3,15 @@ and after the engine is built."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig, parse_config
-from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.errors import refuse
 
+_refuse = functools.partial(refuse, otherwise='or set "adaptra": {"enabled": false}')
 Check = tuple[Callable[[Mapping[str, Any]], bool], str, str]
 
 
@@ -168,12 +170,6 @@ def immediate_grad_update(config: Any) -> bool:
     """
     flat = getattr(config, "bfloat16_immediate_grad_update", None)
     return bool(config.bfloat16_config.immediate_grad_update if flat is None else flat)
-
-
-def _refuse(found: list[tuple[str, str]]) -> None:
-    if found:
-        lines = "\n".join(f"  - {reason}: {remedy}" for reason, remedy in found)
-        raise UnsupportedError(f'Adaptra cannot run this job (or set "adaptra": {{"enabled": false}}):\n{lines}')
 
 
 def with_bool_mask(received: tuple[Any, ...], training: bool) -> tuple[Any, ...]:

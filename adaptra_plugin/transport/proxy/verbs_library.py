@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from adaptra_plugin.errors import TransportError
 
 SYSTEM_PACKAGES = ("/usr/lib/python3/dist-packages", "/usr/lib64/python3/site-packages")
+"""Where distributions put pyverbs; looked at when Python's path has none."""
 _STATUS = {
     1: "local length error",
     2: "local QP operation error",
