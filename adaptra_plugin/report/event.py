@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from adaptra_plugin.detect import Finding
 
+Kind = Literal["link", "stage", "peer", "rail", "part"]
+Change = Literal["lost", "healed"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StragglerEvent:
@@ -16,7 +19,7 @@ class StragglerEvent:
 
     time_unix: float = field(default_factory=time.time)
     """Seconds since the epoch at which it was found."""
-    kind: Literal["link", "stage", "peer", "rail", "part"]
+    kind: Kind
     state: Literal["slow", "healed", "lost"]
     replica: int
     """Pipeline replica (data-parallel index)."""
@@ -57,113 +60,59 @@ class StragglerEvent:
         finding: Finding,
         ranks: Sequence[int],
         hosts: Mapping[int, str],
-        *,
-        action: str,
-        plan_version: int,
         before_ms: float | None = None,
         after_ms: float | None = None,
+        **common: Any,
     ) -> StragglerEvent:
         """A link or stage turned slow, changed its level, or healed.
 
         Args:
             ranks: world ranks of the finding's positions.
             hosts: host name of every rank.
-            action: what is done about it.
-            plan_version: of the plan in use then.
-            before_ms: predicted iteration time without the action (ms).
-            after_ms: the same with it (ms).
+            before_ms, after_ms: predicted iteration time (ms) without and with the action.
+            common: `action` and `plan_version`.
         """
+        changed = {name: getattr(finding, name) for name in ("kind", "state", "replica", "pp_ranks")}
         return cls(
-            kind=finding.kind,
-            state=finding.state,
-            replica=finding.replica,
+            **changed,
             link=finding.name if finding.kind == "link" else None,
-            pp_ranks=finding.pp_ranks,
             ranks=tuple(ranks),
             hosts=tuple(hosts[rank] for rank in ranks),
             since_iteration=finding.since_iteration,
             found_iteration=finding.found_iteration,
             delay_before_ms=finding.before_ms,
             delay_after_ms=finding.after_ms,
-            action=action,
             predicted_iteration_ms_before=before_ms,
             predicted_iteration_ms_after=after_ms,
             predicted_gain=before_ms / after_ms if before_ms is not None and after_ms else None,
-            plan_version=plan_version,
+            **common,
         )
 
     @classmethod
-    def of_rail(
-        cls,
-        rail: str,
-        state: Literal["lost", "healed"],
-        ends: Sequence[tuple[int, int, str]],
-        *,
-        replica: int,
-        iteration: int,
-        action: str,
-        plan_version: int,
-    ) -> StragglerEvent:
-        """A rail of a link is given up for a while, or used again. `ends`: (position, world rank, host) of both ends."""
+    def of_rail(cls, rail: str, state: Change, ends: Sequence[tuple[int, int, str]], **common: Any) -> StragglerEvent:
+        """A rail of a link is given up for a while, or used again.
+
+        Args:
+            ends: (position, world rank, host) of both.
+            common: `replica`, `iteration`, `action`, `plan_version`.
+        """
         pp_ranks, ranks, hosts = zip(*ends, strict=True)
-        return cls(
-            kind="rail",
-            state=state,
-            replica=replica,
-            link="-".join(map(str, pp_ranks)),
-            pp_ranks=pp_ranks,
-            ranks=ranks,
-            hosts=hosts,
-            since_iteration=iteration,
-            found_iteration=iteration,
-            action=action,
-            plan_version=plan_version,
-            rail=rail,
-        )
+        link = "-".join(map(str, pp_ranks))
+        return cls._now("rail", state, pp_ranks=pp_ranks, ranks=ranks, hosts=hosts, link=link, rail=rail, **common)
 
     @classmethod
-    def of_peer(
-        cls, pp_rank: int, rank: int, host: str, *, replica: int, iteration: int, action: str, plan_version: int
-    ) -> StragglerEvent:
-        """The rank at a position of a replica is lost."""
-        return cls(
-            kind="peer",
-            state="lost",
-            replica=replica,
-            pp_ranks=(pp_rank,),
-            ranks=(rank,),
-            hosts=(host,),
-            since_iteration=iteration,
-            found_iteration=iteration,
-            action=action,
-            plan_version=plan_version,
-        )
+    def of_peer(cls, pp_rank: int, rank: int, host: str, **common: Any) -> StragglerEvent:
+        """The rank at a position is lost. `common`: as for a rail."""
+        return cls._now("peer", "lost", pp_ranks=(pp_rank,), ranks=(rank,), hosts=(host,), **common)
 
     @classmethod
-    def of_part(
-        cls,
-        part: str,
-        state: Literal["lost", "healed"],
-        rank: int,
-        host: str,
-        *,
-        iteration: int,
-        action: str,
-        plan_version: int,
-    ) -> StragglerEvent:
-        """A part of Adaptra on `rank` fails, or works again."""
-        return cls(
-            kind="part",
-            state=state,
-            replica=0,
-            ranks=(rank,),
-            hosts=(host,),
-            since_iteration=iteration,
-            found_iteration=iteration,
-            action=action,
-            plan_version=plan_version,
-            part=part,
-        )
+    def of_part(cls, part: str, state: Change, rank: int, host: str, **common: Any) -> StragglerEvent:
+        """A part of Adaptra on a rank fails, or works again. `common`: as for a rail, without `replica`."""
+        return cls._now("part", state, replica=0, ranks=(rank,), hosts=(host,), part=part, **common)
+
+    @classmethod
+    def _now(cls, kind: Kind, state: Change, *, iteration: int, **fields: Any) -> StragglerEvent:
+        return cls(kind=kind, state=state, since_iteration=iteration, found_iteration=iteration, **fields)
 
     @classmethod
     def from_json(cls, data: Any) -> StragglerEvent:

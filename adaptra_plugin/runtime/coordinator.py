@@ -408,22 +408,12 @@ class Coordinator:
         for finding in findings:
             ranks = [self._topology.pipelines[finding.replica][position] for position in finding.pp_ranks]
             with self._parts.guard("report of events", "one is not reported"):
-                self._on_event(
-                    StragglerEvent.of_finding(
-                        finding,
-                        ranks,
-                        self._hosts,
-                        action=action,
-                        plan_version=version,
-                        before_ms=before_ms,
-                        after_ms=after_ms,
-                    )
+                event = StragglerEvent.of_finding(
+                    *(finding, ranks, self._hosts, before_ms, after_ms), action=action, plan_version=version
                 )
+                self._on_event(event)
 
     def _part_event(self, part: str, state: Any, text: str) -> None:
         rank, iteration = self._topology.rank, max(self._complete, 0)
-        self._on_event(
-            StragglerEvent.of_part(
-                part, state, rank, self._hosts[rank], iteration=iteration, action=text, plan_version=self._version
-            )
-        )
+        common = {"iteration": iteration, "action": text, "plan_version": self._version}
+        self._on_event(StragglerEvent.of_part(part, state, rank, self._hosts[rank], **common))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from adaptra_plugin.report import StragglerEvent
+from adaptra_plugin.report.event import Change
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import PeerInfo
 
@@ -30,7 +29,7 @@ class RailWatch:
         if peer.rank not in self._topology.neighbours:
             return None
         key = (peer.rank, rail)
-        word: Literal["lost", "healed"]
+        word: Change
         if state == LOST and key not in self._lost:
             self._lost.add(key)
             word, action = "lost", f"what was under way on it goes again over the other rails: {why}"
@@ -43,12 +42,5 @@ class RailWatch:
         if peer.pp_rank < topology.position:
             return None
         ends = [(topology.position, topology.rank, self._host), (peer.pp_rank, peer.rank, peer.host)]
-        return StragglerEvent.of_rail(
-            rail,
-            word,
-            ends,
-            replica=topology.replica,
-            iteration=iteration,
-            action=action[:500],
-            plan_version=version,
-        )
+        common = {"replica": topology.replica, "iteration": iteration, "plan_version": version}
+        return StragglerEvent.of_rail(rail, word, ends, action=action[:500], **common)
