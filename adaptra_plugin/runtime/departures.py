@@ -12,14 +12,15 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import distributed
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.runtime.messages import Departed, peer_of
+from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import PeerInfo
 
 STUCK_S = 0.5
@@ -76,24 +77,16 @@ class Departure:
     broken: bool
     why: str
 
-    def to_json(self) -> dict[str, Any]:
-        peer = self.peer
-        return {
-            "type": "departed",
-            "rank": peer.rank,
-            "stage": peer.stage,
-            "host": peer.host,
-            "step_id": self.step_id,
-            "final": self.final,
-            "broken": self.broken,
-            "why": self.why,
-        }
-
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Departure:
-        """Raises KeyError, TypeError, ValueError."""
-        peer = PeerInfo(int(data["rank"]), int(data["stage"]), str(data["host"]))
-        return cls(peer, int(data["step_id"]), bool(data["final"]), bool(data["broken"]), str(data["why"]))
+    def of(cls, message: Departed, topology: Topology) -> Departure:
+        """Raises ValueError if the rank is none of the job."""
+        return cls(peer_of(message, topology), message.step_id, message.final, message.broken, message.why)
+
+    def message(self) -> Departed:
+        peer, broken = self.peer, self.broken
+        return Departed(
+            rank=peer.rank, host=peer.host, step_id=self.step_id, final=self.final, broken=broken, why=self.why
+        )
 
     def concerns(self, step_id: int) -> bool:
         return step_id == self.step_id or (self.final and step_id > self.step_id)

@@ -8,19 +8,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from adaptra_plugin.errors import PeerLostError
 from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
-from adaptra_plugin.runtime.messages import loss_from
-from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.runtime.messages import Departed, Lost, Message, Refused, peer_of
+from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.shortage import begin
 from adaptra_plugin.transport import PeerInfo
 
 logger = logging.getLogger("adaptra")
-COORDINATOR = 0
 EXIT_PEER_LOST = 70
 PATIENCE_S = 3.0
 """An error of a collective, or of a transfer, waits for so long for the news of whose doing it is."""
@@ -47,7 +45,7 @@ class Losses:
         topology: Topology,
         exit_grace_s: float,
         *,
-        send: Callable[[int, dict[str, Any]], None],
+        send: Callable[[int, Message], None],
         fail: Callable[[Exception], None],
         report: Callable[[PeerInfo, str], None],
         last_words: Callable[[], None],
@@ -83,28 +81,28 @@ class Losses:
         if (cause := self._departures.cause(self.presence.current)) is not None:
             peer, why = cause.peer, cause.why
         if self._me.rank != COORDINATOR and peer.rank != COORDINATOR and self.failure is None and not self._closed:
-            self._send(COORDINATOR, _loss_message(peer, why))
+            self._send(COORDINATOR, Lost(rank=peer.rank, host=peer.host, why=why))
         self._lose(peer, why)
 
-    def heard(self, sender: int, message: Mapping[str, Any]) -> None:
-        """News of a peer (on the control thread)."""
+    def heard(self, sender: int, message: Lost | Departed | Refused) -> None:
+        """News of a rank (on the control thread)."""
         try:
-            peer, why = loss_from(message, self._topology)
-            if message["type"] == "departed":
-                departure = Departure.from_json(message)
-                if departure.peer.rank != sender != COORDINATOR:
-                    raise ValueError(f"it says that rank {departure.peer.rank} has left")
-                self._add(departure)
+            if isinstance(message, Refused):
+                raise ValueError(message.why)
+            if isinstance(message, Lost):
+                self._lose(peer_of(message, self._topology), message.why)
+            elif message.rank != sender != COORDINATOR:
+                raise ValueError(f"it says that rank {message.rank} has left")
             else:
-                self._lose(peer, why)
-        except (KeyError, TypeError, ValueError) as error:
+                self._add(Departure.of(message, self._topology))
+        except ValueError as error:
             logger.warning("what rank %d says of a rank that is gone is not understood: %s", sender, error)
 
     def _add(self, departure: Departure) -> None:
         if self._closed or not self._departures.add(departure):
             return
         if self._me.rank == COORDINATOR:
-            self._tell_all(departure.to_json(), departure.peer.rank)
+            self._tell_all(departure.message(), departure.peer.rank)
         with self._lock:
             if self._watch is not None or departure.peer.rank == self._me.rank or self._closed:
                 return
@@ -127,7 +125,7 @@ class Losses:
                 return
             if self._me.rank == COORDINATOR:
                 # before this rank fails: the other ranks must hear of it
-                self._tell_all(_loss_message(peer, why), peer.rank)
+                self._tell_all(Lost(rank=peer.rank, host=peer.host, why=why), peer.rank)
             self.failure = error
         self._fail(error)
         logger.error("%s", error)
@@ -135,7 +133,7 @@ class Losses:
         watch = threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True)
         begin(watch, f"this rank is not ended after {self._exit_grace_s:g} s if it is stuck now")
 
-    def _tell_all(self, message: dict[str, Any], about: int) -> None:
+    def _tell_all(self, message: Message, about: int) -> None:
         for rank in range(self._topology.world_size):
             if rank not in (about, self._me.rank):
                 self._send(rank, message)
@@ -211,7 +209,7 @@ class Losses:
         if self._me.rank == COORDINATOR:
             self._add(departure)
         else:
-            self._send(COORDINATOR, departure.to_json())
+            self._send(COORDINATOR, departure.message())
 
     def close(self, next_step_id: int) -> None:
         """This rank takes part in no schedule from `next_step_id` on. Idempotent."""
@@ -231,7 +229,3 @@ class Losses:
         self._noticed.set()
         if self._watch is not None and self._watch is not threading.current_thread():
             self._watch.join(_WATCH_ENDS_S)
-
-
-def _loss_message(peer: PeerInfo, why: str) -> dict[str, Any]:
-    return {"type": "lost", "rank": peer.rank, "stage": peer.stage, "host": peer.host, "why": why}

@@ -16,7 +16,7 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.errors import ConfigError, TransportError
+from adaptra_plugin.errors import ConfigError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
@@ -24,14 +24,26 @@ from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
-from adaptra_plugin.runtime.losses import COORDINATOR, Losses
-from adaptra_plugin.runtime.messages import proposal_from, verdict_from, version_from
-from adaptra_plugin.runtime.plans import PlanBook
+from adaptra_plugin.runtime.losses import Losses
+from adaptra_plugin.runtime.messages import (
+    Abort,
+    Commit,
+    Departed,
+    Lost,
+    Prepare,
+    Rail,
+    Refused,
+    Report,
+    Show,
+    Vote,
+)
 from adaptra_plugin.runtime.rails import RailWatch, event_from
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
+from adaptra_plugin.runtime.routing import Router
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
-from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.runtime.switching import PlanBook
+from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 from adaptra_plugin.schedule.names import ADAPTIVE
 from adaptra_plugin.schedule.plan import Plan
@@ -79,14 +91,13 @@ class Session:
         self.device = device
         self.queue = WeightGradStore()
         self._wandb_rank = wandb_rank
-        self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
         self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
         self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=socket.gethostname())
         self._losses = Losses(
             self._me,
             topology,
             config.peer_exit_grace_s,
-            send=self._send_now,
+            send=lambda rank, message: self._router.send_last(rank, message),
             fail=self._fail,
             report=self._report_loss,
             last_words=lambda: self._reporter.close(2.0),
@@ -95,6 +106,7 @@ class Session:
         self._close_lock = threading.Lock()
         self._iteration = 0
         self._step_id = 0
+        self._router = self._make_router()
         self._stopwatch = stopwatch_for(device)
         self._throttle = ComputeThrottle(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
@@ -142,7 +154,7 @@ class Session:
             wraparound=topology.chunks > 1,
         )
         undo.callback(self._endpoint.close, linger_s=0.0)
-        self._endpoint.on_control = self._control
+        self._endpoint.on_control = self._router.receive
         self._endpoint.on_peer_lost = self._losses.lost
         self._endpoint.on_rail = self._rail
         peers = rendezvous.exchange(topology, host, self._endpoint.endpoint_info)
@@ -172,12 +184,11 @@ class Session:
             self.topology,
             self.config,
             self._hosts,
-            send=self._send,
+            send=self._router.send,
             on_event=self._event,
             on_plan=self._plan_committed,
             on_overview=self._overview,
-            current=self._book.plan_for,
-            begun=lambda: self._book.begun,
+            book=self._book,
             limits=self._limits,
         )
 
@@ -193,7 +204,7 @@ class Session:
         self._endpoint.set_iteration(self._iteration)
         if self._split is not None:
             self._split.begin()
-        with self._losses.presence.waiting():  # for a verdict
+        with self._losses.presence.waiting():  # for commit or abort
             version, plan = self._book.begin(self._iteration, microbatches)
         return self._begin(version, plan.schedule.ranks[self.topology.position], microbatches, training=True)
 
@@ -235,7 +246,7 @@ class Session:
         self._iteration += 1
         report = iteration.report(self._me.host)
         if self.config.detector.enabled:
-            self._send(COORDINATOR, {"type": "report", "report": report.to_json()})
+            self._router.send(COORDINATOR, Report(report=report))
         # W&B gets the coordinator's overview of all stages, if there is one
         metrics = report.metrics()
         if self.config.report.spans:
@@ -279,84 +290,62 @@ class Session:
             self.close()
         return not found
 
-    def _send(self, rank: int, message: dict[str, Any]) -> None:
-        if rank == self.topology.rank:
-            self._control(rank, message)
-        elif self.failure is None and not self._closed:
-            self._send_now(rank, message)
+    def _make_router(self) -> Router:
+        return Router(
+            self.topology.rank,
+            transmit=lambda rank, data: self._endpoint.send_control(rank, data),
+            silent=lambda: self.failure is not None or self._closed,
+            handlers={
+                Report: self._post,
+                Vote: self._post,
+                Rail: lambda _, message: self._event(message.event),
+                Show: lambda _, message: self._show(message),
+                Lost: self._losses.heard,
+                Departed: self._losses.heard,
+                Prepare: self._vote,
+                Commit: lambda _, message: self._book.commit(message.version),
+                Abort: lambda _, message: self._book.abort(message.version),
+            },
+            refused={
+                Report: self._post,
+                Vote: self._post,
+                Lost: self._losses.heard,
+                Departed: self._losses.heard,
+                Prepare: self._vote,
+            },
+        )
 
-    def _send_now(self, rank: int, message: dict[str, Any]) -> None:
-        try:
-            self._endpoint.send_control(rank, message)
-        except TransportError as error:  # the endpoint has ended meanwhile: whoever waits on it hears why
-            logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
+    def _post(self, sender: int, message: Report | Vote | Refused) -> None:
+        if self._coordinator is not None:
+            self._coordinator.post(sender, message)
 
-    def _control(self, sender: int, message: dict[str, Any]) -> None:
-        """A control message has arrived (on the control thread, or on the caller's for messages to oneself). One that makes
-        no sense does nothing."""
-        try:
-            self._obey(sender, message)
-        except Exception as error:
-            kind = message.get("type") if isinstance(message, dict) else None
-            known = (sender, str(kind)[:40])
-            level = logging.DEBUG if known in self._misunderstood else logging.WARNING
-            self._misunderstood.add(known)
-            trace = None if isinstance(error, ValueError) else error
-            logger.log(level, "control message %.40r of rank %d: %s", kind, sender, error, exc_info=trace)
-
-    def _obey(self, sender: int, message: dict[str, Any]) -> None:
-        kind = message.get("type")
-        if kind in ("report", "answer"):
-            if self._coordinator is not None:
-                self._coordinator.post(sender, message)
-        elif kind == "rail":
-            self._event(event_from(message.get("event")))
-        elif kind == "show" and sender == COORDINATOR:
-            self._show(message)
-        elif kind in ("lost", "departed"):
-            self._losses.heard(sender, message)
-        elif sender != COORDINATOR:
-            raise ValueError("ignored, only the coordinator may send it")
-        elif kind == "propose":
-            self._answer(message)
-        elif kind == "decide":
-            self._book.decide(*verdict_from(message))
-        else:
-            raise ValueError("ignored, its type is unknown")
+    def _vote(self, sender: int, message: Prepare | Refused) -> None:
+        self._router.send(COORDINATOR, self._book.vote(message, self.topology))
 
     def _event(self, event: StragglerEvent) -> None:
         """An event that this rank, the coordinator, tells everybody of."""
         self._reporter.event(event)
         if self._wandb_rank != self.topology.rank:
-            self._send(self._wandb_rank, {"type": "show", "event": event.to_json()})
+            self._router.send(self._wandb_rank, Show(event=event))
 
     def _overview(self, metrics: dict[str, Any]) -> None:
         self._reporter.pipeline(metrics)
         if self._wandb_rank != self.topology.rank:
-            self._send(self._wandb_rank, {"type": "show", "pipeline": metrics})
+            self._router.send(self._wandb_rank, Show(pipeline=metrics))
 
-    def _show(self, message: dict[str, Any]) -> None:
+    def _show(self, message: Show) -> None:
         """What the coordinator reports, for the W&B run that this rank owns."""
-        if "event" in message:
-            self._reporter.show_event(event_from(message["event"]))
-        else:
-            self._reporter.show_pipeline(message["pipeline"])
-            self._shown = int(message["pipeline"]["iteration"])
+        if message.event is not None:
+            self._reporter.show_event(message.event)
+        if message.pipeline is not None:
+            self._reporter.show_pipeline(message.pipeline)
+            self._shown = message.pipeline["iteration"]
 
     def _await_overview(self, patience_s: float = 5.0) -> None:
         """The coordinator's view of the last iteration is on its way to the W&B run of this rank."""
         until = time.monotonic() + patience_s
         while self._shown < self._iteration - 1 and time.monotonic() < until and self.failure is None:
             time.sleep(0.01)
-
-    def _answer(self, message: dict[str, Any]) -> None:
-        version = version_from(message)
-        try:
-            ok = self._book.propose(proposal_from(message, self.topology))
-        except Exception as error:  # noqa: BLE001  whatever is wrong with it, the others wait for the answer
-            logger.warning("plan v%d is refused: %s", version, error)
-            ok = False
-        self._send(COORDINATOR, {"type": "answer", "version": version, "ok": ok, "begun": self._book.begun})
 
     def _plan_committed(self, version: int, first_iteration: int, plan: Plan, profile: Profile, reason: str) -> None:
         warmups = " ".join(map(str, plan.warmup))
@@ -385,7 +374,7 @@ class Session:
             logger.exception("rail %s of %s is %s (%s), which cannot be reported", rail, peer, state, why)
             return
         if event is not None:
-            self._send(COORDINATOR, {"type": "rail", "event": event})
+            self._router.send(COORDINATOR, Rail(event=event_from(event)))
 
     def _report_loss(self, peer: PeerInfo, why: str) -> None:
         self._reporter.event(

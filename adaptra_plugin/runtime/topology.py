@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from adaptra_plugin.detect import links_of
 
+COORDINATOR = 0
+"""World rank that detects, plans and leads the switch to a new plan."""
+
 
 @dataclass(frozen=True)
 class Topology:

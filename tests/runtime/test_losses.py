@@ -13,6 +13,7 @@ from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
 from adaptra_plugin.runtime import departures, losses
 from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
 from adaptra_plugin.runtime.losses import Losses
+from adaptra_plugin.runtime.messages import read
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import PeerInfo
 
@@ -154,7 +155,7 @@ def test_an_error_that_is_due_to_another_rank_names_the_one_that_left_first(job)
     ranks.mute = {1, 2}
     ranks.leave(3, SystemExit(4))
     departed = Departure(info(3), 1, final=False, broken=True, why=reason(SystemExit(4)))
-    threading.Timer(0.3, lambda: ranks.ranks[2].heard(0, departed.to_json())).start()
+    threading.Timer(0.3, lambda: ranks.ranks[2].heard(0, departed.message())).start()
     gone = PeerLostError("gradient 0 cannot arrive")
     gone.peer = info(3)
     found = ranks.leave(2, gone)
@@ -181,7 +182,7 @@ def test_a_process_that_is_gone_after_another_rank_has_left_is_no_cause(job, pip
     ranks = job(*pipelines)
     ranks.enter(1)
     mine = ranks.ranks[3]
-    mine.heard(0, Departure(info(left), 1, final=False, broken=broken, why="it left").to_json())
+    mine.heard(0, Departure(info(left), 1, final=False, broken=broken, why="it left").message())
     mine.lost(info(2), "its connection was closed")
     why = "it left" if blamed == left else "its connection was closed"
     assert str(mine.failure).startswith(f"rank {blamed} (") and f"host n{blamed}) is lost: {why}." in str(mine.failure)
@@ -232,7 +233,7 @@ def test_a_session_may_end_while_the_first_news_come(job, monkeypatch):
         starting(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    mine.heard(0, Departure(info(0), 1, final=True, broken=False, why=ENDED).to_json())
+    mine.heard(0, Departure(info(0), 1, final=True, broken=False, why=ENDED).message())
     assert ended.wait(5)
     assert "adaptra-departures" not in [thread.name for thread in threading.enumerate()]
 
@@ -278,9 +279,9 @@ def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
 def test_nonsense_about_ranks_that_are_gone_is_refused(job, message, caplog):
     ranks = job()
     ranks.enter(1)
-    whole = Departure(info(1), 1, final=False, broken=True, why="x").to_json() | message
+    whole = Departure(info(1), 1, final=False, broken=True, why="x").message().to_json() | message
     if not message:
         del whole["why"]
-    ranks.ranks[0].heard(1, whole)
+    ranks.ranks[0].heard(1, read(whole))
     assert "is not understood" in caplog.text
     assert ranks.wait(0, 0.8) is None
