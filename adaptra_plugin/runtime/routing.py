@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from adaptra_plugin.errors import TransportError
@@ -11,19 +11,17 @@ from adaptra_plugin.runtime.messages import Message, Refused, read
 from adaptra_plugin.runtime.topology import COORDINATOR
 
 logger = logging.getLogger("adaptra")
-Handlers = Mapping[type[Message] | None, Callable[[int, Any], None]]
-"""For a type of message: who takes it, as `(sender, message)`. Types that are missing do nothing."""
+Taker = Callable[[int, Any], None]
+"""`(sender, message)`; on the control thread, or on the sender's own for messages to oneself."""
 
 
 class Router:
-    """Thread-safe as far as the handlers are.
+    """Thread-safe as far as the takers are.
 
     Args:
         rank: of this process.
         transmit: `(rank, JSON object)`; never blocks.
         silent: whether nothing is to be sent any more.
-        handlers: of messages that make sense.
-        refused: of messages that do not, where somebody waits for what they should have said.
     """
 
     def __init__(
@@ -31,15 +29,21 @@ class Router:
         rank: int,
         transmit: Callable[[int, dict[str, Any]], None],
         silent: Callable[[], bool],
-        handlers: Handlers,
-        refused: Handlers,
     ) -> None:
         self._rank = rank
         self._transmit = transmit
         self._silent = silent
-        self._handlers = handlers
-        self._refused = refused
+        self._takers: dict[type[Message], Taker] = {}
+        self._takes_refused: set[type[Message]] = set()
         self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
+
+    def route(self, taker: Taker, *kinds: type[Message], refused: bool = False) -> None:
+        """Who takes messages of these types; `refused`: also those that make no sense, as somebody waits for what they should
+        have said. Messages that nobody takes do nothing."""
+        for kind in kinds:
+            self._takers[kind] = taker
+            if refused:
+                self._takes_refused.add(kind)
 
     def send(self, rank: int, message: Message) -> None:
         """To the coordinator, or from it to any rank. One to oneself is taken at once, on this thread."""
@@ -70,12 +74,10 @@ class Router:
             logger.log(level, "control message %.40r of rank %d: %s", message.type, sender, error, exc_info=trace)
 
     def _hand_over(self, sender: int, message: Message | Refused) -> None:
-        is_refused = isinstance(message, Refused)
         kind = message.kind if isinstance(message, Refused) else type(message)
         if kind is not None and kind.by_coordinator and sender != COORDINATOR:
             raise ValueError("ignored, only the coordinator may send it")
-        handler = (self._refused if is_refused else self._handlers).get(kind)
-        if handler is not None:
-            handler(sender, message)
-        elif isinstance(message, Refused):
+        if isinstance(message, Refused) and kind not in self._takes_refused:
             raise ValueError(message.why)
+        if kind in self._takers:
+            self._takers[kind](sender, message)

@@ -1,4 +1,4 @@
-"""One per rank and engine: wires measuring, planning, agreement, transport and reports, and owns their threads."""
+"""The life of Adaptra on one rank: start, iterations, end. Wires the parts together, which do the rest, and ends their threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import ConfigError
-from adaptra_plugin.report import Reporter, StragglerEvent
+from adaptra_plugin.report import Reporter
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
 from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
@@ -25,28 +24,16 @@ from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.losses import Losses
-from adaptra_plugin.runtime.messages import (
-    Abort,
-    Commit,
-    Departed,
-    Lost,
-    Prepare,
-    Rail,
-    Refused,
-    Report,
-    Show,
-    Vote,
-)
-from adaptra_plugin.runtime.rails import RailWatch, event_from
+from adaptra_plugin.runtime.messages import Abort, Commit, Departed, Lost, Prepare, Rail, Report, Show, Vote
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.routing import Router
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.switching import PlanBook
+from adaptra_plugin.runtime.telemetry import Telemetry
 from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 from adaptra_plugin.schedule.names import ADAPTIVE
-from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.prepare import prepare
 from adaptra_plugin.schedule.profile import Profile, StageProfile
 from adaptra_plugin.transport import Endpoint, PeerInfo
@@ -91,7 +78,6 @@ class Session:
         self.device = device
         self.queue = WeightGradStore()
         self._wandb_rank = wandb_rank
-        self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
         self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=socket.gethostname())
         self._losses = Losses(
             self._me,
@@ -99,14 +85,13 @@ class Session:
             config.peer_exit_grace_s,
             send=lambda rank, message: self._router.send_last(rank, message),
             fail=self._fail,
-            report=self._report_loss,
+            report=lambda peer, why: self._telemetry.loss(peer, why),
             last_words=lambda: self._reporter.close(2.0),
         )
         self._closed = False
         self._close_lock = threading.Lock()
         self._iteration = 0
         self._step_id = 0
-        self._router = self._make_router()
         self._stopwatch = stopwatch_for(device)
         self._throttle = ComputeThrottle(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
@@ -143,8 +128,20 @@ class Session:
             at_exit=self.close,
         )
         undo.callback(self._reporter.close, 1.0)
-        host = self._me.host
-        self._rails = RailWatch(topology, host)
+        router = self._router = Router(
+            topology.rank,
+            transmit=lambda rank, data: self._endpoint.send_control(rank, data),
+            silent=lambda: self.failure is not None or self._closed,
+        )
+        telemetry = self._telemetry = Telemetry(
+            self._reporter,
+            self._me,
+            topology,
+            self._wandb_rank,
+            send=router.send,
+            now=lambda: (self._iteration, self._book.version),
+            failed=lambda: self.failure is not None,
+        )
         self._endpoint = Endpoint(
             self._me,
             config.transport,
@@ -154,14 +151,31 @@ class Session:
             wraparound=topology.chunks > 1,
         )
         undo.callback(self._endpoint.close, linger_s=0.0)
-        self._endpoint.on_control = self._router.receive
+        self._endpoint.on_control = router.receive
         self._endpoint.on_peer_lost = self._losses.lost
-        self._endpoint.on_rail = self._rail
-        peers = rendezvous.exchange(topology, host, self._endpoint.endpoint_info)
-        self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
-        self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
-        if self._coordinator is not None:
+        self._endpoint.on_rail = telemetry.rail
+        peers = rendezvous.exchange(topology, self._me.host, self._endpoint.endpoint_info)
+        self._coordinator = None
+        if topology.rank == COORDINATOR:
+            self._coordinator = Coordinator(
+                topology,
+                config,
+                {rank: info.host for rank, (info, _) in peers.items()},
+                send=router.send,
+                on_event=telemetry.event,
+                on_plan=telemetry.plan,
+                on_overview=telemetry.overview,
+                book=self._book,
+                limits=self._limits,
+            )
             undo.callback(self._coordinator.close)
+            router.route(self._coordinator.post, Report, Vote, refused=True)
+        router.route(lambda _, message: telemetry.event(message.event), Rail)
+        router.route(lambda _, message: telemetry.show(message), Show)
+        router.route(self._losses.heard, Lost, Departed, refused=True)
+        router.route(lambda _, m: router.send(COORDINATOR, self._book.vote(m, topology)), Prepare, refused=True)
+        router.route(lambda _, message: self._book.commit(message.version), Commit)
+        router.route(lambda _, message: self._book.abort(message.version), Abort)
         self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
         self._links = Links(
             previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
@@ -179,19 +193,6 @@ class Session:
         _activation.add_session(self)
         atexit.register(self.close)
 
-    def _make_coordinator(self) -> Coordinator:
-        return Coordinator(
-            self.topology,
-            self.config,
-            self._hosts,
-            send=self._router.send,
-            on_event=self._event,
-            on_plan=self._plan_committed,
-            on_overview=self._overview,
-            book=self._book,
-            limits=self._limits,
-        )
-
     # --- iterations
 
     def begin(self, microbatches: int) -> Iteration:
@@ -200,26 +201,25 @@ class Session:
         Raises:
             PlanError: the limits cannot be kept with this number of microbatches.
         """
-        self._enter()
-        self._endpoint.set_iteration(self._iteration)
-        if self._split is not None:
-            self._split.begin()
-        with self._losses.presence.waiting():  # for commit or abort
-            version, plan = self._book.begin(self._iteration, microbatches)
-        return self._begin(version, plan.schedule.ranks[self.topology.position], microbatches, training=True)
+        return self._begin(microbatches, training=True)
 
     def begin_evaluation(self, microbatches: int) -> Iteration:
         """A forward-only schedule begins."""
-        self._enter()
-        actions = forward_only(self.topology.own_stages, microbatches, self.topology.length)
-        return self._begin(0, actions, microbatches, training=False)
+        return self._begin(microbatches, training=False)
 
-    def _enter(self) -> None:
+    def _begin(self, microbatches: int, *, training: bool) -> Iteration:
         # counted before anything can fail, which would fail on all ranks: they have to count alike
         self._step_id += 1
         self._losses.presence.enter(self._step_id)
-
-    def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
+        if training:
+            self._endpoint.set_iteration(self._iteration)
+            if self._split is not None:
+                self._split.begin()
+            with self._losses.presence.waiting():  # for commit or abort
+                version, plan = self._book.begin(self._iteration, microbatches)
+            actions = plan.schedule.ranks[self.topology.position]
+        else:
+            version, actions = 0, forward_only(self.topology.own_stages, microbatches, self.topology.length)
         self._losses.check()
         return Iteration(
             index=self._iteration,
@@ -244,15 +244,8 @@ class Session:
         if self._split is not None:
             self._split.finalize()
         self._iteration += 1
-        report = iteration.report(self._me.host)
-        if self.config.detector.enabled:
-            self._router.send(COORDINATOR, Report(report=report))
-        # W&B gets the coordinator's overview of all stages, if there is one
-        metrics = report.metrics()
-        if self.config.report.spans:
-            metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)
-            metrics["spans"] = iteration.spans()
-        self._reporter.iteration(metrics, to_wandb=not self.config.detector.enabled)
+        config = self.config
+        self._telemetry.iteration(iteration, spans=config.report.spans, judged=config.detector.enabled)
 
     # --- the backward in two parts
 
@@ -290,114 +283,7 @@ class Session:
             self.close()
         return not found
 
-    def _make_router(self) -> Router:
-        return Router(
-            self.topology.rank,
-            transmit=lambda rank, data: self._endpoint.send_control(rank, data),
-            silent=lambda: self.failure is not None or self._closed,
-            handlers={
-                Report: self._post,
-                Vote: self._post,
-                Rail: lambda _, message: self._event(message.event),
-                Show: lambda _, message: self._show(message),
-                Lost: self._losses.heard,
-                Departed: self._losses.heard,
-                Prepare: self._vote,
-                Commit: lambda _, message: self._book.commit(message.version),
-                Abort: lambda _, message: self._book.abort(message.version),
-            },
-            refused={
-                Report: self._post,
-                Vote: self._post,
-                Lost: self._losses.heard,
-                Departed: self._losses.heard,
-                Prepare: self._vote,
-            },
-        )
-
-    def _post(self, sender: int, message: Report | Vote | Refused) -> None:
-        if self._coordinator is not None:
-            self._coordinator.post(sender, message)
-
-    def _vote(self, sender: int, message: Prepare | Refused) -> None:
-        self._router.send(COORDINATOR, self._book.vote(message, self.topology))
-
-    def _event(self, event: StragglerEvent) -> None:
-        """An event that this rank, the coordinator, tells everybody of."""
-        self._reporter.event(event)
-        if self._wandb_rank != self.topology.rank:
-            self._router.send(self._wandb_rank, Show(event=event))
-
-    def _overview(self, metrics: dict[str, Any]) -> None:
-        self._reporter.pipeline(metrics)
-        if self._wandb_rank != self.topology.rank:
-            self._router.send(self._wandb_rank, Show(pipeline=metrics))
-
-    def _show(self, message: Show) -> None:
-        """What the coordinator reports, for the W&B run that this rank owns."""
-        if message.event is not None:
-            self._reporter.show_event(message.event)
-        if message.pipeline is not None:
-            self._reporter.show_pipeline(message.pipeline)
-            self._shown = message.pipeline["iteration"]
-
-    def _await_overview(self, patience_s: float = 5.0) -> None:
-        """The coordinator's view of the last iteration is on its way to the W&B run of this rank."""
-        until = time.monotonic() + patience_s
-        while self._shown < self._iteration - 1 and time.monotonic() < until and self.failure is None:
-            time.sleep(0.01)
-
-    def _plan_committed(self, version: int, first_iteration: int, plan: Plan, profile: Profile, reason: str) -> None:
-        warmups = " ".join(map(str, plan.warmup))
-        self._reporter.message(
-            "plan",
-            f"plan v{version} runs from iteration {first_iteration} on ({reason}): warm-ups {warmups}, "
-            f"predicted {plan.makespan_ms:.1f} ms an iteration",
-            version=version,
-            first_iteration=first_iteration,
-            reason=reason,
-            plan=plan.to_json(),
-            profile=profile.to_json(),
-        )
-
     # --- failures
-
-    def _rail(self, peer: PeerInfo, rail: str, state: str, why: str) -> None:
-        """A step in the life of a rail (on the control thread, which does not end because it cannot be reported). After the
-        loss of a peer there are no rails to speak of."""
-        if self.failure is not None:
-            return
-        try:
-            self._reporter.message("rail", peer=peer.rank, rail=rail, state=state, why=why, iteration=self._iteration)
-            event = self._rails.step(peer, rail, state, why, iteration=self._iteration, version=self._book.version)
-        except Exception:
-            logger.exception("rail %s of %s is %s (%s), which cannot be reported", rail, peer, state, why)
-            return
-        if event is not None:
-            self._router.send(COORDINATOR, Rail(event=event_from(event)))
-
-    def _report_loss(self, peer: PeerInfo, why: str) -> None:
-        self._reporter.event(
-            StragglerEvent(
-                time_unix=time.time(),
-                kind="peer",
-                state="lost",
-                replica=self.topology.place(peer.rank)[0],
-                link=None,
-                stages=(peer.stage,),
-                ranks=(peer.rank,),
-                hosts=(peer.host,),
-                since_iteration=self._iteration,
-                found_iteration=self._iteration,
-                delay_before_ms=0.0,
-                delay_after_ms=0.0,
-                action=f"this rank ends: {why}",
-                predicted_iteration_ms_before=None,
-                predicted_iteration_ms_after=None,
-                predicted_gain=None,
-                plan_version=self._book.version,
-            )
-        )
 
     def _fail(self, error: Exception) -> None:
         self._endpoint.fail(error)
@@ -427,7 +313,7 @@ class Session:
         if self._coordinator is not None:
             self._coordinator.close(last=self._iteration - 1 if whole else -1)
         elif whole and self.topology.rank == self._wandb_rank:
-            self._await_overview()
+            self._telemetry.await_overview()
         if self._split is not None:
             self._split.remove()
         self._endpoint.close(linger_s=0.0 if self.failure is not None else 5.0)

@@ -139,7 +139,7 @@ def test_a_message_is_complained_of_once(session, caplog):
 
 def test_a_plan_that_is_not_understood_is_voted_against(session, monkeypatch):
     votes = []
-    monkeypatch.setattr(session._coordinator, "post", lambda rank, message: votes.append(message))
+    monkeypatch.setitem(session._router._takers, Vote, lambda rank, message: votes.append(message))
     session._router.receive(0, {"type": "prepare", "version": 4, "plan": {"ranks": [[{}]]}})
     assert votes == [Vote(version=4, ok=False, begun=session._book.begun)]
 
@@ -149,5 +149,5 @@ def test_a_rail_that_cannot_be_reported_ends_nothing(session, monkeypatch, caplo
         raise RuntimeError("no words")
 
     monkeypatch.setattr(session._reporter, "message", broken)
-    session._rail(session._me, "tcp0", "paused", "it is silent")
+    session._telemetry.rail(session._me, "tcp0", "paused", "it is silent")
     assert "which cannot be reported" in caplog.text
