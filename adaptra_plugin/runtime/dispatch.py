@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol, overload
+from typing import Any, Protocol
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.actions import Action, Kind
@@ -72,13 +72,7 @@ class _Ready(Sequence[Action]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    @overload
-    def __getitem__(self, index: int) -> Action: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Action]: ...
-
-    def __getitem__(self, index: int | slice) -> Action | Sequence[Action]:
+    def __getitem__(self, index: Any) -> Any:
         return self.left[0] if index == 0 else list(self)[index]
 
 

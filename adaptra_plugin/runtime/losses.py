@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from adaptra_plugin.errors import PeerLostError
-from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
+from adaptra_plugin.runtime.departures import ENDED, Departures, Presence, is_foreign, reason
 from adaptra_plugin.runtime.messages import Departed, Lost, Message, Refused, peer_of
 from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.shortage import begin
@@ -61,7 +62,7 @@ class Losses:
         self._send, self._fail, self._report, self._last_words = send, fail, report, last_words
         self._departures = Departures(self.presence, me.rank, lambda rank: topology.place(rank)[0])
         self._watch: threading.Thread | None = None
-        self._left: Departure | None = None  # the newest one of this rank
+        self._left: Departed | None = None  # the newest one of this rank
         self._inside_since: float | None = None
         self._noticed = threading.Event()
         self._closed = False
@@ -81,7 +82,7 @@ class Losses:
         if (cause := self._departures.cause(self.presence.current)) is not None:
             peer, why = cause.peer, cause.why
         if self._me.rank != COORDINATOR and peer.rank != COORDINATOR and self.failure is None and not self._closed:
-            self._send(COORDINATOR, Lost(rank=peer.rank, host=peer.host, why=why))
+            self._send(COORDINATOR, Lost(**asdict(peer), why=why))
         self._lose(peer, why)
 
     def heard(self, sender: int, message: Lost | Departed | Refused) -> None:
@@ -89,22 +90,23 @@ class Losses:
         try:
             if isinstance(message, Refused):
                 raise ValueError(message.why)
+            peer = peer_of(message, self._topology)
             if isinstance(message, Lost):
-                self._lose(peer_of(message, self._topology), message.why)
+                self._lose(peer, message.why)
             elif message.rank != sender != COORDINATOR:
                 raise ValueError(f"it says that rank {message.rank} has left")
             else:
-                self._add(Departure.of(message, self._topology))
+                self._add(message)
         except ValueError as error:
             logger.warning("what rank %d says of a rank that is gone is not understood: %s", sender, error)
 
-    def _add(self, departure: Departure) -> None:
+    def _add(self, departure: Departed) -> None:
         if self._closed or not self._departures.add(departure):
             return
         if self._me.rank == COORDINATOR:
-            self._tell_all(departure.message(), departure.peer.rank)
+            self._tell_all(departure, departure.rank)
         with self._lock:
-            if self._watch is not None or departure.peer.rank == self._me.rank or self._closed:
+            if self._watch is not None or departure.rank == self._me.rank or self._closed:
                 return
             arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
             watch = threading.Thread(
@@ -125,7 +127,7 @@ class Losses:
                 return
             if self._me.rank == COORDINATOR:
                 # before this rank fails: the other ranks must hear of it
-                self._tell_all(Lost(rank=peer.rank, host=peer.host, why=why), peer.rank)
+                self._tell_all(Lost(**asdict(peer), why=why), peer.rank)
             self.failure = error
         self._fail(error)
         logger.error("%s", error)
@@ -202,14 +204,14 @@ class Losses:
         step_id = self.presence.step_id
         if step_id is not None and self.failure is None:
             broken = not isinstance(error, StopIteration)
-            self._left = Departure(self._me, step_id, final=False, broken=broken, why=reason(error))
+            self._left = Departed(**asdict(self._me), step_id=step_id, final=False, broken=broken, why=reason(error))
             self._tell(self._left)
 
-    def _tell(self, departure: Departure) -> None:
+    def _tell(self, departure: Departed) -> None:
         if self._me.rank == COORDINATOR:
             self._add(departure)
         else:
-            self._send(COORDINATOR, departure.message())
+            self._send(COORDINATOR, departure)
 
     def close(self, next_step_id: int) -> None:
         """This rank takes part in no schedule from `next_step_id` on. Idempotent."""
@@ -219,7 +221,15 @@ class Losses:
             why = ENDED if error is None else reason(error)
             if self._left is not None and self._left.step_id == next_step_id - 1:
                 why = self._left.why
-            self._tell(Departure(self._me, next_step_id, final=True, broken=self.broken or error is not None, why=why))
+            self._tell(
+                Departed(
+                    **asdict(self._me),
+                    step_id=next_step_id,
+                    final=True,
+                    broken=self.broken or error is not None,
+                    why=why,
+                )
+            )
         self.abandon()
 
     def abandon(self) -> None:

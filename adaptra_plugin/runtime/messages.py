@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -62,6 +63,11 @@ _Event = Annotated[StragglerEvent, _reader(StragglerEvent, event_from), _WRITER]
 _Profile = Annotated[Profile, _reader(Profile, Profile.from_json), _WRITER]
 _Plan = Annotated[Plan, _reader(Plan, Plan.from_json), _WRITER]
 _Overview = Annotated[dict[str, Any], AfterValidator(_numbered)]
+# pydantic refuses what is not UTF-8, such as a file's name in the text of an error
+_Text = Annotated[
+    str,
+    BeforeValidator(lambda text: text.encode(errors="backslashreplace").decode() if isinstance(text, str) else text),
+]
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
 
 
@@ -104,20 +110,31 @@ class Lost(_Base):
 
     type: Literal["lost"] = "lost"
     rank: _Count
-    host: str
-    why: str
+    host: _Text
+    why: _Text
 
 
 class Departed(_Base):
-    """A rank has left a schedule, see `Departure`."""
+    """A rank has left a schedule."""
 
     type: Literal["departed"] = "departed"
     rank: _Count
-    host: str
-    why: str
+    stage: _Count
+    host: _Text
     step_id: int
+    """Number of that schedule."""
     final: bool
+    """It takes part in none after it."""
     broken: bool
+    """By an error, so that what it has left cannot be of use to anybody."""
+    why: _Text
+
+    @property
+    def peer(self) -> PeerInfo:
+        return PeerInfo(self.rank, self.stage, self.host)
+
+    def concerns(self, step_id: int) -> bool:
+        return step_id == self.step_id or (self.final and step_id > self.step_id)
 
 
 class Prepare(_Base):
@@ -262,9 +279,8 @@ def check_report(report: IterationReport, sender: int, topology: Topology, begun
         )
     if len(report.chunks) != topology.chunks:
         raise ValueError(f"{len(report.chunks)} model chunks: a rank has {topology.chunks}")
-    known = topology.links()
     for link in report.links:
-        if (min(link.src, link.dst), max(link.src, link.dst)) not in known:
+        if not topology.has_link(link.src, link.dst):
             raise ValueError(f"{link.src} -> {link.dst} is no link between neighbours of {topology.length} stages")
     if len({link.src for link in report.links}) < len(report.links):
         raise ValueError("a link is listed twice")

@@ -24,15 +24,8 @@ class Router:
         silent: whether nothing is to be sent any more.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        transmit: Callable[[int, dict[str, Any]], None],
-        silent: Callable[[], bool],
-    ) -> None:
-        self._rank = rank
-        self._transmit = transmit
-        self._silent = silent
+    def __init__(self, rank: int, transmit: Callable[[int, dict[str, Any]], None], silent: Callable[[], bool]) -> None:
+        self._rank, self._transmit, self._silent = rank, transmit, silent
         self._takers: dict[type[Message], Taker] = {}
         self._takes_refused: set[type[Message]] = set()
         self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of

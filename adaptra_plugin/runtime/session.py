@@ -361,10 +361,9 @@ def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:
 
 
 def _check_links(config: AdaptraConfig, topology: Topology) -> None:
-    known = topology.links()
     for name, links in (("links", config.simulate.links), ("faults", config.simulate.faults)):
         for link in links:
-            if (min(link.src, link.dst), max(link.src, link.dst)) not in known:
+            if not topology.has_link(link.src, link.dst):
                 raise ConfigError(
                     f"adaptra.simulate.{name}: {link.src}-{link.dst} is not a link between neighbours of {topology.length} stages"
                 )

@@ -82,6 +82,10 @@ class Topology:
         """(position, position) of the links between neighbours; with several chunks a pipeline is a ring."""
         return links_of(self.length, wraparound=self.chunks > 1)
 
+    def has_link(self, a: int, b: int) -> bool:
+        """Whether two positions are neighbours."""
+        return (min(a, b), max(a, b)) in self.links()
+
     def place(self, rank: int) -> tuple[int, int]:
         """(replica, position) of a rank."""
         for replica, pipeline in enumerate(self.pipelines):

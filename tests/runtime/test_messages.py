@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adaptra_plugin.runtime.messages import Message, Refused, Vote, check_plan, check_vote, peer_of, read
+from adaptra_plugin.runtime.messages import Lost, Message, Refused, Vote, check_plan, check_vote, peer_of, read
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import Profile, StageProfile
@@ -98,6 +98,11 @@ def test_a_vote_from_the_far_future_is_none():
     assert (vote.version, vote.ok, vote.begun) == (2, False, -1)
     with pytest.raises(ValueError, match="begun: 900 is not a whole number from -1 to 20"):
         check_vote(Vote(version=2, ok=False, begun=900), 4)
+
+
+def test_an_error_whose_text_is_not_utf8_is_told_all_the_same():
+    lost = accepted(Lost(rank=1, host="n", why="no file \udcff").to_json())
+    assert lost.why == "no file \\udcff"
 
 
 KINDS = ["report", "vote", "rail", "show", "lost", "departed", "prepare", "commit", "abort", "nonsense"]
