@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
-.PHONY: install demo test test-wheel test-rdma lint benchmarks clean docs
-.PHONY: install demo test test-pythons test-wheel test-rdma lint benchmarks clean
+.PHONY: install demo test test-pythons test-wheel test-rdma lint benchmarks clean docs
 
 install: $(VENV)/.installed
 
@@ -43,7 +42,6 @@ clean:
 # the pages of docs/ into site/; a broken link is an error
 docs: install
 	$(BIN)/mkdocs build --strict
-	rm -rf $(VENV) .cache demo-out build *.egg-info
 
 # what needs neither torch nor a host, under each other version of Python that is installed (`make test-pythons PYTHONS=/path/python`)
 PYTHONS ?= python3.10 python3.12 python3.13

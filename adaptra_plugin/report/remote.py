@@ -48,7 +48,7 @@ class Receiver(Sink):
 
     def receive(self, message: Mapping[str, Any]) -> None:
         """Takes a message of a `RemoteSink`. Raises ValueError or KeyError if it is none."""
-        if "event" in message:
+        if message.get("event") is not None:
             self._sink.event(StragglerEvent.from_json(message["event"]))
             return
         metrics = message["pipeline"]

@@ -12,16 +12,14 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from torch import distributed
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.host import holds_collectives
-from adaptra_plugin.transport import PeerInfo
+from adaptra_plugin.runtime.messages import Departed
 
 STUCK_S = 0.5
 """A rank that waits in a transfer for so long after the news is stuck: what had been sent before has come by then."""
@@ -65,40 +63,6 @@ def reason(error: BaseException) -> str:
     return f"it ended with {type(error).__name__}{text}"[:_MAX_WHY]
 
 
-@dataclass(frozen=True)
-class Departure:
-    """`peer` has left schedule number `step_id`; `final`: and takes part in none after it. `broken`: by an error, so that what
-    it has left cannot be of use to anybody."""
-
-    peer: PeerInfo
-    step_id: int
-    final: bool
-    broken: bool
-    why: str
-
-    def to_json(self) -> dict[str, Any]:
-        peer = self.peer
-        return {
-            "type": "departed",
-            "rank": peer.rank,
-            "pp_rank": peer.pp_rank,
-            "host": peer.host,
-            "step_id": self.step_id,
-            "final": self.final,
-            "broken": self.broken,
-            "why": self.why,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Departure:
-        """Raises KeyError, TypeError, ValueError."""
-        peer = PeerInfo(int(data["rank"]), int(data["pp_rank"]), str(data["host"]))
-        return cls(peer, int(data["step_id"]), bool(data["final"]), bool(data["broken"]), str(data["why"]))
-
-    def concerns(self, step_id: int) -> bool:
-        return step_id == self.step_id or (self.final and step_id > self.step_id)
-
-
 class Presence:
     """Where this rank is: in which schedule, and since when it waits there for another rank (s, `clock`)."""
 
@@ -140,41 +104,41 @@ class Departures:
         self._presence = presence
         self._own = replica(rank)
         self._replica = replica
-        self._known: list[tuple[Departure, float]] = []
+        self._known: list[tuple[Departed, float]] = []
         self._lock = threading.Lock()
 
-    def add(self, departure: Departure) -> bool:
+    def add(self, departure: Departed) -> bool:
         """False if nothing is new about it: another rank of its pipeline had left the same schedules before. Raises ValueError
         if there is no such rank."""
-        replica = self._replica(departure.peer.rank)
+        replica = self._replica(departure.rank)
         with self._lock:
             # what this rank has behind it concerns it no more
             self._known = [item for item in self._known if item[0].final or item[0].step_id >= self._presence.current]
             for known, _ in self._known:
                 as_much = (known.final or not departure.final) and (known.broken or not departure.broken)
-                if as_much and known.concerns(departure.step_id) and self._replica(known.peer.rank) == replica:
+                if as_much and known.concerns(departure.step_id) and self._replica(known.rank) == replica:
                     return False
             self._known.append((departure, self._presence.clock()))
             return True
 
     def ended(self, rank: int) -> bool:
         """Whether a rank has said that it takes part in nothing any more."""
-        return any(departure.final and departure.peer.rank == rank for departure, _ in self._known)
+        return any(departure.final and departure.rank == rank for departure, _ in self._known)
 
-    def blamed(self, step_id: int) -> Departure | None:
+    def blamed(self, step_id: int) -> Departed | None:
         """Who has left a schedule: the first one."""
         found = [departure for departure, _ in self._known if departure.concerns(step_id)]
         return min(found, key=lambda departure: departure.step_id, default=None)
 
-    def cause(self, step_id: int) -> Departure | None:
+    def cause(self, step_id: int) -> Departed | None:
         """Of whose departure the end of another rank may be a mere consequence."""
         found = self.blamed(step_id)
         return found if found is not None and (found.broken or self._is_related(found)) else None
 
-    def _is_related(self, departure: Departure) -> bool:
-        return self._replica(departure.peer.rank) == self._own
+    def _is_related(self, departure: Departed) -> bool:
+        return self._replica(departure.rank) == self._own
 
-    def due(self) -> Departure | None:
+    def due(self) -> Departed | None:
         """The one without which this rank is stuck, now."""
         presence, step_id = self._presence, self._presence.step_id
         if step_id is None:
@@ -190,7 +154,7 @@ class Departures:
                 return departure
         return None
 
-    def watch(self, over: threading.Event, lose: Callable[[Departure], None]) -> None:
+    def watch(self, over: threading.Event, lose: Callable[[Departed], None]) -> None:
         """Looks until this rank is stuck, and calls `lose` then, once; or until `over`."""
         while not over.wait(_LOOK_S):
             if (departure := self.due()) is not None:

@@ -15,7 +15,7 @@ from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.departures import Presence
-from adaptra_plugin.runtime.dispatch import buffers_needed, in_order
+from adaptra_plugin.runtime.dispatch import IN_ORDER, DispatchPolicy, buffers_needed, dispatch
 from adaptra_plugin.runtime.stopwatch import Stopwatch
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
@@ -48,6 +48,7 @@ class Iteration:
         actions: what this rank runs, in order.
         device: where received tensors are to be; None: in host memory.
         presence: is told when this rank waits for another one.
+        policy: chooses what runs next.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Iteration:
     training: bool = True
     device: torch.device | None = None
     presence: Presence = field(default_factory=Presence)
+    policy: DispatchPolicy = IN_ORDER
     wait_ms: float = 0.0
     _posted: dict[Key, RecvWork] = field(default_factory=dict)
     _marks: list[tuple[Action, int, int]] = field(default_factory=list)
@@ -85,7 +87,12 @@ class Iteration:
         return buffers_needed(self.actions)
 
     def dispatch(self) -> Iterator[Action]:
-        return in_order(self.actions)
+        """What to run, one action after the other."""
+        return dispatch(self.actions, self._arrived, self.policy)
+
+    def _arrived(self, action: Action) -> bool:
+        key = self._incoming(action)
+        return key is None or self._posted[key].ready()
 
     def splits(self) -> bool:
         """True if this rank's plan runs the backward in two parts."""

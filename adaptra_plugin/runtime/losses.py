@@ -8,19 +8,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
 
 from adaptra_plugin.errors import PeerLostError
-from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
-from adaptra_plugin.runtime.messages import loss_from
-from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.runtime.departures import ENDED, Departures, Presence, is_foreign, reason
+from adaptra_plugin.runtime.messages import Departed, Lost, Message, Refused, peer_of
+from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.shortage import begin
 from adaptra_plugin.transport import PeerInfo
 
 logger = logging.getLogger("adaptra")
-COORDINATOR = 0
 EXIT_PEER_LOST = 70
 PATIENCE_S = 3.0
 """An error of a collective, or of a transfer, waits for so long for the news of whose doing it is."""
@@ -47,7 +46,7 @@ class Losses:
         topology: Topology,
         exit_grace_s: float,
         *,
-        send: Callable[[int, dict[str, Any]], None],
+        send: Callable[[int, Message], None],
         fail: Callable[[Exception], None],
         report: Callable[[PeerInfo, str], None],
         last_words: Callable[[], None],
@@ -63,7 +62,7 @@ class Losses:
         self._send, self._fail, self._report, self._last_words = send, fail, report, last_words
         self._departures = Departures(self.presence, me.rank, lambda rank: topology.place(rank)[0])
         self._watch: threading.Thread | None = None
-        self._left: Departure | None = None  # the newest one of this rank
+        self._left: Departed | None = None  # the newest one of this rank
         self._inside_since: float | None = None
         self._noticed = threading.Event()
         self._closed = False
@@ -83,30 +82,31 @@ class Losses:
         if (cause := self._departures.cause(self.presence.current)) is not None:
             peer, why = cause.peer, cause.why
         if self._me.rank != COORDINATOR and peer.rank != COORDINATOR and self.failure is None and not self._closed:
-            self._send(COORDINATOR, _loss_message(peer, why))
+            self._send(COORDINATOR, Lost(**asdict(peer), why=why))
         self._lose(peer, why)
 
-    def heard(self, sender: int, message: Mapping[str, Any]) -> None:
-        """News of a peer (on the control thread)."""
+    def heard(self, sender: int, message: Lost | Departed | Refused) -> None:
+        """News of a rank (on the control thread)."""
         try:
-            peer, why = loss_from(message, self._topology)
-            if message["type"] == "departed":
-                departure = Departure.from_json(message)
-                if departure.peer.rank != sender != COORDINATOR:
-                    raise ValueError(f"it says that rank {departure.peer.rank} has left")
-                self._add(departure)
+            if isinstance(message, Refused):
+                raise ValueError(message.why)
+            peer = peer_of(message, self._topology)
+            if isinstance(message, Lost):
+                self._lose(peer, message.why)
+            elif message.rank != sender != COORDINATOR:
+                raise ValueError(f"it says that rank {message.rank} has left")
             else:
-                self._lose(peer, why)
-        except (KeyError, TypeError, ValueError) as error:
+                self._add(message)
+        except ValueError as error:
             logger.warning("what rank %d says of a rank that is gone is not understood: %s", sender, error)
 
-    def _add(self, departure: Departure) -> None:
+    def _add(self, departure: Departed) -> None:
         if self._closed or not self._departures.add(departure):
             return
         if self._me.rank == COORDINATOR:
-            self._tell_all(departure.to_json(), departure.peer.rank)
+            self._tell_all(departure, departure.rank)
         with self._lock:
-            if self._watch is not None or departure.peer.rank == self._me.rank or self._closed:
+            if self._watch is not None or departure.rank == self._me.rank or self._closed:
                 return
             arguments = (self._noticed, lambda found: self.lost(found.peer, found.why))
             watch = threading.Thread(
@@ -127,7 +127,7 @@ class Losses:
                 return
             if self._me.rank == COORDINATOR:
                 # before this rank fails: the other ranks must hear of it
-                self._tell_all(_loss_message(peer, why), peer.rank)
+                self._tell_all(Lost(**asdict(peer), why=why), peer.rank)
             self.failure = error
         self._fail(error)
         logger.error("%s", error)
@@ -135,7 +135,7 @@ class Losses:
         watch = threading.Thread(target=self._end_if_stuck, name="adaptra-peer-lost", daemon=True)
         begin(watch, f"this rank is not ended after {self._exit_grace_s:g} s if it is stuck now")
 
-    def _tell_all(self, message: dict[str, Any], about: int) -> None:
+    def _tell_all(self, message: Message, about: int) -> None:
         for rank in range(self._topology.world_size):
             if rank not in (about, self._me.rank):
                 self._send(rank, message)
@@ -204,14 +204,14 @@ class Losses:
         step_id = self.presence.step_id
         if step_id is not None and self.failure is None:
             broken = not isinstance(error, StopIteration)
-            self._left = Departure(self._me, step_id, final=False, broken=broken, why=reason(error))
+            self._left = Departed(**asdict(self._me), step_id=step_id, final=False, broken=broken, why=reason(error))
             self._tell(self._left)
 
-    def _tell(self, departure: Departure) -> None:
+    def _tell(self, departure: Departed) -> None:
         if self._me.rank == COORDINATOR:
             self._add(departure)
         else:
-            self._send(COORDINATOR, departure.to_json())
+            self._send(COORDINATOR, departure)
 
     def close(self, next_step_id: int) -> None:
         """This rank takes part in no schedule from `next_step_id` on. Idempotent."""
@@ -221,7 +221,15 @@ class Losses:
             why = ENDED if error is None else reason(error)
             if self._left is not None and self._left.step_id == next_step_id - 1:
                 why = self._left.why
-            self._tell(Departure(self._me, next_step_id, final=True, broken=self.broken or error is not None, why=why))
+            self._tell(
+                Departed(
+                    **asdict(self._me),
+                    step_id=next_step_id,
+                    final=True,
+                    broken=self.broken or error is not None,
+                    why=why,
+                )
+            )
         self.abandon()
 
     def abandon(self) -> None:
@@ -231,7 +239,3 @@ class Losses:
         self._noticed.set()
         if self._watch is not None and self._watch is not threading.current_thread():
             self._watch.join(_WATCH_ENDS_S)
-
-
-def _loss_message(peer: PeerInfo, why: str) -> dict[str, Any]:
-    return {"type": "lost", "rank": peer.rank, "pp_rank": peer.pp_rank, "host": peer.host, "why": why}

@@ -1,13 +1,30 @@
-"""Control messages between ranks, read and checked: what does not fit is refused with a sentence and does nothing."""
+"""Control messages between ranks: a model for each type, read once where they arrive.
+
+What does not fit is refused with a sentence and does nothing. What takes the job's pipelines to judge is checked by the
+functions below, by those who have them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from adaptra_plugin.detect import IterationReport
 from adaptra_plugin.errors import PlanError
-from adaptra_plugin.runtime.plans import Proposal
+from adaptra_plugin.report import StragglerEvent
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import Profile
@@ -19,70 +36,240 @@ would put off every new plan until then."""
 _MOST = 1 << 53
 
 
-def answer_from(message: Mapping[str, Any], begun: int) -> tuple[int, bool, int]:
-    """(version, whether the rank takes part, newest iteration that has begun there) of an answer to a proposal.
+def _reader(cls: type, read: Callable[[Any], Any]) -> PlainValidator:
+    """Reads a field that has its own JSON form; whatever is wrong with it is a reason to refuse the message."""
 
-    Args:
-        begun: the newest iteration that has begun on this rank.
+    def validate(value: Any) -> Any:
+        try:
+            return value if isinstance(value, cls) else read(value)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
-    Raises:
-        ValueError: it is none.
+    return PlainValidator(validate)
+
+
+def _numbered(metrics: dict[str, Any]) -> dict[str, Any]:
+    if type(metrics.get("iteration")) is not int:
+        raise ValueError(f"pipeline: {metrics.get('iteration')!r:.80} is no iteration")
+    return metrics
+
+
+_WRITER = PlainSerializer(lambda value: value.to_json())
+_Report = Annotated[IterationReport, _reader(IterationReport, IterationReport.from_json), _WRITER]
+_Event = Annotated[StragglerEvent, _reader(StragglerEvent, StragglerEvent.from_json), _WRITER]
+_Profile = Annotated[Profile, _reader(Profile, Profile.from_json), _WRITER]
+_Plan = Annotated[Plan, _reader(Plan, Plan.from_json), _WRITER]
+_Overview = Annotated[dict[str, Any], AfterValidator(_numbered)]
+# pydantic refuses what is not UTF-8, such as a file's name in the text of an error
+_Text = Annotated[
+    str,
+    BeforeValidator(lambda text: text.encode(errors="backslashreplace").decode() if isinstance(text, str) else text),
+]
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    by_coordinator: ClassVar[bool] = False
+    """Nobody else may send it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the `type`."""
+        return self.model_dump()
+
+
+class Report(_Base):
+    """To the coordinator: what a rank has measured in one iteration."""
+
+    type: Literal["report"] = "report"
+    report: _Report
+
+
+class Rail(_Base):
+    """To the coordinator: a rail of a link is lost, or works again."""
+
+    type: Literal["rail"] = "rail"
+    event: _Event
+
+
+class Show(_Base):
+    """To the rank with the W&B run: an event, or the overview of an iteration."""
+
+    by_coordinator = True
+    type: Literal["show"] = "show"
+    event: _Event | None = None
+    pipeline: _Overview | None = None
+
+
+class Lost(_Base):
+    """A rank is gone."""
+
+    type: Literal["lost"] = "lost"
+    rank: _Count
+    host: _Text
+    why: _Text
+
+
+class Departed(_Base):
+    """A rank has left a schedule."""
+
+    type: Literal["departed"] = "departed"
+    rank: _Count
+    pp_rank: _Count
+    host: _Text
+    step_id: int
+    """Number of that schedule."""
+    final: bool
+    """It takes part in none after it."""
+    broken: bool
+    """By an error, so that what it has left cannot be of use to anybody."""
+    why: _Text
+
+    @property
+    def peer(self) -> PeerInfo:
+        return PeerInfo(self.rank, self.pp_rank, self.host)
+
+    def concerns(self, step_id: int) -> bool:
+        return step_id == self.step_id or (self.final and step_id > self.step_id)
+
+
+class Prepare(_Base):
+    """From the coordinator: a plan to switch to, which nobody runs before it is committed."""
+
+    by_coordinator = True
+    type: Literal["prepare"] = "prepare"
+    version: int = Field(ge=1, le=_MOST)
+    """Increases with every plan that is prepared."""
+    first_iteration: _Count
+    """The first iteration to run it."""
+    profile: _Profile
+    """What the plan is made from; plans for other numbers of microbatches are computed from it, the same on every rank."""
+    plan: _Plan
+    """For `profile.microbatches`."""
+
+
+class Vote(_Base):
+    """To the coordinator: whether a rank can run a prepared plan from its first iteration on."""
+
+    type: Literal["vote"] = "vote"
+    version: _Count
+    ok: bool
+    begun: int = Field(ge=-1, le=_MOST)
+    """The newest iteration that has begun there."""
+
+
+class Commit(_Base):
+    """From the coordinator: every rank runs the prepared plan."""
+
+    by_coordinator = True
+    type: Literal["commit"] = "commit"
+    version: _Count
+
+
+class Abort(_Base):
+    """From the coordinator: no rank runs the prepared plan."""
+
+    by_coordinator = True
+    type: Literal["abort"] = "abort"
+    version: _Count
+
+
+Message = Report | Rail | Show | Lost | Departed | Prepare | Vote | Commit | Abort
+_KINDS: dict[str, type[Message]] = {kind.model_fields["type"].default: kind for kind in get_args(Message)}
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A message that makes no sense.
+
+    Attributes:
+        type: what it says it is.
+        kind: the model of that type; None: there is none.
+        why: a sentence.
+        version: of the plan that it is about, if it has a sensible one.
     """
-    return _integer(message, "version"), _truth(message, "ok"), _integer(message, "begun", -1, begun + AHEAD)
+
+    type: Any
+    kind: type[Message] | None
+    why: str
+    version: int | None = None
 
 
-def verdict_from(message: Mapping[str, Any]) -> tuple[int, bool]:
-    """(version, whether it is committed). Raises ValueError."""
-    return _integer(message, "version"), _truth(message, "commit")
+def read(data: Any) -> Message | Refused:
+    """A message as another rank has sent it. Never raises."""
+    try:
+        return _MESSAGES.validate_python(data)
+    except ValidationError as error:
+        fields = data if isinstance(data, dict) else {}
+        version = fields.get("version")
+        known = version if type(version) is int and version > 0 else None
+        text = fields.get("type")
+        kind = _KINDS.get(text) if isinstance(text, str) else None
+        return Refused(text, kind, _sentence(error), known)
 
 
-def version_from(message: Mapping[str, Any]) -> int:
-    """Of a proposal that may be wrong otherwise, so that it can be answered. Raises ValueError."""
-    return _integer(message, "version", 1)
+_WORDS = {
+    "missing": "is missing",
+    "int_type": "is not a whole number",
+    "bool_type": "is neither true nor false",
+    "string_type": "is not a text",
+    "dict_type": "is not an object",
+}
 
 
-def proposal_from(message: Mapping[str, Any], topology: Topology) -> Proposal:
-    """A proposal that the job's pipelines can run.
+def _sentence(error: ValidationError) -> str:
+    """The first mistake: the field, its value, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:
+        return "ignored, its type is unknown"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"].replace("Input should be", "is not", 1)
+    value = "it" if first["type"] == "missing" else f"{first['input']!r:.80}"
+    return f"{first['loc'][1]}: {value} {_WORDS.get(first['type'], message)}"
 
-    Raises:
-        ValueError: a field is missing or wrong, or the plan is for other pipelines.
-    """
-    first = _integer(message, "first_iteration")
-    profile, plan = Profile.from_json(message.get("profile")), Plan.from_json(message.get("plan"))
+
+def peer_of(message: Lost | Departed, topology: Topology) -> PeerInfo:
+    """Which rank is gone. Raises ValueError if it is none of the job."""
+    _check_range("rank", message.rank, 0, topology.world_size - 1)
+    return PeerInfo(message.rank, topology.place(message.rank)[1], message.host)
+
+
+def check_vote(vote: Vote, begun: int) -> None:
+    """Raises ValueError for one from the far future. `begun`: the newest iteration that has begun on this rank."""
+    _check_range("begun", vote.begun, -1, begun + AHEAD)
+
+
+def check_plan(prepared: Prepare, topology: Topology) -> None:
+    """Raises PlanError for a plan that the job's pipelines cannot run."""
+    profile, schedule = prepared.profile, prepared.plan.schedule
     here = (topology.length, topology.chunks)
-    if (profile.ranks, profile.virtual_stages) != here or len(plan.schedule.ranks) != topology.length:
+    if (profile.ranks, profile.virtual_stages) != here or len(schedule.ranks) != topology.length:
         raise PlanError(
-            f"a plan for {len(plan.schedule.ranks)} ranks from a profile of {profile.ranks} with {profile.virtual_stages} "
+            f"a plan for {len(schedule.ranks)} ranks from a profile of {profile.ranks} with {profile.virtual_stages} "
             f"chunks: the pipelines have {topology.length} ranks with {topology.chunks}"
         )
     placed = tuple(stage % topology.length for stage in range(topology.stages))
-    if plan.schedule.stage_rank != placed or plan.schedule.microbatches != profile.microbatches:
+    if schedule.stage_rank != placed or schedule.microbatches != profile.microbatches:
         raise PlanError(
-            f"a plan of {plan.schedule.microbatches} microbatches with stages on ranks {plan.schedule.stage_rank}: "
+            f"a plan of {schedule.microbatches} microbatches with stages on ranks {schedule.stage_rank}: "
             f"expected {profile.microbatches}, on {placed}"
         )
-    return Proposal(version=version_from(message), profile=profile, plan=plan, first_iteration=first)
 
 
-def loss_from(message: Mapping[str, Any], topology: Topology) -> tuple[PeerInfo, str]:
-    """Which peer is lost, and why. Raises ValueError."""
-    rank = _integer(message, "rank", 0, topology.world_size - 1)
-    host, why = message.get("host"), message.get("why")
-    if not isinstance(host, str) or not isinstance(why, str):
-        raise ValueError(f"host and why: {host!r:.80} and {why!r:.80} are not texts")
-    return PeerInfo(rank, topology.place(rank)[1], host), why
-
-
-def report_from(message: Mapping[str, Any], sender: int, topology: Topology, begun: int) -> IterationReport:
-    """The report of a rank that is about itself, its stages, and the links into it.
+def check_report(report: IterationReport, sender: int, topology: Topology, begun: int) -> None:
+    """A rank reports about itself, its stages, and the links into it.
 
     Args:
         begun: the newest iteration that has begun on this rank.
 
     Raises:
-        ValueError: it is none, or about something else.
+        ValueError: it is about something else.
     """
-    report = IterationReport.from_json(message.get("report"))
     place = topology.place(sender)
     if (report.rank, report.replica, report.pp_rank) != (sender, *place):
         raise ValueError(
@@ -91,26 +278,15 @@ def report_from(message: Mapping[str, Any], sender: int, topology: Topology, beg
         )
     if len(report.chunks) != topology.chunks:
         raise ValueError(f"{len(report.chunks)} model chunks: a rank has {topology.chunks}")
-    known = topology.links()
     for link in report.links:
-        if (min(link.src, link.dst), max(link.src, link.dst)) not in known:
+        if not topology.has_link(link.src, link.dst):
             raise ValueError(f"{link.src} -> {link.dst} is no link between neighbours of {topology.length} stages")
     if len({link.src for link in report.links}) < len(report.links):
         raise ValueError("a link is listed twice")
     if report.iteration > begun + AHEAD:
         raise ValueError(f"iteration {report.iteration}: rank 0 is in iteration {begun}")
-    return report
 
 
-def _integer(message: Mapping[str, Any], name: str, least: int = 0, most: int = _MOST) -> int:
-    value = message.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+def _check_range(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
         raise ValueError(f"{name}: {value!r:.80} is not a whole number from {least} to {most}")
-    return value
-
-
-def _truth(message: Mapping[str, Any], name: str) -> bool:
-    value = message.get(name)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: {value!r:.80} is neither true nor false")
-    return value

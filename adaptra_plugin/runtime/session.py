@@ -1,4 +1,4 @@
-"""One per rank and engine: wires measuring, planning, agreement, transport and reports, and owns their threads."""
+"""The life of Adaptra on one rank: start, iterations, end. Wires the parts together, which do the rest, and ends their threads."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.errors import ConfigError, TransportError
-from adaptra_plugin.report import Reporter, StragglerEvent
+from adaptra_plugin.errors import ConfigError
+from adaptra_plugin.report import Reporter
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
 from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.iteration import Iteration, Links
-from adaptra_plugin.runtime.losses import COORDINATOR, Losses
-from adaptra_plugin.runtime.messages import proposal_from, verdict_from, version_from
-from adaptra_plugin.runtime.plans import PlanBook
-from adaptra_plugin.runtime.rails import RailWatch
+from adaptra_plugin.runtime.losses import Losses
+from adaptra_plugin.runtime.messages import Abort, Commit, Departed, Lost, Prepare, Rail, Report, Show, Vote
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
+from adaptra_plugin.runtime.routing import Router
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
-from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.runtime.switching import PlanBook
+from adaptra_plugin.runtime.telemetry import Telemetry
+from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 from adaptra_plugin.schedule.names import SCHEDULES
-from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.prepare import prepare
 from adaptra_plugin.schedule.profile import Profile, StageProfile
 from adaptra_plugin.transport import Endpoint, PeerInfo
@@ -78,15 +78,14 @@ class Session:
         self.device = device
         self.queue = WeightGradStore()
         self._wandb_rank = wandb_rank
-        self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
         self._me = PeerInfo(rank=topology.rank, pp_rank=topology.position, host=socket.gethostname())
         self._losses = Losses(
             self._me,
             topology,
             config.peer_exit_grace_s,
-            send=self._send_now,
+            send=lambda rank, message: self._router.send_last(rank, message),
             fail=self._fail,
-            report=self._report_loss,
+            report=lambda peer, why: self._telemetry.loss(peer, why),
             last_words=lambda: self._reporter.close(2.0),
         )
         self._closed = False
@@ -131,8 +130,19 @@ class Session:
             at_exit=self.close,
         )
         undo.callback(self._reporter.close, 1.0)
-        host = self._me.host
-        self._rails = RailWatch(topology, host)
+        router = self._router = Router(
+            topology.rank,
+            transmit=lambda rank, data: self._endpoint.send_control(rank, data),
+            silent=lambda: self.failure is not None or self._closed,
+        )
+        telemetry = self._telemetry = Telemetry(
+            self._reporter,
+            self._me,
+            topology,
+            send=router.send,
+            now=lambda: (self._iteration, self._book.version),
+            failed=lambda: self.failure is not None,
+        )
         self._endpoint = Endpoint(
             self._me,
             config.transport,
@@ -142,14 +152,31 @@ class Session:
             wraparound=topology.chunks > 1,
         )
         undo.callback(self._endpoint.close, linger_s=0.0)
-        self._endpoint.on_control = self._control
+        self._endpoint.on_control = router.receive
         self._endpoint.on_peer_lost = self._losses.lost
-        self._endpoint.on_rail = self._rail
-        peers = rendezvous.exchange(topology, host, self._endpoint.endpoint_info)
-        self._hosts = {rank: info.host for rank, (info, _) in peers.items()}
-        self._coordinator = self._make_coordinator() if topology.rank == COORDINATOR else None
-        if self._coordinator is not None:
+        self._endpoint.on_rail = telemetry.rail
+        peers = rendezvous.exchange(topology, self._me.host, self._endpoint.endpoint_info)
+        self._coordinator = None
+        if topology.rank == COORDINATOR:
+            self._coordinator = Coordinator(
+                topology,
+                config,
+                {rank: info.host for rank, (info, _) in peers.items()},
+                send=router.send,
+                on_event=self._reporter.event,
+                on_plan=telemetry.plan,
+                on_overview=self._reporter.pipeline,
+                book=self._book,
+                limits=self._limits,
+            )
             undo.callback(self._coordinator.close)
+            router.route(self._coordinator.post, Report, Vote, refused=True)
+        router.route(lambda _, message: self._reporter.event(message.event), Rail)
+        router.route(lambda _, message: self._reporter.show(message.to_json()), Show)
+        router.route(self._losses.heard, Lost, Departed, refused=True)
+        router.route(lambda _, m: router.send(COORDINATOR, self._book.vote(m, topology)), Prepare, refused=True)
+        router.route(lambda _, message: self._book.commit(message.version), Commit)
+        router.route(lambda _, message: self._book.abort(message.version), Abort)
         self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
         self._links = Links(
             previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
@@ -167,20 +194,6 @@ class Session:
         _activation.add_session(self)
         atexit.register(self.close)
 
-    def _make_coordinator(self) -> Coordinator:
-        return Coordinator(
-            self.topology,
-            self.config,
-            self._hosts,
-            send=self._send,
-            on_event=self._reporter.event,
-            on_plan=self._plan_committed,
-            on_overview=self._reporter.pipeline,
-            current=self._book.plan_for,
-            begun=lambda: self._book.begun,
-            limits=self._limits,
-        )
-
     # --- iterations
 
     def begin(self, microbatches: int) -> Iteration:
@@ -189,26 +202,25 @@ class Session:
         Raises:
             PlanError: the limits cannot be kept with this number of microbatches.
         """
-        self._enter()
-        self._endpoint.set_iteration(self._iteration)
-        if self._split is not None:
-            self._split.begin()
-        with self._losses.presence.waiting():  # for a verdict
-            version, plan = self._book.begin(self._iteration, microbatches)
-        return self._begin(version, plan.schedule.ranks[self.topology.position], microbatches, training=True)
+        return self._begin(microbatches, training=True)
 
     def begin_evaluation(self, microbatches: int) -> Iteration:
         """A forward-only schedule begins."""
-        self._enter()
-        actions = forward_only(self.topology.own_stages, microbatches, self.topology.length)
-        return self._begin(0, actions, microbatches, training=False)
+        return self._begin(microbatches, training=False)
 
-    def _enter(self) -> None:
+    def _begin(self, microbatches: int, *, training: bool) -> Iteration:
         # counted before anything can fail, which would fail on all ranks: they have to count alike
         self._step_id += 1
         self._losses.presence.enter(self._step_id)
-
-    def _begin(self, version: int, actions: Sequence[Any], microbatches: int, *, training: bool) -> Iteration:
+        if training:
+            self._endpoint.set_iteration(self._iteration)
+            if self._split is not None:
+                self._split.begin()
+            with self._losses.presence.waiting():  # for commit or abort
+                version, plan = self._book.begin(self._iteration, microbatches)
+            actions = plan.schedule.ranks[self.topology.position]
+        else:
+            version, actions = 0, forward_only(self.topology.own_stages, microbatches, self.topology.length)
         self._losses.check()
         return Iteration(
             index=self._iteration,
@@ -233,14 +245,8 @@ class Session:
         if self._split is not None:
             self._split.finalize()
         self._iteration += 1
-        report = iteration.report(self._me.host)
-        if self.config.detector.enabled:
-            self._send(COORDINATOR, {"type": "report", "report": report.to_json()})
-        metrics = report.metrics()
-        if self.config.report.spans:
-            metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)
-            metrics["spans"] = iteration.spans()
-        self._reporter.iteration(metrics)
+        config = self.config
+        self._telemetry.iteration(iteration, spans=config.report.spans, judged=config.detector.enabled)
 
     # --- the backward in two parts
 
@@ -278,106 +284,12 @@ class Session:
             self.close()
         return not found
 
-    def _send(self, rank: int, message: dict[str, Any]) -> None:
-        if rank == self.topology.rank:
-            self._control(rank, message)
-        elif self.failure is None and not self._closed:
-            self._send_now(rank, message)
-
-    def _send_now(self, rank: int, message: dict[str, Any]) -> None:
-        try:
-            self._endpoint.send_control(rank, message)
-        except TransportError as error:  # the endpoint has ended meanwhile: whoever waits on it hears why
-            logger.debug("control message %r to rank %d is dropped: %s", message.get("type"), rank, error)
-
-    def _control(self, sender: int, message: dict[str, Any]) -> None:
-        """A control message has arrived (on the control thread, or on the caller's for messages to oneself). One that makes
-        no sense does nothing."""
-        try:
-            self._obey(sender, message)
-        except Exception as error:
-            kind = message.get("type") if isinstance(message, dict) else None
-            known = (sender, str(kind)[:40])
-            level = logging.DEBUG if known in self._misunderstood else logging.WARNING
-            self._misunderstood.add(known)
-            trace = None if isinstance(error, ValueError) else error
-            logger.log(level, "control message %.40r of rank %d: %s", kind, sender, error, exc_info=trace)
-
-    def _obey(self, sender: int, message: dict[str, Any]) -> None:
-        kind = message.get("type")
-        if kind in ("report", "answer"):
-            if self._coordinator is not None:
-                self._coordinator.post(sender, message)
-        elif kind == "rail":
-            self._reporter.event(StragglerEvent.from_json(message.get("event")))
-        elif kind == "show" and sender == COORDINATOR:
-            self._reporter.show(message)
-        elif kind in ("lost", "departed"):
-            self._losses.heard(sender, message)
-        elif sender != COORDINATOR:
-            raise ValueError("ignored, only the coordinator may send it")
-        elif kind == "propose":
-            self._answer(message)
-        elif kind == "decide":
-            self._book.decide(*verdict_from(message))
-        else:
-            raise ValueError("ignored, its type is unknown")
-
-    def _show(self, rank: int, message: dict[str, Any]) -> None:
+    def _show(self, rank: int, message: Mapping[str, Any]) -> None:
         """For the sinks of another rank. What belongs to the last iteration comes while this session closes."""
         if self.failure is None:
-            self._send_now(rank, message)
-
-    def _answer(self, message: dict[str, Any]) -> None:
-        version = version_from(message)
-        try:
-            ok = self._book.propose(proposal_from(message, self.topology))
-        except Exception as error:  # noqa: BLE001  whatever is wrong with it, the others wait for the answer
-            logger.warning("plan v%d is refused: %s", version, error)
-            ok = False
-        self._send(COORDINATOR, {"type": "answer", "version": version, "ok": ok, "begun": self._book.begun})
-
-    def _plan_committed(self, version: int, first_iteration: int, plan: Plan, profile: Profile, reason: str) -> None:
-        warmups = " ".join(map(str, plan.warmup))
-        self._reporter.message(
-            "plan",
-            f"plan v{version} runs from iteration {first_iteration} on ({reason}): warm-ups {warmups}, "
-            f"predicted {plan.makespan_ms:.1f} ms an iteration",
-            version=version,
-            first_iteration=first_iteration,
-            reason=reason,
-            plan=plan.to_json(),
-            profile=profile.to_json(),
-        )
+            self._router.send_last(rank, Show.model_validate(message))
 
     # --- failures
-
-    def _rail(self, peer: PeerInfo, rail: str, state: str, why: str) -> None:
-        """A step in the life of a rail (on the control thread, which does not end because it cannot be reported). After the
-        loss of a peer there are no rails to speak of."""
-        if self.failure is not None:
-            return
-        try:
-            self._reporter.message("rail", peer=peer.rank, rail=rail, state=state, why=why, iteration=self._iteration)
-            event = self._rails.step(peer, rail, state, why, iteration=self._iteration, version=self._book.version)
-        except Exception:
-            logger.exception("rail %s of %s is %s (%s), which cannot be reported", rail, peer, state, why)
-            return
-        if event is not None:
-            self._send(COORDINATOR, {"type": "rail", "event": event.to_json()})
-
-    def _report_loss(self, peer: PeerInfo, why: str) -> None:
-        self._reporter.event(
-            StragglerEvent.of_peer(
-                peer.pp_rank,
-                peer.rank,
-                peer.host,
-                replica=self.topology.place(peer.rank)[0],
-                iteration=self._iteration,
-                action=f"this rank ends: {why}",
-                plan_version=self._book.version,
-            )
-        )
 
     def _fail(self, error: Exception) -> None:
         self._endpoint.fail(error)
@@ -455,10 +367,9 @@ def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:
 
 
 def _check_links(config: AdaptraConfig, topology: Topology) -> None:
-    known = topology.links()
     for name, links in (("links", config.simulate.links), ("faults", config.simulate.faults)):
         for link in links:
-            if (min(link.src, link.dst), max(link.src, link.dst)) not in known:
+            if not topology.has_link(link.src, link.dst):
                 raise ConfigError(
                     f"adaptra.simulate.{name}: {link.src}-{link.dst} is not a link between neighbours of {topology.length} stages"
                 )

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from adaptra_plugin.detect import links_of
 
+COORDINATOR = 0
+"""World rank that detects, plans and leads the switch to a new plan."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -78,6 +81,10 @@ class Topology:
     def links(self) -> list[tuple[int, int]]:
         """(position, position) of the links between neighbours; with several chunks a pipeline is a ring."""
         return links_of(self.length, wraparound=self.chunks > 1)
+
+    def has_link(self, a: int, b: int) -> bool:
+        """Whether two positions are neighbours."""
+        return (min(a, b), max(a, b)) in self.links()
 
     def place(self, rank: int) -> tuple[int, int]:
         """(replica, position) of a rank."""

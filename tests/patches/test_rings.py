@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adaptra_plugin.runtime import session
-from adaptra_plugin.runtime.plans import PlanBook
+from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.schedule.profile import LinkProfile
 from tests.forked import import_deepspeed, run_ranks
 from tests.patches.models import HIDDEN, SEQUENCE, assert_same, train

@@ -1,4 +1,4 @@
-"""The coordinator without processes or sockets: reports in, proposals, verdicts and events out."""
+"""The coordinator without processes or sockets: reports and votes in, plans and events out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from adaptra_plugin.config import parse_config
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
-from adaptra_plugin.runtime import coordinator as module
+from adaptra_plugin.runtime import deciding
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.merging import merge_profiles
-from adaptra_plugin.runtime.plans import PlanBook, Proposal
+from adaptra_plugin.runtime.messages import Message, Refused, Report, read
+from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule import planner
-from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 
 CONFIG = {"detector": {"warmup_iterations": 1, "min_history": 2, "confirm": 2, "heal": 2}}
@@ -34,7 +34,7 @@ class World:
         self.events: list[Any] = []
         self.plans: list[Any] = []
         self.overviews: list[Any] = []
-        self.sent: list[tuple[int, dict[str, Any]]] = []
+        self.sent: list[tuple[int, Message]] = []
         start = Profile(1, (StageProfile(1.0, 1.0, 1.0),) * stages)
         self.books = [PlanBook(start, "slack-adaptive", 0.0) for _ in range(self.topology.world_size)]
         self.coordinator = Coordinator(
@@ -45,25 +45,24 @@ class World:
             on_event=self.events.append,
             on_plan=lambda *args: self.plans.append(args),
             on_overview=self.overviews.append,
-            current=self.books[0].plan_for,
-            begun=lambda: self.books[0].begun,
+            book=self.books[0],
             limits=[None] * stages,
             clock=lambda: self.now,
         )
-        self.queue: list[tuple[int, dict[str, Any]]] = []
+        self.queue: list[tuple[int, Message | Refused]] = []
 
-    def send(self, rank: int, message: dict[str, Any]) -> None:
+    def send(self, rank: int, message: Message) -> None:
         self.sent.append((rank, message))
         if rank in self.deaf:
             return
         book = self.books[rank]
-        if message["type"] == "propose":
-            profile, plan = Profile.from_json(message["profile"]), Plan.from_json(message["plan"])
-            ok = book.propose(Proposal(message["version"], profile, plan, message["first_iteration"]))
-            answer = {"type": "answer", "version": message["version"], "ok": ok, "begun": book.begun}
-            self.queue.append((rank, answer))
-        elif message["type"] == "decide":
-            book.decide(message["version"], message["commit"])
+        message = read(message.to_json())
+        if message.type == "prepare":
+            self.queue.append((rank, book.vote(message, self.topology)))
+        elif message.type == "commit":
+            book.commit(message.version)
+        elif message.type == "abort":
+            book.abort(message.version)
 
     def iteration(
         self, index: int, delays: dict[tuple[int, int, int], float] | None = None, work: Sequence[float] = ()
@@ -93,7 +92,7 @@ class World:
                 chunks=(StageTimes(10.0 * ratio, 10.0 * ratio, 6.0 * ratio),),
                 links=tuple(links),
             )
-            self.queue.append((rank, {"type": "report", "report": report.to_json()}))
+            self.queue.append((rank, read(Report(report=report).to_json())))
         self.deliver()
         return versions
 
@@ -141,7 +140,7 @@ def test_the_end_waits_for_the_reports_of_the_last_iteration_that_are_still_on_t
 
     def last(rank: int) -> None:
         mine = IterationReport(pp_rank=rank, rank=rank, chunks=(times,), links=(), **report)
-        world.coordinator.post(rank, {"type": "report", "report": mine.to_json()})
+        world.coordinator.post(rank, Report(report=mine))
 
     world.coordinator.start()
     for rank in range(3):
@@ -169,12 +168,12 @@ def test_a_rank_that_is_ahead_postpones_the_switch():
     world = World()
     for i in range(2):
         world.iteration(i)
-    world.books[2].begin(9, 8)  # far ahead of the others when the proposal comes
+    world.books[2].begin(9, 8)  # far ahead of the others when the plan comes
     world.iteration(2)
-    proposals = [m for rank, m in world.sent if rank == 2 and m["type"] == "propose"]
-    verdicts = [m for rank, m in world.sent if rank == 2 and m["type"] == "decide"]
-    assert len(proposals) >= 2 and proposals[-1]["first_iteration"] > 9
-    assert [v["commit"] for v in verdicts] == [False] * (len(verdicts) - 1) + [True]
+    prepared = [m for rank, m in world.sent if rank == 2 and m.type == "prepare"]
+    ends = [m.type for rank, m in world.sent if rank == 2 and m.type in ("commit", "abort")]
+    assert len(prepared) >= 2 and prepared[-1].first_iteration > 9
+    assert ends == ["abort"] * (len(ends) - 1) + ["commit"]
 
 
 def test_a_rank_that_does_not_answer_blocks_nobody():
@@ -182,12 +181,12 @@ def test_a_rank_that_does_not_answer_blocks_nobody():
     world.deaf = {3}
     for i in range(6):
         assert len(set(world.iteration(i))) == 1
-        if any(message["type"] == "propose" for _, message in world.sent):
+        if any(message.type == "prepare" for _, message in world.sent):
             break
     world.now += 1e6
     world.deliver()
-    verdicts = [m for rank, m in world.sent if rank == 0 and m["type"] == "decide"]
-    assert verdicts and not verdicts[-1]["commit"]
+    ends = [m.type for rank, m in world.sent if rank == 0 and m.type in ("commit", "abort")]
+    assert ends and ends[-1] == "abort"
     assert world.iteration(6) == [0, 0, 0, 0]
 
 
@@ -210,16 +209,16 @@ def test_sequences_that_grow_raise_no_event_and_change_no_plan(stages):
 
 
 def test_the_plan_follows_the_profile_without_any_finding(monkeypatch):
-    monkeypatch.setattr(module, "REFRESH", 3)
+    monkeypatch.setattr(deciding, "REFRESH", 3)
     world = World()
     for i in range(5):
         world.iteration(i)
     before = len(world.plans)
     assert before == 1
     # estimates that were far off: the running plan is not the best for what is known now
-    better = world.coordinator._estimator.profile(8, [None] * 4)
+    better = world.coordinator._measurements._estimator.profile(8, [None] * 4)
     slow = Profile(8, better.stages, (LinkProfile(1, 2, 25.0), LinkProfile(2, 1, 25.0)))
-    monkeypatch.setattr(world.coordinator._estimator, "profile", lambda *args, **kwargs: slow)
+    monkeypatch.setattr(world.coordinator._measurements._estimator, "profile", lambda *args, **kwargs: slow)
     for i in range(5, 9):
         world.iteration(i)
     assert len(world.plans) == before + 1 and world.plans[-1][-1] == "newer profile"
@@ -228,7 +227,7 @@ def test_the_plan_follows_the_profile_without_any_finding(monkeypatch):
 
 def test_garbage_reports_are_refused(caplog):
     world = World()
-    world.coordinator.handle(1, {"type": "report", "report": {"iteration": -1}})
+    world.coordinator.handle(1, read({"type": "report", "report": {"iteration": -1}}))
     assert "a report of rank 1 is refused" in caplog.text
 
 
@@ -257,7 +256,7 @@ def test_merged_profiles_take_the_slowest():
 def test_the_exact_solver_improves_the_running_plan_in_the_background(monkeypatch):
     """The real solver; the heuristic is made to answer with GPipe, so that there is something to find."""
     slow = {(0, 1, 2): 25.0}
-    monkeypatch.setattr(module, "plan", lambda profile, **_: planner.plan(profile, schedule="gpipe"))
+    monkeypatch.setattr(deciding, "plan", lambda profile, **_: planner.plan(profile, schedule="gpipe"))
     world = World(config={**CONFIG, "refine_s": 300.0})
     ran = [world.iteration(i, slow) for i in range(5)]
     until = time.monotonic() + 100  # the solver runs at the lowest priority

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.runtime import coordinator as module
+from adaptra_plugin.runtime import deciding
+from adaptra_plugin.runtime.messages import Abort, Message, Refused, read
 from adaptra_plugin.runtime.parts import Parts
 from adaptra_plugin.schedule import planner
 from tests.runtime.test_coordinator import CONFIG, World
@@ -51,7 +53,7 @@ def gpipe(monkeypatch):
         slow = any(link.latency_ms > 10 for link in profile.links)
         return planner.plan(profile, **more) if slow else planner.plan(profile, schedule="gpipe")
 
-    monkeypatch.setattr(module, "plan", plan)
+    monkeypatch.setattr(deciding, "plan", plan)
 
 
 def until(world: World, condition, deadline_s: float = 100.0) -> None:
@@ -147,7 +149,7 @@ def test_what_a_solver_had_found_before_it_was_killed_is_used(gpipe):
     assert world.plans[-1][-1].startswith("refined")
 
 
-ANSWERS = [
+VOTES = [
     {"version": 1},
     {"version": "one", "ok": True, "begun": 3},
     {"version": 1, "ok": "yes", "begun": 3},
@@ -157,23 +159,21 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_an_answer_that_makes_no_sense_is_a_no_and_hangs_nothing(answer, caplog):
+@pytest.mark.parametrize("vote", VOTES)
+def test_a_vote_that_makes_no_sense_is_a_no_and_hangs_nothing(vote, caplog):
     world = World()
     world.deaf = {3}
     i = 0
     while not world.sent:
         world.iteration(i)
         i += 1
-    assert world.coordinator._vote is not None and world.plans == []
+    assert world.coordinator._leader.busy and world.plans == []
     world.deaf = set()
-    world.queue.append((3, {"type": "answer", **answer}))
+    world.queue.append((3, read({"type": "vote", **vote})))
     world.deliver()
     first = [m for rank, m in world.sent if rank == 2]
-    assert first[1] == {"type": "decide", "version": first[0]["version"], "commit": False}, (
-        "at once, without a deadline"
-    )
-    assert len(world.plans) == 1, "the next proposal got sensible answers"
+    assert first[1] == Abort(version=first[0].version), "at once, without a deadline"
+    assert len(world.plans) == 1, "the next one got sensible votes"
     assert "counts as no" in caplog.text
     still_works(world)
 
@@ -205,7 +205,7 @@ def test_a_plan_that_cannot_be_made_for_one_profile(monkeypatch):
     world = World()
     for i in range(8):
         world.iteration(i)
-    monkeypatch.setattr(module, "plan", broken)
+    monkeypatch.setattr(deciding, "plan", broken)
     for i in range(8, 12):
         world.iteration(i, SLOW)
     (event,) = [event for event in world.events if event.kind == "link"]
@@ -223,9 +223,9 @@ def test_whatever_part_of_planning_fails(step, monkeypatch):
     for i in range(8):
         world.iteration(i)
     if step == "simulate":
-        monkeypatch.setattr(module, "simulate", broken)
+        monkeypatch.setattr(deciding, "simulate", broken)
     else:
-        monkeypatch.setattr(world.coordinator._estimator, "profile", broken)
+        monkeypatch.setattr(world.coordinator._measurements._estimator, "profile", broken)
     for i in range(8, 12):
         world.iteration(i, SLOW)
     assert findings(world) == [("link 1-2", "slow")]
@@ -242,7 +242,7 @@ def test_profiles_that_are_refused_are_no_failure_of_planning(monkeypatch):
     world = World()
     for i in range(8):
         world.iteration(i)
-    monkeypatch.setattr(world.coordinator._estimator, "profile", refused)
+    monkeypatch.setattr(world.coordinator._measurements._estimator, "profile", refused)
     for i in range(8, 12):
         world.iteration(i, SLOW)
     assert [event.action for event in world.events] == ["none: no plan (too many microbatches)"]
@@ -252,7 +252,7 @@ def test_an_iteration_that_detection_fails_on_is_passed_over(monkeypatch):
     world = World()
     for i in range(8):
         world.iteration(i)
-    monkeypatch.setattr(world.coordinator._detector, "observe", broken)
+    monkeypatch.setattr(world.coordinator._measurements._detector, "observe", broken)
     world.iteration(8)
     monkeypatch.undo()
     still_works(world, 9)
@@ -269,11 +269,11 @@ def test_what_always_fails_is_given_up_as_an_event_and_a_vote_is_ended(part, mon
         i += 1
     world.coordinator.start()
     if part == "detection":
-        monkeypatch.setattr(world.coordinator._detector, "observe", broken)
+        monkeypatch.setattr(world.coordinator._measurements._detector, "observe", broken)
     else:
-        monkeypatch.setattr(world.coordinator, "_take", broken)
+        monkeypatch.setattr(world.coordinator._collector, "take", broken)
     world.deliver = lambda: [world.coordinator.post(*item) for item in world.queue]  # type: ignore[method-assign]
-    for book in world.books:  # would wait for the verdict
+    for book in world.books:  # would wait for commit or abort
         monkeypatch.setattr(book, "begin", lambda *_: (0, None))
     for more in range(module.MOST_FAILURES + 5):
         world.queue.clear()
@@ -283,15 +283,15 @@ def test_what_always_fails_is_given_up_as_an_event_and_a_vote_is_ended(part, mon
         time.sleep(0.01)
     assert world.coordinator._stopped
     world.coordinator.close()
-    verdicts = [m for rank, m in world.sent if rank == 2 and m["type"] == "decide"]
-    assert len(verdicts) == 1 and not verdicts[0]["commit"]
+    ends = [m.type for rank, m in world.sent if rank == 2 and m.type in ("commit", "abort")]
+    assert ends == ["abort"]
     assert parts(world) == [(part, "lost")] * 2
     assert f"failed {module.MOST_FAILURES} times in a row and is given up" in world.events[-1].action
 
 
 def test_planning_that_always_fails_is_given_up_and_events_go_on(monkeypatch):
-    monkeypatch.setattr(module, "plan", broken)
-    monkeypatch.setattr(module, "REFRESH", 1)
+    monkeypatch.setattr(deciding, "plan", broken)
+    monkeypatch.setattr(deciding, "REFRESH", 1)
     world = World()
     for i in range(30):
         world.iteration(i)
@@ -303,12 +303,12 @@ def test_planning_that_always_fails_is_given_up_and_events_go_on(monkeypatch):
     ]
 
 
-def test_a_rank_that_cannot_be_told_does_not_keep_the_verdict_from_the_others(monkeypatch):
+def test_a_rank_that_cannot_be_told_does_not_keep_the_commit_from_the_others(monkeypatch):
     world = World()
     send = world.coordinator._send
 
-    def to_others(rank: int, message: dict[str, Any]) -> None:
-        if rank == 1 and message["type"] == "decide":
+    def to_others(rank: int, message: Message) -> None:
+        if rank == 1 and message.type == "commit":
             raise OSError("no buffer space")
         send(rank, message)
 
@@ -317,11 +317,11 @@ def test_a_rank_that_cannot_be_told_does_not_keep_the_verdict_from_the_others(mo
         if world.plans:
             break
         world.iteration(i)
-    assert {rank for rank, m in world.sent if m["type"] == "decide"} == {0, 2, 3}
+    assert {rank for rank, m in world.sent if m.type == "commit"} == {0, 2, 3}
     assert parts(world) == [("messages to rank 1", "lost")]
 
 
-def report(world: World, i: int, **change: Any) -> dict[str, Any]:
+def report(world: World, i: int, **change: Any) -> Message | Refused:
     """A sensible report of rank 1, but for `change`."""
     times = {"forward_ms": 10.0, "backward_input_ms": 10.0, "backward_weight_ms": 6.0}
     link = {"src": 0, "dst": 1, "delay_ms": 0.5, "messages": 8}
@@ -337,7 +337,7 @@ def report(world: World, i: int, **change: Any) -> dict[str, Any]:
         "chunks": [times],
         "links": [link],
     }
-    return {"type": "report", "report": {**sensible, **change}}
+    return read({"type": "report", "report": {**sensible, **change}})
 
 
 @pytest.mark.parametrize(
@@ -364,8 +364,8 @@ def test_an_impossible_report_costs_that_report(change):
     right = world.coordinator.handle
     for i in range(8, 12):
 
-        def instead(rank: int, message: dict[str, Any], i: int = i) -> None:
-            if rank == 1 and message["type"] == "report":
+        def instead(rank: int, message: Message | Refused, i: int = i) -> None:
+            if rank == 1 and message.type == "report":
                 message = report(world, i, **change)
             right(rank, message)
 
@@ -387,9 +387,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.dictionaries(st.sampled_from(["version", "ok", "begun", "report", "commit"]), JSON)
-MESSAGES = st.builds(
-    lambda kind, fields: {**fields, "type": kind}, st.sampled_from(["answer", "report"]) | JSON, FIELDS
-)
+MESSAGES = st.builds(lambda kind, fields: {**fields, "type": kind}, st.sampled_from(["vote", "report"]) | JSON, FIELDS)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -399,7 +397,7 @@ def test_no_message_whatever_it_says_ends_detection(messages, data):
     for i in range(12):
         for rank, message in messages:
             if data.draw(st.booleans()):
-                world.queue.append((rank, message))
+                world.queue.append((rank, read(message)))
         world.iteration(i)
     for i in range(12, 20):
         world.iteration(i)
@@ -431,8 +429,8 @@ def test_no_thread_ends(monkeypatch):
     right = world.coordinator.handle
     calls = []
 
-    def once(rank: int, message: dict[str, Any]) -> None:
-        if message and not calls:
+    def once(rank: int, message: Message | Refused) -> None:
+        if not calls:
             calls.append(threading.current_thread().name)
             raise RuntimeError("unthinkable")
         right(rank, message)

@@ -11,14 +11,19 @@ import torch
 
 from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
 from adaptra_plugin.runtime import departures, losses
-from adaptra_plugin.runtime.departures import ENDED, Departure, Departures, Presence, is_foreign, reason
+from adaptra_plugin.runtime.departures import ENDED, Departures, Presence, is_foreign, reason
 from adaptra_plugin.runtime.losses import Losses
+from adaptra_plugin.runtime.messages import Departed, read
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import PeerInfo
 
 
 def info(rank):
     return PeerInfo(rank, rank, f"n{rank}")
+
+
+def departed(peer, step_id, **more):
+    return Departed(rank=peer.rank, pp_rank=peer.pp_rank, host=peer.host, step_id=step_id, **more)
 
 
 class Job:
@@ -153,8 +158,8 @@ def test_an_error_that_is_due_to_another_rank_names_the_one_that_left_first(job)
     ranks.enter(1)
     ranks.mute = {1, 2}
     ranks.leave(3, SystemExit(4))
-    departed = Departure(info(3), 1, final=False, broken=True, why=reason(SystemExit(4)))
-    threading.Timer(0.3, lambda: ranks.ranks[2].heard(0, departed.to_json())).start()
+    news = departed(info(3), 1, final=False, broken=True, why=reason(SystemExit(4)))
+    threading.Timer(0.3, lambda: ranks.ranks[2].heard(0, news)).start()
     gone = PeerLostError("gradient 0 cannot arrive")
     gone.peer = info(3)
     found = ranks.leave(2, gone)
@@ -181,7 +186,7 @@ def test_a_process_that_is_gone_after_another_rank_has_left_is_no_cause(job, pip
     ranks = job(*pipelines)
     ranks.enter(1)
     mine = ranks.ranks[3]
-    mine.heard(0, Departure(info(left), 1, final=False, broken=broken, why="it left").to_json())
+    mine.heard(0, departed(info(left), 1, final=False, broken=broken, why="it left"))
     mine.lost(info(2), "its connection was closed")
     why = "it left" if blamed == left else "its connection was closed"
     assert str(mine.failure).startswith(f"rank {blamed} (") and f"host n{blamed}) is lost: {why}." in str(mine.failure)
@@ -232,7 +237,7 @@ def test_a_session_may_end_while_the_first_news_come(job, monkeypatch):
         starting(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    mine.heard(0, Departure(info(0), 1, final=True, broken=False, why=ENDED).to_json())
+    mine.heard(0, departed(info(0), 1, final=True, broken=False, why=ENDED))
     assert ended.wait(5)
     assert "adaptra-departures" not in [thread.name for thread in threading.enumerate()]
 
@@ -242,17 +247,17 @@ def test_another_pipeline_is_lost_by_an_error_only(monkeypatch):
     presence = Presence(lambda: now[0])
     found = Departures(presence, 0, {0: 0, 1: 0, 2: 1, 3: 1}.__getitem__)
     presence.enter(5)
-    assert found.add(Departure(info(3), 5, final=True, broken=False, why=ENDED))
+    assert found.add(departed(info(3), 5, final=True, broken=False, why=ENDED))
     with presence.waiting():
         now[0] = 100.0
         assert found.due() is None, "it may have fewer schedules to run"
-        assert found.add(Departure(info(2), 5, final=False, broken=True, why="x"))
-        assert not found.add(Departure(info(3), 5, final=False, broken=True, why="y")), "the first one counts"
+        assert found.add(departed(info(2), 5, final=False, broken=True, why="x"))
+        assert not found.add(departed(info(3), 5, final=False, broken=True, why="y")), "the first one counts"
         assert found.due() is None
         now[0] += departures.STUCK_ELSEWHERE_S
         assert found.due().peer.rank == 2
     with pytest.raises(KeyError):
-        found.add(Departure(info(9), 5, final=False, broken=True, why="x"))
+        found.add(departed(info(9), 5, final=False, broken=True, why="x"))
 
 
 def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
@@ -260,7 +265,7 @@ def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
     presence = Presence(lambda: now[0])
     found = Departures(presence, 0, lambda rank: 0)
     presence.enter(1)
-    found.add(Departure(info(1), 1, final=False, broken=False, why="x"))
+    found.add(departed(info(1), 1, final=False, broken=False, why="x"))
     for _ in range(5):
         with presence.waiting():
             now[0] += 0.9 * departures.STUCK_S
@@ -270,7 +275,7 @@ def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
     assert found.due() is None
     presence.enter(2)
     assert found.due() is None and found.blamed(1).peer.rank == 1 and found.blamed(2) is None
-    found.add(Departure(info(1), 3, final=False, broken=False, why="x"))
+    found.add(departed(info(1), 3, final=False, broken=False, why="x"))
     assert found.blamed(1) is None, "it is forgotten"
 
 
@@ -278,9 +283,9 @@ def test_a_rank_that_gets_what_it_waits_for_is_not_stuck():
 def test_nonsense_about_ranks_that_are_gone_is_refused(job, message, caplog):
     ranks = job()
     ranks.enter(1)
-    whole = Departure(info(1), 1, final=False, broken=True, why="x").to_json() | message
+    whole = departed(info(1), 1, final=False, broken=True, why="x").to_json() | message
     if not message:
         del whole["why"]
-    ranks.ranks[0].heard(1, whole)
+    ranks.ranks[0].heard(1, read(whole))
     assert "is not understood" in caplog.text
     assert ranks.wait(0, 0.8) is None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adaptra_plugin.runtime.messages import answer_from, loss_from, proposal_from, verdict_from
+from adaptra_plugin.runtime.messages import Lost, Message, Refused, Vote, check_plan, check_vote, peer_of, read
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import Profile, StageProfile
@@ -19,8 +19,8 @@ from tests.runtime.test_session import start
 
 TOPOLOGY = Topology.of(0, [[0, 1]])
 PROFILE = Profile(4, (StageProfile(1.0, 1.0, 1.0),) * 2)
-PROPOSAL = {
-    "type": "propose",
+PREPARE = {
+    "type": "prepare",
     "version": 1,
     "first_iteration": 3,
     "profile": PROFILE.to_json(),
@@ -28,10 +28,22 @@ PROPOSAL = {
 }
 
 
-def test_a_proposal_is_read():
-    proposal = proposal_from(PROPOSAL, TOPOLOGY)
-    assert (proposal.version, proposal.first_iteration, proposal.profile) == (1, 3, PROFILE)
-    assert proposal.plan == plan(PROFILE)
+def accepted(message: Any) -> Message:
+    """What a message says. Raises ValueError with the sentence it is refused with."""
+    found = read(message)
+    if isinstance(found, Refused):
+        raise ValueError(found.why)
+    return found
+
+
+def test_a_prepared_plan_is_read():
+    prepared = accepted(PREPARE)
+    check_plan(prepared, TOPOLOGY)
+    assert (prepared.version, prepared.first_iteration, prepared.profile) == (1, 3, PROFILE)
+    assert prepared.plan == plan(PROFILE)
+    assert (
+        prepared.to_json() == PREPARE | {"plan": prepared.plan.to_json()} and accepted(prepared.to_json()) == prepared
+    )
 
 
 OTHER = Profile(4, (StageProfile(1.0, 1.0, 1.0),) * 3)
@@ -52,45 +64,49 @@ SHORTER = Profile(3, (StageProfile(1.0, 1.0, 1.0),) * 2)
         ({"profile": []}, "profile is a list"),
     ],
 )
-def test_proposals_that_cannot_be_run_are_refused(change, said):
+def test_plans_that_cannot_be_run_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
-        proposal_from({**PROPOSAL, **change}, TOPOLOGY)
+        check_plan(accepted({**PREPARE, **change}), TOPOLOGY)
 
 
-@pytest.mark.parametrize("message", [{"version": 1, "commit": "false"}, {"version": 1, "commit": 1}, {"commit": True}])
-def test_a_verdict_is_a_number_and_a_truth(message):
-    with pytest.raises(ValueError, match=r"version: None|commit: "):
-        verdict_from(message)
+@pytest.mark.parametrize("message", [{"version": "1"}, {"version": True}, {"version": -1}, {}])
+@pytest.mark.parametrize("kind", ["commit", "abort"])
+def test_commit_and_abort_name_a_version(kind, message):
+    assert accepted({"type": kind, "version": 1}).version == 1
+    with pytest.raises(ValueError, match=r"version: "):
+        accepted({"type": kind, **message})
+
+
+@pytest.mark.parametrize("ok", ["false", 1, None])
+def test_a_vote_is_a_number_and_a_truth(ok):
+    with pytest.raises(ValueError, match=r"ok: .* is neither true nor false"):
+        accepted({"type": "vote", "version": 1, "ok": ok, "begun": 0})
 
 
 @pytest.mark.parametrize("rank", [-1, 2, "1", None, [], 1.0])
 def test_only_ranks_of_the_job_are_lost(rank):
     with pytest.raises(ValueError, match="rank: "):
-        loss_from({"rank": rank, "pp_rank": 0, "host": "n", "why": "gone"}, TOPOLOGY)
-    info, why = loss_from({"rank": 1, "host": "n", "why": "gone"}, TOPOLOGY)
-    assert (info.rank, info.pp_rank, info.host, why) == (1, 1, "n", "gone")
+        peer_of(accepted({"type": "lost", "rank": rank, "pp_rank": 0, "host": "n", "why": "gone"}), TOPOLOGY)
+    lost = accepted({"type": "lost", "rank": 1, "host": "n", "why": "gone"})
+    info = peer_of(lost, TOPOLOGY)
+    assert (info.rank, info.pp_rank, info.host, lost.why) == (1, 1, "n", "gone")
 
 
-def test_an_answer_from_the_far_future_is_none():
-    assert answer_from({"version": 2, "ok": False, "begun": -1}, 0) == (2, False, -1)
+def test_a_vote_from_the_far_future_is_none():
+    vote = accepted({"type": "vote", "version": 2, "ok": False, "begun": -1})
+    check_vote(vote, 0)
+    assert (vote.version, vote.ok, vote.begun) == (2, False, -1)
     with pytest.raises(ValueError, match="begun: 900 is not a whole number from -1 to 20"):
-        answer_from({"version": 2, "ok": False, "begun": 900}, 4)
+        check_vote(Vote(version=2, ok=False, begun=900), 4)
 
 
-KINDS = ["report", "answer", "rail", "show", "lost", "departed", "propose", "decide", "nonsense"]
-NAMES = [
-    "rank",
-    "pp_rank",
-    "host",
-    "why",
-    "version",
-    "commit",
-    "event",
-    "pipeline",
-    "report",
-    "first_iteration",
-    "plan",
-]
+def test_an_error_whose_text_is_not_utf8_is_told_all_the_same():
+    lost = accepted(Lost(rank=1, host="n", why="no file \udcff").to_json())
+    assert lost.why == "no file \\udcff"
+
+
+KINDS = ["report", "vote", "rail", "show", "lost", "departed", "prepare", "commit", "abort", "nonsense"]
+NAMES = ["rank", "pp_rank", "host", "why", "version", "commit", "event", "pipeline", "report", "first_iteration", "plan"]
 
 
 @pytest.fixture(scope="module")
@@ -108,29 +124,29 @@ def test_no_message_ends_a_session(session, sender, kind, fields):
     message: Any = {**fields, "type": kind}
     if kind in ("lost", "departed"):
         try:
-            loss_from(message, session.topology)
+            peer_of(accepted(message), session.topology)
         except ValueError:
             pass
         else:
             return  # that would be the truth
-    session._control(sender, message)
-    session._control(sender, fields.get("event"))
+    session._router.receive(sender, message)
+    session._router.receive(sender, fields.get("event"))
     assert session.failure is None
     assert session._endpoint.stats()["refused_connections"] == 0, "the control thread answers"
 
 
 def test_a_message_is_complained_of_once(session, caplog):
     for _ in range(3):
-        session._control(5, {"type": "decide", "version": 1, "commit": True})
+        session._router.receive(5, {"type": "commit", "version": 1})
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "of rank 5" in r.getMessage()]
-    assert warned == ["control message 'decide' of rank 5: ignored, only the coordinator may send it"]
+    assert warned == ["control message 'commit' of rank 5: ignored, only the coordinator may send it"]
 
 
-def test_a_proposal_that_is_not_understood_is_answered_with_no(session, monkeypatch):
-    answers = []
-    monkeypatch.setattr(session._coordinator, "post", lambda rank, message: answers.append(message))
-    session._control(0, {"type": "propose", "version": 4, "plan": {"ranks": [[{}]]}})
-    assert answers == [{"type": "answer", "version": 4, "ok": False, "begun": session._book.begun}]
+def test_a_plan_that_is_not_understood_is_voted_against(session, monkeypatch):
+    votes = []
+    monkeypatch.setitem(session._router._takers, Vote, lambda rank, message: votes.append(message))
+    session._router.receive(0, {"type": "prepare", "version": 4, "plan": {"ranks": [[{}]]}})
+    assert votes == [Vote(version=4, ok=False, begun=session._book.begun)]
 
 
 def test_a_rail_that_cannot_be_reported_ends_nothing(session, monkeypatch, caplog):
@@ -138,5 +154,5 @@ def test_a_rail_that_cannot_be_reported_ends_nothing(session, monkeypatch, caplo
         raise RuntimeError("no words")
 
     monkeypatch.setattr(session._reporter, "message", broken)
-    session._rail(session._me, "tcp0", "paused", "it is silent")
+    session._telemetry.rail(session._me, "tcp0", "paused", "it is silent")
     assert "which cannot be reported" in caplog.text
