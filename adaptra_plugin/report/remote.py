@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.report.event import StragglerEvent
@@ -27,39 +27,30 @@ class RemoteSink(Sink):
         self._send(self._to, {"type": "show", "event": event.to_json()})
 
 
-class Receiver(Sink):
-    """On the other rank: a sink that also gets what rank 0 sends."""
+class Receiver:
+    """On the other rank: what rank 0 sends goes to the given sinks."""
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
         self._shown = -1  # newest iteration of which the pipeline's metrics have come
-
-    def iteration(self, metrics: Mapping[str, Any]) -> None:
-        self._sink.iteration(metrics)
-
-    def pipeline(self, metrics: Mapping[str, Any]) -> None:
-        self._sink.pipeline(metrics)
-
-    def event(self, event: StragglerEvent) -> None:
-        self._sink.event(event)
-
-    def close(self, deadline_s: float) -> bool:
-        return self._sink.close(deadline_s)
 
     def receive(self, message: Mapping[str, Any]) -> None:
         """Takes a message of a `RemoteSink`. Raises ValueError or KeyError if it is none."""
         if message.get("event") is not None:
-            self._sink.event(StragglerEvent.from_json(message["event"]))
+            event = StragglerEvent.from_json(message["event"])
+            for sink in self._sinks:
+                sink.event(event)
             return
         metrics = message["pipeline"]
         iteration = metrics.get("iteration") if isinstance(metrics, Mapping) else None
         if isinstance(iteration, bool) or not isinstance(iteration, int):
             raise ValueError(f"pipeline: {metrics!r:.80} are not metrics of an iteration")
-        self._sink.pipeline(metrics)
+        for sink in self._sinks:
+            sink.pipeline(metrics)
         self._shown = iteration
 
     def wait_for(self, iteration: int, give_up: Callable[[], bool], patience_s: float) -> None:
         """Returns when the metrics of the iteration have come, or there is no more point in waiting."""
         until = time.monotonic() + patience_s
-        while self._shown < iteration and time.monotonic() < until and not give_up():
+        while self._sinks and self._shown < iteration and time.monotonic() < until and not give_up():
             time.sleep(0.01)

@@ -69,7 +69,7 @@ class Reporter:
         built = {name: build(place) for name, build in SINKS.items()}
         self._named = {name: sink for name, sink in built.items() if sink is not None}
         self._sinks = list(self._named.values())
-        self._receivers = [sink for sink in self._sinks if isinstance(sink, Receiver)]
+        self._receiver = Receiver([sink for sink in self._sinks if sink.shared and rank != COORDINATOR])
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Metrics of one iteration of this rank, every `metrics_every` iterations.
@@ -113,8 +113,7 @@ class Reporter:
 
     def show(self, message: Mapping[str, Any]) -> None:
         """What rank 0 has sent for the sinks of this rank. Raises ValueError or KeyError for anything else."""
-        for receiver in self._receivers:
-            receiver.receive(message)
+        self._receiver.receive(message)
 
     def await_overview(self, last: int, give_up: Callable[[], bool], patience_s: float = 5.0) -> None:
         """Waits for the metrics of the pipeline of iteration `last`, which rank 0 sends, if a sink here gets them.
@@ -123,8 +122,7 @@ class Reporter:
             last: the last iteration of this rank.
             give_up: asked while it waits: whether nothing will come any more.
         """
-        for receiver in self._receivers:
-            receiver.wait_for(last - last % self._every, give_up, patience_s)
+        self._receiver.wait_for(last - last % self._every, give_up, patience_s)
 
     def files(self) -> list[str]:
         """Paths of the files that the sinks have written."""

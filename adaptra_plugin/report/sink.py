@@ -14,6 +14,9 @@ from adaptra_plugin.report.event import StragglerEvent
 class Sink(Protocol):
     """Takes news from the training thread: returns at once and never raises. A subclass overrides what it cares about."""
 
+    shared: bool = False
+    """It shows what concerns all ranks: away from rank 0, it also gets what rank 0 sends."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Metrics of one iteration of this rank; they are not changed afterwards."""
         return

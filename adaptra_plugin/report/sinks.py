@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from adaptra_plugin.report.jsonl_sink import JsonlSink
-from adaptra_plugin.report.remote import COORDINATOR, Receiver, RemoteSink
+from adaptra_plugin.report.remote import COORDINATOR, RemoteSink
 from adaptra_plugin.report.sink import Place, Sink
 from adaptra_plugin.report.wandb_sink import WandbSink
 
@@ -18,8 +18,7 @@ def _wandb(place: Place) -> Sink | None:
     if place.config.wandb == "off":
         return None
     if place.rank == place.run_rank:
-        sink = WandbSink(place.config, logger=place.logger, at_exit=place.at_exit, overviews=place.overviews)
-        return sink if place.rank == COORDINATOR else Receiver(sink)
+        return WandbSink(place.config, logger=place.logger, at_exit=place.at_exit, overviews=place.overviews)
     return RemoteSink(place.run_rank, place.send) if place.rank == COORDINATOR else None
 
 

@@ -40,6 +40,8 @@ class WandbSink(Sink):
     A missing, failing or slow W&B is logged once and costs training nothing.
     """
 
+    shared = True
+
     def __init__(
         self,
         config: ReportConfig,

@@ -11,7 +11,7 @@ import pytest
 
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report import Reporter
-from adaptra_plugin.report.remote import Receiver, RemoteSink
+from adaptra_plugin.report.remote import RemoteSink
 from adaptra_plugin.report.sink import Sink
 from adaptra_plugin.report.sinks import SINKS
 from tests.report.events import HEALED, SLOW
@@ -19,6 +19,8 @@ from tests.report.events import HEALED, SLOW
 
 class Notes(Sink):
     """Writes down what it is given."""
+
+    shared = True
 
     def __init__(self) -> None:
         self.taken: list[Any] = []
@@ -38,8 +40,8 @@ class Notes(Sink):
         return self.in_time
 
 
-def reporter(**more: Any) -> Reporter:
-    return Reporter(ReportConfig(directory=None, wandb="off", metrics_every=2), 0, **more)
+def reporter(rank: int = 0, **more: Any) -> Reporter:
+    return Reporter(ReportConfig(directory=None, wandb="off", metrics_every=2), rank, **more)
 
 
 def test_a_sink_is_one_line_of_the_registry(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,8 +72,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[Reporter, Reporter, Notes]:
     with monkeypatch.context() as patch:
         patch.setitem(SINKS, "wandb", lambda place: RemoteSink(place.run_rank, place.send))
         first = reporter(run_rank=3, send=send)
-        patch.setitem(SINKS, "wandb", lambda place: Receiver(notes))
-        sent.append(reporter(run_rank=3))
+        patch.setitem(SINKS, "wandb", lambda place: notes)
+        sent.append(reporter(3, run_rank=3))
     return first, sent[0], notes
 
 
@@ -108,7 +110,7 @@ def test_the_last_overview_is_waited_for(pair: tuple[Reporter, Reporter, Notes])
     [
         (0, 0, "auto", ["JsonlSink", "WandbSink"]),
         (0, 3, "auto", ["JsonlSink", "RemoteSink"]),
-        (3, 3, "auto", ["JsonlSink", "Receiver"]),
+        (3, 3, "auto", ["JsonlSink", "WandbSink"]),
         (2, 3, "auto", ["JsonlSink"]),
         (0, 3, "off", ["JsonlSink"]),
     ],
