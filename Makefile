@@ -2,25 +2,68 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+FAST := .venv-fast
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 PIP := $(BIN)/pip --disable-pip-version-check -q
+FAST_PIP := $(FAST)/bin/pip --disable-pip-version-check -q
 
-.PHONY: install demo test test-wheel test-rdma lint benchmarks clean
+# parts of the tests: `make test-NAME` runs those of FILES_NAME; tests/README.md says what is tested where
+PARTS := schedule detect report doctor transport proxy runtime deepspeed megatron versions demo whole
+FILES_schedule := tests/schedule
+FILES_detect := tests/detect
+FILES_report := tests/report
+FILES_doctor := tests/doctor
+FILES_transport := tests/transport --ignore=tests/transport/proxy
+FILES_proxy := tests/transport/proxy
+FILES_runtime := tests/runtime
+FILES_deepspeed := tests/patches
+FILES_megatron := tests/megatron
+FILES_versions := tests/compat
+FILES_demo := tests/launch
+FILES_whole := $(wildcard tests/test_*.py)
+FILES_timing = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)
+FILES_fast := tests/schedule tests/detect tests/report $(addprefix tests/test_,config.py configuration_path.py shortage.py readme.py)
+# more options of pytest for a part, such as SELECT="-k heal"
+SELECT ?=
+
+.PHONY: install demo test test-fast test-timing $(PARTS:%=test-%) test-wheel test-rdma lint clean
 
 install: $(VENV)/.installed
 
-# torch first and alone: a looser requirement of another package would bring several GB of CUDA libraries
+# torch first and alone: a looser requirement of another package would bring several GB of CUDA libraries.
+# What the first run would compile, for a minute, is compiled now: the planner's kernels, DeepSpeed's all-reduce over shared memory.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==2.13.0"
 	$(PIP) install -e ".[dev]"
+	$(BIN)/python -c "from adaptra_plugin.schedule.prepare import prepare; prepare()"
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op as b; b()" >/dev/null
 	touch $@
 
 demo: install
 	$(BIN)/python -m adaptra_plugin.launch.demo --config configs/demo.json --out demo-out
 
-test: install lint
-	$(BIN)/python -m pytest --ignore=tests/rdma --ignore=tests/install
+# all but the two that need a package index or a guest kernel
+test: lint $(PARTS:%=test-%)
+
+$(PARTS:%=test-%): test-%: install
+	$(BIN)/python -m pytest $(FILES_$*) $(SELECT)
+
+# those that measure real time, which other work on the machine disturbs (they are among the parts, too)
+test-timing: install
+	$(BIN)/python -m pytest -m timing $(FILES_timing)
+
+# pure packages, reports and configuration: no torch, no host, no network; under 90 s from a clone
+test-fast: $(FAST)/.installed
+	$(FAST)/bin/python -m pytest -m "not (host or multiprocess or network or slow)" $(FILES_fast)
+
+REQUIREMENTS := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("adaptra-plugin") \
+	if "extra ==" not in r and not r.startswith("torch") or r.endswith("\"test\"")))
+$(FAST)/.installed: setup.py
+	$(PYTHON) -m venv $(FAST)
+	$(FAST_PIP) install --no-compile --no-deps -e .
+	$(FAST_PIP) install --no-compile $$($(FAST)/bin/python -c '$(REQUIREMENTS)')
+	touch $@
 
 # a wheel, installed as the README says into a clean environment for each host, trains two ranks (about 4 minutes)
 test-wheel: install
@@ -36,4 +79,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache demo-out build *.egg-info
+	rm -rf $(VENV) $(FAST) .cache demo-out build *.egg-info

@@ -3,6 +3,8 @@
 from setuptools import find_packages, setup
 
 HERE_PACKAGES = find_packages(include=["adaptra_plugin", "adaptra_plugin.*"])
+# enough for the tests of the pure packages (make test-fast)
+TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
 
 setup(
     name="adaptra-plugin",
@@ -37,6 +39,7 @@ setup(
         "plots": ["matplotlib>=3.7"],
         "exact": ["ortools>=9.10"],  # CP-SAT, the exact planner
         "fast": ["numba>=0.60"],  # compiled simulator
+        "test": TEST,
         # the hosts and tools that the tests run against, pinned
         "dev": [
             "torch==2.13.0",
@@ -48,9 +51,7 @@ setup(
             "numba==0.68.1",
             "ninja==1.13.2",
             "psutil==7.2.2",
-            "pytest==9.2.0",
-            "pytest-timeout==2.4.0",
-            "hypothesis==6.170.15",
+            *TEST,
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],

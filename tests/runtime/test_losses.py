@@ -16,6 +16,8 @@ from adaptra_plugin.runtime.losses import Losses
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import PeerInfo
 
+pytestmark = pytest.mark.timing
+
 
 def info(rank):
     return PeerInfo(rank, rank, f"n{rank}")
