@@ -22,7 +22,7 @@ FILES_versions := tests/compat
 FILES_demo := tests/launch
 FILES_whole := $(wildcard tests/test_*.py)
 FILES_timing = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)
-FILES_fast := tests/schedule tests/detect tests/report $(addprefix tests/test_,config.py configuration_path.py shortage.py readme.py)
+FILES_fast := tests/schedule tests/detect tests/report $(addprefix tests/test_,config.py configuration_path.py shortage.py readme.py map.py)
 # more options of pytest for a part, such as SELECT="-k heal"
 SELECT ?=
 
