@@ -3,8 +3,8 @@
 from setuptools import find_packages, setup
 
 HERE_PACKAGES = find_packages(include=["adaptra_plugin", "adaptra_plugin.*"])
-# enough for the tests of the pure packages (make test-fast)
-TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
+# enough for the tests of the pure packages (make test-fast); without numba they take minutes
+TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15", "numba==0.68.1"]
 
 setup(
     name="adaptra-plugin",
@@ -48,7 +48,6 @@ setup(
             "wandb==0.31.0",
             "matplotlib==3.11.2",
             "ortools==9.15.6755",
-            "numba==0.68.1",
             "ninja==1.13.2",
             "psutil==7.2.2",
             *TEST,

@@ -183,7 +183,7 @@ def finish(console: Console, summary: Summary, out: Path) -> None:
     )
     for event in data["events"]:
         console.print(f"detected in iteration {event['found_iteration']}: {event['text']}")
-    if not data["events"]:
+    if data["detected_after_iterations"] is None:
         console.print("[red]the slow link was not detected[/red]")
     console.print(
         "[dim]Paced compute on a machine without GPUs: the figures show the schedule and the transport, not the speed of kernels.[/dim]"

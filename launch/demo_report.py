@@ -49,6 +49,7 @@ def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summar
     first = results["stock-healthy"]
     records = by_rank(out / "adaptra-slow" / "events")
     events = [r for r in records[0] if r["type"] == "event"]
+    links = [event for event in events if event["kind"] == "link"]
     quiet = [r for r in by_rank(out / "adaptra-healthy" / "events")[0] if r["type"] == "event"]
     median = {name: run["median_iteration_ms"] for name, run in runs.items()}
     data = {
@@ -71,7 +72,7 @@ def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summar
         ),
         "events": events,
         "events_in_the_healthy_run": quiet,
-        "detected_after_iterations": events[0]["found_iteration"] - onset + 1 if events else None,
+        "detected_after_iterations": links[0]["found_iteration"] - onset + 1 if links else None,
         "files": {
             "events (JSONL)": str(out / "adaptra-slow" / "events"),
             "W&B (offline)": _wandb_run(out / "adaptra-slow"),
