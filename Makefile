@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 FAST_PIP := $(FAST)/bin/pip --disable-pip-version-check -q
 
 # parts of the tests: `make test-NAME` runs those of FILES_NAME; tests/README.md says what is tested where
-PARTS := schedule detect report doctor transport proxy runtime deepspeed megatron versions demo whole
+PARTS := schedule detect report doctor transport proxy runtime deepspeed megatron versions demo docs whole
 FILES_schedule := tests/schedule
 FILES_detect := tests/detect
 FILES_report := tests/report
@@ -20,13 +20,14 @@ FILES_deepspeed := tests/patches
 FILES_megatron := tests/megatron
 FILES_versions := tests/compat
 FILES_demo := tests/launch
+FILES_docs := tests/docs
 FILES_whole := $(wildcard tests/test_*.py)
 FILES_timing = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)
 FILES_fast := tests/schedule tests/detect tests/report $(addprefix tests/test_,config.py configuration_path.py shortage.py readme.py map.py)
 # more options of pytest for a part, such as SELECT="-k heal"
 SELECT ?=
 
-.PHONY: install demo test test-fast test-timing $(PARTS:%=test-%) test-wheel test-rdma lint clean
+.PHONY: install demo test test-fast test-timing $(PARTS:%=test-%) test-pythons test-wheel test-rdma lint docs clean
 
 install: $(VENV)/.installed
 
@@ -57,12 +58,10 @@ test-timing: install
 test-fast: $(FAST)/.installed
 	$(FAST)/bin/python -m pytest -m "not (host or multiprocess or network or slow)" $(FILES_fast)
 
-REQUIREMENTS := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("adaptra-plugin") \
-	if "extra ==" not in r and not r.startswith("torch") or r.endswith("\"test\"")))
-$(FAST)/.installed: setup.py
+$(FAST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(FAST)
-	$(FAST_PIP) install --no-compile --no-deps -e .
-	$(FAST_PIP) install --no-compile $$($(FAST)/bin/python -c '$(REQUIREMENTS)')
+	$(FAST_PIP) install --upgrade "pip>=25.1"
+	$(FAST_PIP) install --no-compile --group pure
 	touch $@
 
 # a wheel, installed as the README says into a clean environment for each host, trains two ranks (about 4 minutes)
@@ -77,6 +76,26 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# the pages of docs/ into site/; a broken link is an error
+docs: install
+	$(BIN)/mkdocs build --strict
+
+# what needs neither torch nor a host, under each other version of Python that is installed (`make test-pythons PYTHONS=/path/python`)
+PYTHONS ?= python3.10 python3.12 python3.13
+test-pythons:
+	@for python in $(PYTHONS); do \
+		version=$$("$$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) \
+			|| { echo "$$python is not installed: left out"; continue; }; \
+		venv=.cache/pythons/$$version; \
+		if [ ! -f "$$venv/.installed" ]; then \
+			"$$python" -m venv "$$venv" && "$$venv/bin/python" -m pip -q install --upgrade "pip>=25.1" \
+				&& "$$venv/bin/python" -m pip -q install --group pure && touch "$$venv/.installed" || exit 1; \
+		fi; \
+		echo "Python $$version"; \
+		CI=1 "$$venv/bin/python" -m pytest $(FILES_fast) || exit 1; \
+	done
 
 clean:
-	rm -rf $(VENV) $(FAST) .cache demo-out build *.egg-info
+	rm -rf $(VENV) $(FAST) .cache demo-out site build *.egg-info

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # longest first; three at a time, because tests wait more than they compute
 TOGETHER = (
     *("deepspeed", "wheel", "megatron", "transport", "demo", "schedule", "runtime", "versions", "proxy"),
-    *("fast", "report", "lint", "doctor", "whole", "detect"),
+    *("pythons", "fast", "report", "lint", "docs", "whole", "doctor", "detect"),
 )
 # at the end, beside nothing that keeps both cores busy: the guest kernel has one, what measures time the other
 QUIET = ("rdma", "timing")

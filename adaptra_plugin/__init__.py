@@ -10,6 +10,7 @@ Nothing heavy is imported here: torch calls `adaptra_plugin._autoload` at the en
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,41 @@ def activate(config: str | Path | Mapping[str, Any] | None = None) -> None:
         ConfigError: `config` is wrong; one line per mistake.
         UnsupportedError: the installed host is of a version that Adaptra does not know.
     """
-    from adaptra_plugin import _activation
+    from adaptra_plugin import _activation, _autoload
+    from adaptra_plugin.config import parse_config
 
-    _activation.activate(config)
+    block = None
+    if config is not None:
+        block = _activation.read_block(config)
+        parse_config(block)
+    _activation.ask(block)
+    _autoload.install()
 
 
 def deactivate() -> None:
     """Ends all sessions and restores every name that was patched. Engines that exist go on with stock schedules."""
-    from adaptra_plugin import _activation
+    from adaptra_plugin import _activation, _autoload
 
-    _activation.deactivate()
+    _activation.end()
+    _autoload.uninstall()
+    if (registry := sys.modules.get("adaptra_plugin.patches.registry")) is not None:
+        registry.PATCHES.restore()
 
 
 def status() -> dict[str, Any]:
-    """What is active: patches (applied, bound per call, or skipped, each with the reason) and one entry per running session."""
-    from adaptra_plugin import _activation
+    """What is active.
 
-    return _activation.status()
+    `hosts`: name, installed and supported versions, whether the gate is open. `patches`: applied, bound per call, or skipped, each
+    with the reason. `sessions`: one entry per running session.
+    """
+    from adaptra_plugin import _activation
+    from adaptra_plugin.patches.hosts import HOSTS
+
+    registry = sys.modules.get("adaptra_plugin.patches.registry")
+    sessions = _activation.sessions()
+    return {
+        "active": bool(sessions),
+        "hosts": [host.status() for host in HOSTS.values()],
+        "patches": registry.PATCHES.describe() if registry is not None else [],
+        "sessions": sessions,
+    }

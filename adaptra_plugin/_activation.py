@@ -1,83 +1,72 @@
-"""State behind `activate`, `deactivate` and `status`."""
+"""What the user has asked for, and the sessions that run: the state behind `activate`, `deactivate` and `status`.
+
+It is imported at the end of `import torch`, and imports nothing slow.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from adaptra_plugin import _autoload
-from adaptra_plugin.config import parse_config
 from adaptra_plugin.errors import ConfigError
 
-if TYPE_CHECKING:
-    from adaptra_plugin.runtime.session import Session
+CONFIGURATION = "ADAPTRA_CONFIG"
+"""Variable with the path of a configuration, for hosts that have none of their own."""
 
-GATES = {
-    _autoload.DEEPSPEED: "adaptra_plugin.patches.deepspeed_gate",
-    _autoload.MEGATRON: "adaptra_plugin.patches.megatron_gate",
-}
 
+class Running(Protocol):
+    """A session, as seen from here."""
+
+    def close(self) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+
+def _at_start() -> tuple[str, Path] | None:
+    given = os.environ.get(CONFIGURATION)
+    try:
+        return (given, Path(given).absolute()) if given else None
+    except OSError:  # there is no working directory
+        return None
+
+
+_given = _at_start()
 _default_block: dict[str, Any] | None = None
 _asked = False  # `activate` has been called
-_sessions: list[Session] = []
+_sessions: list[Running] = []
 
 
-def activate(config: str | Path | Mapping[str, Any] | None = None) -> None:
+def ask(block: dict[str, Any] | None) -> None:
+    """Notes that `activate` was called. `block`: what it was given; None keeps an earlier one."""
     global _default_block, _asked
-    if config is not None:
-        block = _read_block(config)
-        parse_config(block)
-        _default_block = block
     _asked = True
-    for host in _autoload.HOSTS:
-        if not _autoload.hook(host):
-            open_gate(host)
+    if block is not None:
+        _default_block = block
 
 
-def deactivate() -> None:
+def end() -> None:
+    """Ends all sessions, and forgets what was asked for."""
     global _default_block, _asked
-    _autoload.uninstall()
     while _sessions:
         _sessions[-1].close()
-    for name in GATES.values():
-        gate = sys.modules.get(name)
-        if gate is not None:
-            gate.close()
-    registry = sys.modules.get("adaptra_plugin.patches.registry")
-    if registry is not None:
-        registry.PATCHES.restore()
     _default_block, _asked = None, False
-
-
-def status() -> dict[str, Any]:
-    registry = sys.modules.get("adaptra_plugin.patches.registry")
-    patches = registry.PATCHES.describe() if registry is not None else []
-    return {
-        "active": bool(_sessions),
-        "patches": patches,
-        "sessions": [session.status() for session in _sessions],
-    }
-
-
-def open_gate(host: str) -> None:
-    """Wraps the entry points of a host that is imported (see the modules in `GATES`).
-
-    DeepSpeed has a configuration of its own, in which the block may or may not be. Megatron has none: its gate opens if
-    `activate` was called, or `ADAPTRA_CONFIG` names a file.
-    """
-    if host == _autoload.MEGATRON and not asked():
-        return
-    importlib.import_module(GATES[host]).install()
 
 
 def asked() -> bool:
     """Whether somebody wants the plug-in in so many words, and not only has it installed."""
-    return _asked or bool(os.environ.get(_autoload.CONFIGURATION))
+    return _asked or bool(os.environ.get(CONFIGURATION))
+
+
+def configuration() -> Path | None:
+    """The file that `ADAPTRA_CONFIG` names. A relative path begins where the process began, whatever the working directory is
+    now; one that the script has set, where the process is."""
+    given = os.environ.get(CONFIGURATION)
+    if not given:
+        return None
+    return _given[1] if _given is not None and given == _given[0] else Path(given)
 
 
 def default_block() -> dict[str, Any] | None:
@@ -88,20 +77,30 @@ def default_block() -> dict[str, Any] | None:
     """
     if _default_block is not None:
         return _default_block
-    path = _autoload.configuration()
-    return _read_block(path) if path is not None else None
+    path = configuration()
+    return read_block(path) if path is not None else None
 
 
-def add_session(session: Session) -> None:
+def add_session(session: Running) -> None:
     _sessions.append(session)
 
 
-def remove_session(session: Session) -> None:
+def remove_session(session: Running) -> None:
     if session in _sessions:
         _sessions.remove(session)
 
 
-def _read_block(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def sessions() -> list[dict[str, Any]]:
+    """The status of each session that runs."""
+    return [session.status() for session in _sessions]
+
+
+def read_block(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's block, with or without the key `"adaptra"` around it.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no object.
+    """
     if isinstance(config, Mapping):
         data: Any = dict(config)
     else:

@@ -14,37 +14,13 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-DEEPSPEED = "deepspeed"
-MEGATRON = "megatron.core.pipeline_parallel.schedules"
-HOSTS = (DEEPSPEED, MEGATRON)
-"""The modules whose import opens a gate."""
-CONFIGURATION = "ADAPTRA_CONFIG"
-"""Variable with the path of a configuration, for hosts that have none of their own."""
+from adaptra_plugin import _activation
+from adaptra_plugin.patches.hosts import HOSTS
+
 logger = logging.getLogger("adaptra")
-
-
-def _at_start() -> tuple[str, Path] | None:
-    given = os.environ.get(CONFIGURATION)
-    try:
-        return (given, Path(given).absolute()) if given else None
-    except OSError:  # there is no working directory
-        return None
-
-
-_given = _at_start()
-
-
-def configuration() -> Path | None:
-    """The file that `ADAPTRA_CONFIG` names. A relative path begins where the process began, whatever the working directory is
-    now; one that the script has set, where the process is."""
-    given = os.environ.get(CONFIGURATION)
-    if not given:
-        return None
-    return _given[1] if _given is not None and given == _given[0] else Path(given)
 
 
 def register() -> None:
@@ -59,16 +35,16 @@ def register() -> None:
 
 def install() -> None:
     """Opens the gates of the hosts that are, and of each other one when it is, fully imported."""
-    for host in HOSTS:
-        if not hook(host):
-            _ready(host)
+    for host in HOSTS.values():
+        if not _hook(host.entry):
+            _ready(host.entry)
 
 
-def hook(host: str) -> bool:
-    """Has a host's gate opened when the host is fully imported; False if it is already."""
-    module = sys.modules.get(host)
+def _hook(entry: str) -> bool:
+    """Has a host's gate opened when the module `entry` is fully imported; False if it is already."""
+    module = sys.modules.get(entry)
     if module is None:
-        _wait_for(host)
+        _wait_for(entry)
     elif _initializing(module):
         # `import deepspeed` itself imports torch: its own import is under way, and cannot be hooked any more
         module.__class__ = _Unfinished
@@ -78,25 +54,27 @@ def hook(host: str) -> bool:
 
 
 def uninstall() -> None:
-    """Removes the hooks, if there are any."""
-    for host in HOSTS:
-        _done_with(host)
+    """Removes the hooks, and closes the gates that are open."""
+    for host in HOSTS.values():
+        _done_with(host.entry)
+        if (gate := host.loaded_gate()) is not None:
+            gate.close()
 
 
-def _wait_for(host: str) -> None:
+def _wait_for(entry: str) -> None:
     finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if finder is None:
         finder = _Finder()
         sys.meta_path.insert(0, finder)
-    finder.hosts.add(host)
+    finder.entries.add(entry)
 
 
-def _done_with(host: str) -> None:
+def _done_with(entry: str) -> None:
     for finder in [finder for finder in sys.meta_path if isinstance(finder, _Finder)]:
-        finder.hosts.discard(host)
-        if not finder.hosts:
+        finder.entries.discard(entry)
+        if not finder.entries:
             sys.meta_path.remove(finder)
-    module = sys.modules.get(host)
+    module = sys.modules.get(entry)
     if isinstance(module, _Unfinished):
         module.__class__ = ModuleType  # type: ignore[assignment]
 
@@ -105,12 +83,12 @@ def _initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-def _ready(host: str) -> None:
-    from adaptra_plugin import _activation
-
-    _done_with(host)
+def _ready(entry: str) -> None:
+    _done_with(entry)
     try:
-        _activation.open_gate(host)
+        for host in HOSTS.values():
+            if host.entry == entry and (_activation.asked() or not host.on_request):
+                host.load_gate().install()
     except Exception:
         if _activation.asked():
             raise  # by `activate`, or with a configuration in the environment: to train without it would be no answer
@@ -136,13 +114,13 @@ class _Finder(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self) -> None:
-        self.hosts: set[str] = set()
+        self.entries: set[str] = set()
         self._asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.hosts or getattr(self._asking, "others", False):
+        if fullname not in self.entries or getattr(self._asking, "others", False):
             return None
         self._asking.others = True  # the look-up below asks every finder, this one too
         try:
@@ -157,9 +135,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _Loader(importlib.abc.Loader):
     """The host's loader, plus `_ready` at the end."""
 
-    def __init__(self, inner: Any, host: str) -> None:
+    def __init__(self, inner: Any, entry: str) -> None:
         self._inner = inner
-        self._host = host
+        self._entry = entry
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)  # who has only looked the host up may ask for its path or its source
@@ -171,4 +149,4 @@ class _Loader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
-        _ready(self._host)
+        _ready(self._entry)

@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_plan(commands: Subparsers) -> None:
     """``adaptra plan PROFILE.json``."""
-    from adaptra_plugin.schedule.names import NAMES
+    from adaptra_plugin.schedule.names import SCHEDULES
 
     parser = commands.add_parser("plan", help="plan a schedule for a profile")
     parser.add_argument("profile", metavar="PROFILE.json", help="profile, - for stdin")
-    parser.add_argument("--schedule", choices=NAMES, default="slack-adaptive", help="default: %(default)s")
+    parser.add_argument("--schedule", choices=list(SCHEDULES), default="slack-adaptive", help="default: %(default)s")
     parser.add_argument("--exact", type=float, metavar="SECONDS", help="refine with CP-SAT for at most SECONDS")
     parser.add_argument("--offload", type=float, metavar="MS", help="price of moving an activation to the host")
     parser.add_argument("--seed", type=int, default=0, help="of the search; default: %(default)s")
@@ -133,7 +133,7 @@ def run_plan(options: argparse.Namespace) -> int:
 def _check_plan_options(options: argparse.Namespace) -> None:
     """All that can be known to be wrong before the profile is read: planning may take minutes, and what a mistake
     leaves behind must not be half of the files."""
-    from adaptra_plugin.schedule.names import ADAPTIVE
+    from adaptra_plugin.schedule.names import SCHEDULES, adaptive
 
     if options.out == "-" and options.csv == "-":
         raise PlanError("the plan and its CSV cannot both go to stdout: give --out or --csv a file")
@@ -142,15 +142,15 @@ def _check_plan_options(options: argparse.Namespace) -> None:
             raise PlanError(
                 f"--exact {options.exact:g}: expected seconds, a number above zero and at most {MOST_EXACT_S:.0f}"
             )
-        if options.schedule not in ADAPTIVE:
-            raise PlanError(f"--exact searches for a schedule of its own: it refines {' or '.join(ADAPTIVE)} only")
+        if not SCHEDULES[options.schedule].adapts:
+            raise PlanError(f"--exact searches for a schedule of its own: it refines {' or '.join(adaptive())} only")
         if options.offload is not None:
             raise PlanError("--exact keeps every limit: it cannot be combined with --offload")
     if options.offload is not None:
         if not (math.isfinite(options.offload) and options.offload >= 0):
             raise PlanError(f"--offload {options.offload:g}: expected a finite time of at least 0 ms")
-        if options.schedule not in ADAPTIVE:
-            raise PlanError(f"--offload is weighed against limits by {' or '.join(ADAPTIVE)} only")
+        if not SCHEDULES[options.schedule].adapts:
+            raise PlanError(f"--offload is weighed against limits by {' or '.join(adaptive())} only")
     _check_outputs(options, "out", "csv", "plot", "trace")
 
 

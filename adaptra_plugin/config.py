@@ -9,13 +9,18 @@ Times are milliseconds where a name ends in `_ms`, seconds where it ends in `_s`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from adaptra_plugin.errors import ConfigError
+from adaptra_plugin.schedule.names import SCHEDULES
 
 NonNegative = Annotated[float, Field(ge=0)]
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[tuple(name for name, entry in SCHEDULES.items() if entry.for_jobs)]
 
 
 class _Block(BaseModel):
@@ -28,59 +33,59 @@ class TlsConfig(_Block):
     """Files (PEM) of one rank, each with its path on that rank's host."""
 
     certificate: str = Field(min_length=1)
-    """The rank's certificate, with those between it and the authority, if any."""
+    """The rank's certificate, with the intermediate certificates up to the authority, if any."""
     key: str = Field(min_length=1)
-    """Its private key, not encrypted; nobody else should be able to read it."""
+    """The rank's private key, not encrypted. Nobody else should be able to read it."""
     authority: str = Field(min_length=1)
-    """Certificate of the authority that has signed those of all ranks. Whoever has a certificate of it may try to connect."""
+    """Certificate of the authority that has signed all ranks' certificates. Every holder of such a certificate may try to connect."""
 
 
 class TransportConfig(_Block):
     """How activations and gradients travel between stages."""
 
     rail: Literal["auto", "shm", "rdma", "tcp"] = "auto"
-    """Which rail carries the bytes; `auto` takes the best that both ends have."""
+    """Which kind of rail carries the bytes. `auto` takes the best one that both ends have."""
     proxy: Literal["process", "thread"] = "process"
-    """Where the bytes are moved: in a process of its own per rank, or on a thread of the training process."""
+    """What moves the bytes: a process of its own per rank, or a thread of the training process."""
     connections_per_direction: int = Field(2, ge=1, le=16)
-    """Lanes per link for activations, and as many for gradients; each has staging rings and a TCP connection of its own."""
+    """Lanes per link for activations, and as many for gradients. Each has staging rings and a TCP connection of its own."""
     ring_mib: Literal["auto"] | int = "auto"
-    """Size of the staging ring of each lane, at each end (MiB); `auto`: 64, and more as longer messages come: four of the
-    longest one, at most `ring_max_mib`. Memory is taken as it is needed. A full ring blocks the producer."""
+    """Size of the staging ring of each lane, at each end (MiB). `auto`: 64, or four times the longest message so far if that
+    is more, at most `ring_max_mib`. Memory is taken as it is needed. A full ring blocks the producer."""
     ring_max_mib: int = Field(1024, ge=1, le=65536)
-    """How far a ring may grow with `ring_mib` `auto` (MiB); a longer message is refused."""
+    """Largest size of a ring that grows (`ring_mib` is `auto`, MiB). A longer message is refused."""
     segment_kib: int = Field(1024, ge=64, le=65536)
     """A message travels in segments of this size (KiB), so that several rails can carry it."""
     deadline_s: float = Field(300.0, gt=0, le=86400)
-    """Longest wait for one transfer; past it the rank ends with an error that names the peer."""
+    """Longest wait for one transfer. After it the rank ends with an error that names the peer."""
     connect_deadline_s: Literal["auto"] | float = "auto"
-    """Longest wait at start for the other ranks to come, and then to be connected; `auto`: they may come as late as the process
-    group allows (its timeout), and have 120 s to connect then."""
+    """Longest wait at the start for the other ranks to come, and then for them to connect. `auto`: ranks may come as late as
+    the process group's timeout allows, and then have 120 s to connect."""
     handshake_timeout_s: float = Field(5.0, gt=0, le=600)
     """Longest time a new connection may take to prove knowledge of the job's secret."""
     reconnect_s: float = Field(5.0, gt=0, le=3600)
-    """A peer is lost when no rail to it could be restored for so long."""
+    """A peer is lost when no rail to it could be restored within this time."""
     bind: str = "auto"
-    """Address to listen on; `auto` is the local address that routes to the launcher's master address, or, where that is
-    loopback, to the ranks of other hosts."""
+    """Address to listen on. `auto`: the local address that routes to the launcher's master address. If that is loopback, the
+    one that routes to the ranks of other hosts."""
     interfaces: Annotated[tuple[str, ...], Field(strict=False)] = ()  # JSON has lists only
-    """More addresses, or names of interfaces, to listen on: each is one more TCP rail."""
+    """More addresses, or names of interfaces, to listen on. Each is one more TCP rail."""
     rdma_devices: Literal["auto"] | tuple[str, ...] = "auto"
-    """RDMA devices to use; `auto`: all that work, an empty list: none."""
+    """RDMA devices to use. `auto`: all that work. An empty list: none."""
     checksum: Literal["auto", "on", "off"] = "auto"
-    """Verify every piece of a message at the receiver (xxh3); `auto`: of what comes from another host."""
+    """Verify every segment at the receiver (xxh3). `auto`: only segments from another host."""
     max_message_mib: int = Field(4096, ge=1, le=1 << 20)
-    """Largest accepted message (MiB); a longer length in a frame is refused before memory is touched."""
+    """Largest accepted message (MiB). A frame with a longer length is refused before memory is touched."""
     warn_full_after_ms: NonNegative = 100.0
-    """A producer blocked by a full ring for longer than this is logged."""
+    """A producer that a full ring blocks for longer than this is logged."""
     spin_us: Literal["auto"] | int = "auto"
-    """A thread that waits for a transfer tries for so long before it sleeps; `auto`: 20, or 0 where it has 4 CPUs or less."""
+    """How long a thread that waits for a transfer polls before it sleeps. `auto`: 20, or 0 if it has at most 4 CPUs."""
     cpus: Literal["auto"] | tuple[int, ...] | None = "auto"
-    """CPUs for the proxy; `auto`: those of the training thread's NUMA node, without its own if it is pinned to one; null: no choice."""
+    """CPUs for the proxy. `auto`: those of the training thread's NUMA node, less its own if it is pinned to one. null: any."""
     nice: int = Field(0, ge=-20, le=19)
     """Niceness of the proxy process."""
     tls: TlsConfig | None = None
-    """Encrypt TCP, with certificates of the job's own authority at both ends; null: off."""
+    """Encrypt TCP, with certificates of the job's own authority at both ends. null: off."""
 
     @field_validator("tls")
     @classmethod
@@ -138,23 +143,23 @@ class DetectorConfig(_Block):
     window: int = Field(16, ge=4, le=4096)
     """Iterations of healthy history that form the baseline (median and spread)."""
     warmup_iterations: int = Field(3, ge=1, le=1000)
-    """First iterations that are not used: allocation, caches and connection start-up distort them."""
+    """First iterations that are not used, because allocation, caches and connection start-up distort them."""
     min_history: int = Field(3, ge=2, le=4096)
     """Iterations of baseline needed before anything may be called slow."""
     confirm: int = Field(2, ge=1, le=100)
     """Consecutive iterations over the threshold before an event is raised."""
     heal: int = Field(3, ge=1, le=100)
-    """Consecutive iterations under the release threshold before the link counts as healed."""
+    """Consecutive iterations under the release threshold before a link or stage counts as healed."""
     spread_factor: float = Field(6.0, ge=1, le=100)
     """Threshold over the baseline median, in robust standard deviations (1.4826 MAD)."""
     min_delay_ms: NonNegative = 2.0
-    """A link is never called slow for less extra delay than this."""
+    """A link is never called slow for an extra delay below this."""
     min_delay_fraction: float = Field(0.25, ge=0, le=100)
-    """... nor for less than this fraction of the mean forward time of a microbatch."""
+    """A link is never called slow for an extra delay below this fraction of the mean forward time of a microbatch."""
     min_slowdown: float = Field(1.25, gt=1, le=100)
-    """A stage is called slow above this ratio of its share of the work to its usual one."""
+    """A stage is called slow when the ratio of its share of the work to its usual share is above this."""
     release: float = Field(0.5, gt=0, lt=1)
-    """Healed below `baseline + release * (threshold - baseline)`: hysteresis against flapping."""
+    """A link or stage has healed below `baseline + release * (threshold - baseline)`. This hysteresis prevents flapping."""
 
     @field_validator("min_history")
     @classmethod
@@ -169,21 +174,21 @@ class ReportConfig(_Block):
     """Where events and per-iteration metrics go. Reporting never blocks and never fails training."""
 
     directory: str | None = "adaptra-logs"
-    """Folder of the JSONL files, one per rank; null writes none."""
+    """Folder of the JSONL files, one per rank. null: no files."""
     max_file_mib: int = Field(64, ge=1, le=65536)
-    """A JSONL file that reaches this size is rotated once (`.1`); older records go."""
+    """A JSONL file that reaches this size is renamed to `.jsonl.1`. It replaces the older file of that name."""
     queue_records: int = Field(4096, ge=16, le=1 << 20)
-    """Records waiting for the writer thread; beyond it the oldest are dropped and counted."""
+    """Records that may wait for the writer thread. Beyond this number the oldest are dropped and counted."""
     wandb: Literal["auto", "on", "off"] = "auto"
-    """`auto`: use the host's W&B run if there is one. `on`: open one if there is none. `off`: never."""
+    """`auto`: use the host's W&B run if there is one. `on`: open one if there is none. `off`: never use W&B."""
     wandb_project: str = "adaptra"
-    """Project of a run of our own (`wandb: "on"` without a host's run)."""
+    """Project of Adaptra's own W&B run (`wandb: "on"`, and the host has no run)."""
     wandb_alert_interval_s: NonNegative = 60.0
     """At most one W&B alert per link or stage within this time."""
     metrics_every: int = Field(1, ge=1, le=1_000_000)
-    """Write per-iteration metrics every so many iterations."""
+    """Write metrics of every n-th iteration."""
     spans: bool = False
-    """Write start and end of every action too (about 60 bytes each): what measured timelines are drawn from."""
+    """Also write start and end of every action (about 60 bytes each). Measured timelines are drawn from them."""
 
 
 def _another_stage(value: int, info: ValidationInfo) -> int:
@@ -212,7 +217,7 @@ class SlowLink(_Block):
     from_iteration: int = Field(0, ge=0)
     """First iteration (0-based) with the delay."""
     to_iteration: int | None = Field(None, ge=1)
-    """First iteration without it again; null: until the end."""
+    """First iteration without it again. null: until the end."""
 
     @field_validator("dst")
     @classmethod
@@ -244,32 +249,32 @@ class Fault(_Block):
     """A fault of the rails between two stages, in both directions. The transport's protocol has to live with it."""
 
     kind: Literal["latency", "jitter", "bandwidth", "loss", "duplication", "reordering", "corruption", "death"]
-    """What happens to frames, in this order: they are late by `ms`; by up to `ms`; `mb_per_s` pass; of them `rate` are lost; come
-    twice; are held for `ms` while others overtake; are damaged; end the connection, or, without `rate`, no connection lasts."""
+    """What happens to frames. In this order: all are late by `ms`; late by up to `ms`; limited to `mb_per_s`; a share `rate` is lost;
+    comes twice; is held for `ms` while others overtake; is damaged; ends the connection (without `rate` no connection lasts)."""
     src: int = Field(ge=0)
     """Pipeline stage at one end."""
     dst: int = Field(ge=0)
     """Pipeline stage at the other end."""
     rail: str = Field("any", pattern=r"^(any|tcp\d*|shm|rdma\d*)$")
-    """Which rails: `any`, all of a kind (`tcp`, `rdma`, `shm`), or one (`tcp0`)."""
+    """Rails with the fault: `any`, all of a kind (`tcp`, `rdma`, `shm`), or one (`tcp0`)."""
     ms: float | None = Field(None, ge=0, le=60_000, validate_default=True)
-    """Of latency, jitter and reordering: how late."""
+    """For latency, jitter and reordering: how late frames are."""
     mb_per_s: float | None = Field(None, gt=0, validate_default=True)
-    """Of bandwidth: millions of bytes per second."""
+    """For bandwidth: millions of bytes per second."""
     rate: float | None = Field(None, gt=0, le=1, validate_default=True)
-    """Of loss, duplication, reordering, corruption and death: the share of frames."""
+    """For loss, duplication, reordering, corruption and death: the share of frames."""
     part: Literal["body", "header"] | None = Field(None, validate_default=True)
-    """Of corruption: what of a frame is damaged; null: the body. A damaged header ends the connection."""
+    """For corruption: the damaged part of a frame. null: the body. A damaged header ends the connection."""
     seed: int = 0
-    """What happens by chance is the same in every run with the same seed and the same frames."""
+    """The same seed and the same frames give the same random faults in every run."""
     from_iteration: int = Field(0, ge=0)
     """First iteration (0-based) with the fault."""
     to_iteration: int | None = Field(None, ge=1)
-    """First iteration without it again; null: until the end."""
+    """First iteration without it again. null: until the end."""
     from_s: float = Field(0.0, ge=0)
-    """It begins so long after the start of the transport."""
+    """Time after the start of the transport at which the fault begins."""
     to_s: float | None = Field(None, gt=0)
-    """It ends so long after the start of the transport; null: never."""
+    """Time after the start of the transport at which the fault ends. null: never."""
 
     @field_validator("dst")
     @classmethod
@@ -301,7 +306,7 @@ class PacedCompute(_Block):
     backward_input_ms: NonNegative
     """Budget of a backward with respect to the input."""
     backward_weight_ms: NonNegative
-    """Budget of a backward with respect to the weights; an unsplit backward takes both budgets."""
+    """Budget of a backward with respect to the weights. An unsplit backward takes both budgets."""
 
 
 class SimulateConfig(_Block):
@@ -320,18 +325,18 @@ class AdaptraConfig(_Block):
 
     enabled: bool = True
     """Off: the host behaves exactly as without the plug-in."""
-    schedule: Literal["slack-adaptive", "1f1b", "zb-h1"] = "slack-adaptive"
+    schedule: ScheduleName = "slack-adaptive"
     """Which schedule to run; only `slack-adaptive` replans."""
     split_backward: bool = True
     """Run the backward of linear layers in two parts (input first, weights when there is time)."""
     max_activations: int | tuple[int, ...] | None = None
-    """Microbatches a stage may hold between the start of its forward and the end of its weight gradients: one number
-    for all stages or one per stage; null: no limit but the number of microbatches."""
+    """Microbatches a stage may hold between the start of its forward and the end of its weight gradients: one number for
+    all stages, or a list with one per stage. null: no limit but the number of microbatches."""
     refine_s: float = Field(10.0, ge=0, le=3600)
-    """Time for the exact solver to improve a plan that is not proven within 0.5 % of the optimum, while it runs: CP-SAT in
-    a process of its own on rank 0's host, at the lowest priority. 0, or no OR-tools installed: off."""
+    """Time for the exact solver (CP-SAT) to improve a running plan that is not proven within 0.5 % of the optimum. It is a
+    process of its own on rank 0's host, at the lowest priority. 0, or no OR-tools installed: off."""
     peer_exit_grace_s: float = Field(30.0, gt=0, le=3600)
-    """After a peer is lost, a rank that is stuck outside Adaptra (in a collective, say) is ended after this time."""
+    """After the loss of a peer, a rank that is stuck outside Adaptra (in a collective, say) is ended after this time."""
     transport: TransportConfig = TransportConfig()
     detector: DetectorConfig = DetectorConfig()
     report: ReportConfig = ReportConfig()

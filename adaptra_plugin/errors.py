@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class AdaptraError(Exception):
     """Base of all errors raised by adaptra_plugin."""
@@ -13,6 +15,13 @@ class ConfigError(AdaptraError, ValueError):
 
 class UnsupportedError(AdaptraError, RuntimeError):
     """A host version, or a combination of settings, that Adaptra refuses to run with."""
+
+
+def refuse(found: Sequence[tuple[str, str]], otherwise: str) -> None:
+    """Raises UnsupportedError if anything was found: (reason, remedy), a line each. `otherwise`: how to run without Adaptra."""
+    if found:
+        lines = "\n".join(f"  - {reason}: {remedy}" for reason, remedy in found)
+        raise UnsupportedError(f"Adaptra cannot run this job ({otherwise}):\n{lines}")
 
 
 class PlanError(AdaptraError, ValueError):

@@ -18,7 +18,7 @@ import threading
 
 import torch
 
-from adaptra_plugin.transport.ring import memcpy
+from adaptra_plugin.transport.memory import memcpy
 
 SLOTS = 2
 DEADLINE_S = 120.0

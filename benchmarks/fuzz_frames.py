@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from adaptra_plugin.config import TransportConfig
 from adaptra_plugin.transport.bridge import Writer
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy import peer_prober
@@ -23,7 +24,16 @@ from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.server import Proxy
 from adaptra_plugin.transport.proxy.settings import ProxySettings
-from adaptra_plugin.transport.proxy.wire import MAX_BODY_BYTES, POSITIONS, RANGE, TIMES, UNIT, Flag, FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import (
+    MAX_BODY_BYTES,
+    POSITIONS,
+    RANGE,
+    TIMES,
+    UNIT,
+    Flag,
+    FrameHeader,
+    FrameKind,
+)
 from adaptra_plugin.transport.types import Address, Direction, EndpointInfo, PeerInfo
 from benchmarks.fuzz_inputs import TIMES as ODD_TIMES
 from benchmarks.fuzz_inputs import mutated, number, odd_json
@@ -31,7 +41,7 @@ from benchmarks.fuzz_inputs import mutated, number, odd_json
 CAPACITY = 64 << 10
 LANES = 2
 _BITS = {"flags": 8, "direction": 8, "lane": 8, "after": 32, "behind": 32}
-_FIELDS = [field.name for field in dataclasses.fields(Header) if field.name not in ("kind", "sent")]
+_FIELDS = [field.name for field in dataclasses.fields(FrameHeader) if field.name not in ("kind", "sent")]
 
 
 class Traffic:
@@ -132,7 +142,8 @@ class Owner(Proxy):
 
     def __init__(self, loop: Traffic) -> None:
         self.loop = loop  # type: ignore[assignment]
-        self.settings = ProxySettings(ring_mib=1, segment_kib=8)
+        block = TransportConfig(ring_mib=1).model_dump(mode="json")
+        self.settings = ProxySettings.of(block | {"segment_kib": 8, "cpus": None, "spin_us": 0.0})
         self.me = PeerInfo(0, 0, "a")
         self.endpoint_info = ENDPOINT_INFO
         self.secret = b"x" * 32
@@ -188,16 +199,16 @@ class Frames:
             found.link.pump()
         return found
 
-    def headers(self, rng: random.Random, *, by_reference: bool, sent: int) -> list[tuple[Header, bytes]]:
+    def headers(self, rng: random.Random, *, by_reference: bool, sent: int) -> list[tuple[FrameHeader, bytes]]:
         """Frames that a sane peer might send, with odd ones in between, and bodies. `sent`: what it may acknowledge."""
-        found: list[tuple[Header, bytes]] = []
+        found: list[tuple[FrameHeader, bytes]] = []
         sequence = 0
         position = dict.fromkeys(self._rings, 0)
         strange = rng.choice((0.0, 0.05, 0.3, 1.0))
         for _ in range(rng.choice((1, 2, 4, 8, 16))):
             kind = rng.choice(list(FrameKind)) if rng.random() < 0.5 else FrameKind.SEGMENT
             key = rng.choice(list(self._rings))
-            header, body = Header(kind, direction=key[0], lane=key[1]), b""
+            header, body = FrameHeader(kind, direction=key[0], lane=key[1]), b""
             if kind not in (FrameKind.ACK, FrameKind.PING, FrameKind.PONG):
                 sequence += 1
                 header.sequence = sequence
@@ -256,7 +267,7 @@ class Frames:
         return (body * (length // len(body) + 1) if body else bytes(length))[:length], length
 
     @staticmethod
-    def _spoil(rng: random.Random, header: Header) -> None:
+    def _spoil(rng: random.Random, header: FrameHeader) -> None:
         """One field, or two, that no sane peer would send; the checksum of the header is right all the same."""
         for _ in range(rng.choice((1, 1, 1, 2))):
             name = rng.choice((*_FIELDS, "kind", "sent", "at", "length", "total", "message", "floor", "sequence"))
@@ -330,27 +341,27 @@ def flood(rng: random.Random, frames: Frames, count: int, kind: str) -> Peer:
         other = frames._peer(rng, traffic)
     traffic.takes = False  # it reads nothing either
     for index in range(1, count + 1):
-        header, body = Header(FrameKind.PING, sent=1.0), b""
+        header, body = FrameHeader(FrameKind.PING, sent=1.0), b""
         if kind == "acks":
-            header = Header(FrameKind.SEGMENT, index, message=0, total=64, at=index % 64, length=1, sent=1.0)
+            header = FrameHeader(FrameKind.SEGMENT, index, message=0, total=64, at=index % 64, length=1, sent=1.0)
             body = b"x"
         elif kind == "holes":
-            header = Header(FrameKind.STUCK, 2 * index, message=index, behind=2 * index - 1)
+            header = FrameHeader(FrameKind.STUCK, 2 * index, message=index, behind=2 * index - 1)
         elif kind == "positions":
-            header = Header(FrameKind.SEGMENT, index, message=index * UNIT, total=64, length=1, sent=1.0)
+            header = FrameHeader(FrameKind.SEGMENT, index, message=index * UNIT, total=64, length=1, sent=1.0)
             body = b"x"
         elif kind == "floors":
             at = index * UNIT
-            header = Header(FrameKind.SEGMENT, index, message=at, total=64, length=1, floor=at, sent=1.0)
+            header = FrameHeader(FrameKind.SEGMENT, index, message=at, total=64, length=1, floor=at, sent=1.0)
             body = b"x"
         elif kind == "controls":
             body = b'{"a":"%s"}' % (b"x" * 60_000)
-            header = Header(FrameKind.CONTROL, index, message=index + 1, length=len(body))
+            header = FrameHeader(FrameKind.CONTROL, index, message=index + 1, length=len(body))
         elif kind == "skips":
             body = b'{"skip":"%d"}' % index
-            header = Header(FrameKind.RAIL, length=len(body))
+            header = FrameHeader(FrameKind.RAIL, length=len(body))
         elif kind == "stuck":
-            header = Header(FrameKind.STUCK, index, message=index)
+            header = FrameHeader(FrameKind.STUCK, index, message=index)
         if body and header.kind is not FrameKind.SEGMENT:
             header.flags, header.checksum = int(Flag.VERIFIED), checksum_of([memoryview(body)])
         traffic.incoming = header.pack() + body

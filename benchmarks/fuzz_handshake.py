@@ -15,11 +15,11 @@ from adaptra_plugin.transport.proxy.handshake_connection import Acceptor
 from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.rails import stream
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
-from adaptra_plugin.transport.proxy.wire import FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import FrameHeader, FrameKind
 from benchmarks.fuzz_inputs import mutated
 
 SECRET = b"the secret that strangers lack.."
-CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.TCP, index=1)
+CLAIM = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.TCP, index=1)
 SETTINGS = Settings(connections=2, ring_bytes=1 << 20)
 
 
@@ -100,10 +100,10 @@ class _Sink:
     def __init__(self) -> None:
         self.frames = 0
 
-    def place(self, rail: Rail, header: Header) -> None:
+    def place(self, rail: Rail, header: FrameHeader) -> None:
         return None
 
-    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+    def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
         self.frames += 1
 
     def failed(self, rail: Rail, reason: str) -> None: ...
@@ -140,7 +140,7 @@ class _Entrance:
         self._bell.close()
 
 
-LOCAL = Claim(source=1, stage=1, target=0, purpose=Purpose.SHM, index=0)
+LOCAL = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.SHM, index=0)
 
 
 class ListenerCase:
@@ -198,9 +198,9 @@ class ListenerCase:
     def __call__(self, rng: random.Random) -> str:
         reproducible(rng)
         parsed: list[Any] = []
-        real_parse: Callable[..., Header] = stream.parse
+        real_parse: Callable[..., FrameHeader] = stream.parse
 
-        def parse(raw: memoryview, **limits: int) -> Header:
+        def parse(raw: memoryview, **limits: int) -> FrameHeader:
             parsed.append(bytes(raw))
             return real_parse(raw, **limits)
 
@@ -233,7 +233,7 @@ class ListenerCase:
             self._say(None, sock, initiator.feed(self._read(sock, initiator.expects)))
             self._say(None, sock, initiator.feed(self._read(sock, initiator.expects)))
             self._turns(1)
-            self._say(None, sock, Header(FrameKind.PING, sent=1.0).pack())
+            self._say(None, sock, FrameHeader(FrameKind.PING, sent=1.0).pack())
             self._turns(1)
         finally:
             sock.close()
@@ -243,7 +243,7 @@ class ListenerCase:
         sock = self._entrance.come()
         genuine = False
         try:
-            frame = Header(FrameKind.PING, sent=1.0).pack()
+            frame = FrameHeader(FrameKind.PING, sent=1.0).pack()
             if rng.random() < 0.4:
                 raw = mutated(rng, b"".join(recorded()[1:4:2]), [handshake.MAGIC, frame])
                 self._say(rng, sock, raw if rng.random() < 0.8 else handshake.MAGIC + raw)

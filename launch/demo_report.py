@@ -124,7 +124,7 @@ def measured(records: list[list[dict[str, Any]]], iteration: int) -> Timeline:
             # clocks are read per rank: rounding must not make neighbours overlap
             start = max(start + origin, end)
             end = max(stop + origin, start)
-            spans.append(Span(record["stage"], Action.parse(text), start, end))
+            spans.append(Span(record["pp_rank"], Action.parse(text), start, end))
     return Timeline.from_spans(spans, list(_transfers(spans, delays, len(found))))
 
 

@@ -24,7 +24,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import deepspeed_foreign as foreign
 from adaptra_plugin.patches import deepspeed_support as support
-from adaptra_plugin.patches.deepspeed_gate import effective_config
+from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
@@ -34,9 +34,7 @@ from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
 logger = logging.getLogger("adaptra")
-
-VERSIONS = ">=0.16,<0.20"
-"""DeepSpeed versions whose pipeline engine has the seams used here."""
+HOST = HOSTS["deepspeed"]
 
 
 def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
@@ -51,8 +49,8 @@ def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
     return Patch(
         id="deepspeed.engine",
         target="deepspeed:PipelineEngine",
-        host="deepspeed",
-        versions=VERSIONS,
+        host=HOST.distribution,
+        versions=HOST.versions,
         reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
         replace=engine_class,
     )
@@ -137,7 +135,7 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = effective_config(self._config._param_dict)
+        config = support.effective_config(self._config._param_dict)
         if not (self.is_pipe_parallel and config.enabled):
             return  # one stage has nothing to schedule and nothing to send
         support.check_engine(self)
@@ -150,6 +148,7 @@ class AdaptraPipelineEngine(PipelineEngine):
             functools.partial(SplitLinears, self.module),
             torch.device(self.device),
             self.micro_batches,
+            wandb_rank=HOST.wandb_rank,
         )
         weakref.finalize(self, self._session.close)
 

@@ -12,12 +12,11 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adaptra_plugin import _activation
-from adaptra_plugin.config import AdaptraConfig, parse_config
+from adaptra_plugin.patches.deepspeed_support import effective_config
 from adaptra_plugin.patches.registry import PATCHES, Patch
 
 GATE_ID = "deepspeed.initialize"
@@ -55,6 +54,10 @@ def close() -> None:
     PATCHES.restore(GATE_ID)
 
 
+def is_open() -> bool:
+    return PATCHES.is_applied(GATE_ID)
+
+
 def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -87,15 +90,6 @@ def _step_aside() -> None:
     logger.info(
         "stepped aside: %s; for a later engine of this process that has one, call adaptra_plugin.activate() first", why
     )
-
-
-def effective_config(host_config: Mapping[str, Any]) -> AdaptraConfig:
-    """The `"adaptra"` block of DeepSpeed's configuration, or the one given to `activate`.
-
-    Raises:
-        ConfigError: one line per mistake.
-    """
-    return parse_config(host_config["adaptra"] if "adaptra" in host_config else _activation.default_block())
 
 
 def _host_config(stock: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any] | None:

@@ -1,12 +1,17 @@
-"""What DeepSpeed jobs Adaptra refuses, each with a reason and a remedy. Checked before and after the engine is built."""
+"""The "adaptra" block of a DeepSpeed job, and what DeepSpeed jobs Adaptra refuses, each with a reason and a remedy. Checked before
+and after the engine is built."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin import _activation
+from adaptra_plugin.config import AdaptraConfig, parse_config
+from adaptra_plugin.errors import refuse
 
+_refuse = functools.partial(refuse, otherwise='or set "adaptra": {"enabled": false}')
 Check = tuple[Callable[[Mapping[str, Any]], bool], str, str]
 
 
@@ -103,6 +108,15 @@ REFUSED: tuple[Check, ...] = (
 """(predicate on DeepSpeed's configuration, reason, remedy)."""
 
 
+def effective_config(host_config: Mapping[str, Any]) -> AdaptraConfig:
+    """The `"adaptra"` block of DeepSpeed's configuration, or the one given to `activate`.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    return parse_config(host_config["adaptra"] if "adaptra" in host_config else _activation.default_block())
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuses a DeepSpeed configuration that cannot run with Adaptra.
 
@@ -156,12 +170,6 @@ def immediate_grad_update(config: Any) -> bool:
     """
     flat = getattr(config, "bfloat16_immediate_grad_update", None)
     return bool(config.bfloat16_config.immediate_grad_update if flat is None else flat)
-
-
-def _refuse(found: list[tuple[str, str]]) -> None:
-    if found:
-        lines = "\n".join(f"  - {reason}: {remedy}" for reason, remedy in found)
-        raise UnsupportedError(f'Adaptra cannot run this job (or set "adaptra": {{"enabled": false}}):\n{lines}')
 
 
 def with_bool_mask(received: tuple[Any, ...], training: bool) -> tuple[Any, ...]:

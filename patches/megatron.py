@@ -30,6 +30,7 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_foreign as foreign
 from adaptra_plugin.patches import megatron_support as support
+from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
@@ -39,6 +40,7 @@ from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
 
 logger = logging.getLogger("adaptra")
+HOST = HOSTS["megatron"]
 _numbers = itertools.count()
 
 GROUPS = ("pg_collection", "grad_finalize_pgs")
@@ -137,7 +139,7 @@ class Pipeline:
             lambda queue: MegatronSplit(call.chunks, self.delayed, queue),
             _device_of(call.chunks),
             call.num_microbatches,
-            wandb_rank=world_size - 1,  # Megatron's run lives on the last rank
+            wandb_rank=HOST.wandb_rank % world_size,
         )
         weakref.finalize(call.chunks[0], self.session.close)
 

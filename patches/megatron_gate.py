@@ -13,15 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adaptra_plugin import _activation
+from adaptra_plugin import _activation, activate
 from adaptra_plugin.config import AdaptraConfig, parse_config
+from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.registry import PATCHES, Patch
 
 logger = logging.getLogger("adaptra")
 
-VERSIONS = ">=0.14,<0.20"
-"""megatron-core versions whose schedules and layers have the seams used here."""
-SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+HOST = HOSTS["megatron"]
 
 _config: AdaptraConfig | None = None  # while the gate is open
 
@@ -58,14 +57,18 @@ def close() -> None:
         PATCHES.restore(patch.id)
 
 
+def is_open() -> bool:
+    return _config is not None
+
+
 def _patches() -> list[Patch]:
     def schedule(name: str) -> Patch:
         return Patch(
             id=f"megatron.{name}",
-            target=f"{SCHEDULES}:forward_backward_pipelining_{name}_interleaving",
-            host="megatron-core",
-            module="megatron.core",
-            versions=VERSIONS,
+            target=f"{HOST.entry}:forward_backward_pipelining_{name}_interleaving",
+            host=HOST.distribution,
+            module=HOST.version_from,
+            versions=HOST.versions,
             reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
             replace=_wrap,
             sweep=True,
@@ -92,7 +95,7 @@ class _Activate(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, values)
         if values:
-            _activation.activate(str(values))
+            activate(str(values))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

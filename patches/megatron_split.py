@@ -169,7 +169,7 @@ def _fused_gradient(weight: nn.Parameter, gather: Any) -> Product:
         (kernels.wgrad_gemm_accum_fp32 if single else kernels.wgrad_gemm_accum_fp16)(x, grad_y, main_grad)
         if not hasattr(weight, "grad_added_to_main_grad"):
             return None
-        weight.grad_added_to_main_grad = True  # type: ignore[assignment]
+        weight.grad_added_to_main_grad = True
         make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
         return make(main_grad.shape, dtype=x.dtype, device=x.device)
 

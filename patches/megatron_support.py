@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.nn.modules.dropout import _DropoutNd
 
-from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.errors import refuse
 from adaptra_plugin.patches.megatron_split import delays
 
+_refuse = functools.partial(refuse, otherwise="adaptra_plugin.deactivate() runs the stock schedule")
 Check = tuple[Callable[[Any], bool], str, str]
 
 
@@ -207,12 +209,4 @@ def check_shapes(received: Sequence[Any], sent: Sequence[Any]) -> None:
                     "send one, for example by concatenating them",
                 )
             ]
-        )
-
-
-def _refuse(found: list[tuple[str, str]]) -> None:
-    if found:
-        lines = "\n".join(f"  - {reason}: {remedy}" for reason, remedy in found)
-        raise UnsupportedError(
-            f"Adaptra cannot run this job (adaptra_plugin.deactivate() runs the stock schedule):\n{lines}"
         )

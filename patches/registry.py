@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from adaptra_plugin.bindings import names_bound_to
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.host import installed_version
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,9 @@ class PatchSet:
 
     @staticmethod
     def _check_version(patch: Patch) -> None:
-        module = sys.modules.get(patch.module) if patch.module else None
-        try:
-            version = getattr(module, "__version__", None) or metadata.version(patch.host)
-        except metadata.PackageNotFoundError:
-            raise UnsupportedError(
-                f"{patch.id}: {patch.host} is not installed; install {patch.host}{patch.versions}"
-            ) from None
+        version = installed_version(patch.host, patch.module)
+        if version is None:
+            raise UnsupportedError(f"{patch.id}: {patch.host} is not installed; install {patch.host}{patch.versions}")
         if not SpecifierSet(patch.versions, prereleases=True).contains(version):
             raise UnsupportedError(
                 f"{patch.id}: {patch.host} {version} is installed, {patch.versions} is supported; "

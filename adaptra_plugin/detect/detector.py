@@ -48,22 +48,22 @@ class _Replica:
 class Detector:
     """Turns the reports of an iteration into findings. One detector serves all replicas of a job."""
 
-    def __init__(self, config: DetectorConfig, stages: int, *, wraparound: bool = False) -> None:
+    def __init__(self, config: DetectorConfig, ranks: int, *, wraparound: bool = False) -> None:
         """
         Args:
             config: thresholds, windows and hysteresis.
-            stages: ranks in every replica. Subjects are what can be slow: ranks and the links between them. A rank with
+            ranks: in every replica. Subjects are what can be slow: ranks and the links between them. A rank with
                 several model chunks is one subject, named by the first of its stages.
             wraparound: the last rank sends to the first one too (several model chunks a rank).
 
         Raises:
-            ValueError: for fewer than one stage.
+            ValueError: for fewer than one rank.
         """
-        if stages < 1:
-            raise ValueError(f"{stages} stages: a pipeline has at least one")
-        self._config = config
-        self._stages = stages
-        self._links = links_of(stages, wraparound=wraparound)
+        if ranks < 1:
+            raise ValueError(f"{ranks} stages: a pipeline has at least one")
+        self.config = config
+        self.ranks = ranks
+        self.links = links_of(ranks, wraparound=wraparound)
         self._replicas: dict[int, _Replica] = {}
 
     def observe(self, reports: Sequence[IterationReport]) -> list[Finding]:
@@ -78,7 +78,7 @@ class Detector:
         if not reports:
             return []
         self._check(reports)
-        config = self._config
+        config = self.config
         state = self._replicas.setdefault(
             reports[0].replica, _Replica(config.window, Work(config.window, config.min_slowdown))
         )
@@ -106,9 +106,9 @@ class Detector:
     def warm(self, replica: int) -> bool:
         """Whether every stage and every link between neighbours of a replica has enough history to plan with."""
         state = self._replicas.get(replica)
-        if state is None or len(state.stages) < self._stages:
+        if state is None or len(state.stages) < self.ranks:
             return False
-        links = [state.links.get(link) for link in self._links]
+        links = [state.links.get(link) for link in self.links]
         known = [*state.stages.values(), *links]
         return all(monitor is not None and (monitor.mature or monitor.slow is not None) for monitor in known)
 
@@ -122,14 +122,14 @@ class Detector:
         if any((report.replica, report.iteration) != (first.replica, first.iteration) for report in reports):
             pairs = sorted({(report.replica, report.iteration) for report in reports})
             raise ValueError(f"reports of one iteration and replica expected, got (replica, iteration) {pairs}")
-        stages = sorted(report.stage for report in reports)
-        if len(set(stages)) < len(stages) or not 0 <= stages[0] <= stages[-1] < self._stages:
-            raise ValueError(f"reports of stages {stages}: each of 0..{self._stages - 1} may report once")
+        stages = sorted(report.pp_rank for report in reports)
+        if len(set(stages)) < len(stages) or not 0 <= stages[0] <= stages[-1] < self.ranks:
+            raise ValueError(f"reports of stages {stages}: each of 0..{self.ranks - 1} may report once")
 
     def _link_margin(self, state: _Replica, reports: Sequence[IterationReport]) -> Margin:
         forward = state.forward.median if len(state.forward) else _mean_forward(reports)
-        least = max(self._config.min_delay_ms, self._config.min_delay_fraction * forward)
-        return lambda window: max(self._config.spread_factor * window.spread, least)
+        least = max(self.config.min_delay_ms, self.config.min_delay_fraction * forward)
+        return lambda window: max(self.config.spread_factor * window.spread, least)
 
     def _observe_links(self, state: _Replica, reports: Sequence[IterationReport], margin: Margin) -> list[Finding]:
         replica, iteration = reports[0].replica, reports[0].iteration
@@ -143,7 +143,7 @@ class Detector:
         findings = []
         for link, sample in sorted(samples.items()):
             if link not in state.links:
-                state.links[link] = Monitor("link", replica, link, self._config)
+                state.links[link] = Monitor("link", replica, link, self.config)
                 state.unscreened.add(link)
             known = {key: sizes[key] for key in sample if sizes[key] > 0}
             findings.append(state.links[link].observe(iteration, sample, margin, sizes=known))
@@ -180,21 +180,21 @@ class Detector:
     def _observe_stages(self, state: _Replica, reports: Sequence[IterationReport]) -> list[Finding]:
         replica, iteration = reports[0].replica, reports[0].iteration
         for report in reports:
-            if report.stage not in state.stages:
-                state.stages[report.stage] = Monitor("stage", replica, (report.stage,), self._config)
-        readings = {report.stage: reading for report in reports if (reading := _readings(state, report))}
+            if report.pp_rank not in state.stages:
+                state.stages[report.pp_rank] = Monitor("stage", replica, (report.pp_rank,), self.config)
+        readings = {report.pp_rank: reading for report in reports if (reading := _readings(state, report))}
         work, measures = state.work.of(readings)
         typical = state.work.typical or work
         # two stages are compared with each other: their ratio has twice the spread of what each of them differs from the mean
-        spreads = self._config.spread_factor * (2 if len(readings) == 2 else 1)
+        spreads = self.config.spread_factor * (2 if len(readings) == 2 else 1)
         findings = []
-        for report in sorted(reports, key=lambda report: report.stage):
-            measure = measures.get(report.stage, work)
+        for report in sorted(reports, key=lambda report: report.pp_rank):
+            measure = measures.get(report.pp_rank, work)
             slowdown = state.work.slowdown(measure)
             findings.append(
-                state.stages[report.stage].observe(
+                state.stages[report.pp_rank].observe(
                     iteration,
-                    {(report.stage, report.stage): report.times.total_ms / measure},
+                    {(report.pp_rank, report.pp_rank): report.times.total_ms / measure},
                     self._stage_margin(slowdown, spreads),
                     ease=max(1.0, typical / measure),
                     scale=measure,
@@ -211,8 +211,8 @@ class Detector:
 def _readings(state: _Replica, report: IterationReport) -> list[float]:
     """Time of a stage over its usual share of the work: the work of the iteration as this stage knows it. Two readings if it
     is slow: it is as slow as it was, or it heals in this very iteration."""
-    monitor, total = state.stages[report.stage], report.times.total_ms
-    key = (report.stage, report.stage)
+    monitor, total = state.stages[report.pp_rank], report.times.total_ms
+    key = (report.pp_rank, report.pp_rank)
     window, slow = monitor.baseline.get(key), monitor.current(key) if monitor.slow else None
     return [total / share for share in (window.median if window else None, slow) if share] if total > 0 else []
 

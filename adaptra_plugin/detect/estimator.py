@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from adaptra_plugin.config import DetectorConfig
-from adaptra_plugin.detect.detector import Detector, links_of
+from adaptra_plugin.detect.detector import Detector
+from adaptra_plugin.detect.monitor import Finding
 from adaptra_plugin.detect.samples import IterationReport, StageTimes
 from adaptra_plugin.detect.window import median
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
@@ -16,43 +16,42 @@ class Estimator:
     """Robust recent medians.
 
     Stage times: the median over the window, from the change on for a stage that turned slow or healed. Links: the
-    median since the change for a slow one, the baseline for a healthy one. It judges by a `Detector` of its own, so
-    both see every change in the same iteration.
+    median since the change for a slow one, the baseline for a healthy one.
     """
 
-    def __init__(self, config: DetectorConfig, ranks: int, chunks: int = 1) -> None:
+    def __init__(self, detector: Detector, chunks: int = 1) -> None:
         """
         Args:
-            config: as for the detector.
-            ranks: in every replica.
-            chunks: model chunks of each rank; stage `s` is on rank `s % ranks`.
+            detector: knows the links, and when there is enough history.
+            chunks: model chunks of each rank; stage `s` is on the rank at position `s % ranks`.
         """
-        self._config = config
-        self._ranks = ranks
+        self._detector = detector
         self._chunks = chunks
-        self._links = links_of(ranks, wraparound=chunks > 1)
-        self._detector = Detector(config, ranks, wraparound=chunks > 1)
         self._recent: dict[
             tuple[int, int], deque[tuple[int, tuple[StageTimes, ...]]]
         ] = {}  # (replica, position) -> (iteration, times of each chunk)
 
-    def observe(self, reports: Sequence[IterationReport]) -> None:
-        """Takes the reports of all ranks of one replica for one iteration; iterations come in order.
+    def observe(self, reports: Sequence[IterationReport], findings: Sequence[Finding]) -> None:
+        """Takes what the detector has just taken, and what it has found in that.
+
+        Args:
+            reports: of all ranks of one replica for one iteration; iterations come in order.
 
         Raises:
-            ValueError: as `Detector.observe`, or a report has another number of chunks.
+            ValueError: a report has another number of chunks.
         """
         if wrong := [report.rank for report in reports if len(report.chunks) != self._chunks]:
             raise ValueError(f"the reports of ranks {wrong} do not have {self._chunks} model chunks")
-        findings = self._detector.observe(reports)
         for report in reports:
-            recent = self._recent.setdefault((report.replica, report.stage), deque(maxlen=self._config.window))
+            recent = self._recent.setdefault(
+                (report.replica, report.pp_rank), deque(maxlen=self._detector.config.window)
+            )
             if recent and _splits(recent[-1][1]) != _splits(report.chunks):
                 recent.clear()  # the backward is split now, or no longer is: parts of the two must not be mixed
             recent.append((report.iteration, report.chunks))
         for finding in findings:
             if finding.kind == "stage":
-                recent = self._recent[finding.replica, finding.stages[0]]
+                recent = self._recent[finding.replica, finding.pp_ranks[0]]
                 while recent and recent[0][0] < finding.since_iteration:
                     recent.popleft()
 
@@ -71,13 +70,14 @@ class Estimator:
             ValueError: if `max_activations` does not have one entry per stage.
             PlanError: if the profile is refused (microbatches or limits out of range).
         """
-        if len(max_activations) != self._ranks * self._chunks:
-            raise ValueError(f"{len(max_activations)} limits of activations for {self._ranks * self._chunks} stages")
+        ranks = self._detector.ranks
+        if len(max_activations) != ranks * self._chunks:
+            raise ValueError(f"{len(max_activations)} limits of activations for {ranks * self._chunks} stages")
         if not self._detector.warm(replica):
             return None
         stages = []
         for stage, limit in enumerate(max_activations):
-            chunk, position = divmod(stage, self._ranks)
+            chunk, position = divmod(stage, ranks)
             times = [item[chunk] for _, item in self._recent[replica, position]]
             forward = median(item.forward_ms for item in times)
             backward_input = median(item.backward_input_ms for item in times)
@@ -85,7 +85,7 @@ class Estimator:
             stages.append(StageProfile(forward, backward_input, backward_weight, limit))
         links = [
             LinkProfile(src, dst, self._delay(replica, src, dst), 0.0)
-            for ends in self._links
+            for ends in self._detector.links
             for src, dst in (ends, ends[::-1])
         ]
         return Profile(microbatches, tuple(stages), tuple(links), virtual_stages=self._chunks)

@@ -51,8 +51,8 @@ class Finding:
 
     kind: Literal["link", "stage"]
     replica: int
-    stages: tuple[int, ...]
-    """A link: (lower, higher) stage. A stage: (stage,)."""
+    pp_ranks: tuple[int, ...]
+    """Positions in the pipeline. A link: (lower, higher). A stage: that of its rank."""
     state: Literal["slow", "healed"]
     since_iteration: int
     """First iteration over the threshold (slow), at the new level, or under the release threshold (healed)."""
@@ -71,7 +71,7 @@ class Finding:
     @property
     def name(self) -> str:
         """`2-3` for a link, `2` for a stage."""
-        return "-".join(map(str, self.stages))
+        return "-".join(map(str, self.pp_ranks))
 
 
 Key = tuple[int, int]
@@ -86,11 +86,11 @@ class Monitor:
     """State machine of one subject; see the module's description."""
 
     def __init__(
-        self, kind: Literal["link", "stage"], replica: int, stages: tuple[int, ...], config: DetectorConfig
+        self, kind: Literal["link", "stage"], replica: int, pp_ranks: tuple[int, ...], config: DetectorConfig
     ) -> None:
         self.kind: Literal["link", "stage"] = kind
         self.replica = replica
-        self.stages = stages
+        self.pp_ranks = pp_ranks
         self.slow: Finding | None = None
         """The latest `slow` finding while the subject is slow."""
         self.baseline: dict[Key, Window] = {}
@@ -368,7 +368,7 @@ class Monitor:
         return Finding(
             kind=self.kind,
             replica=self.replica,
-            stages=self.stages,
+            pp_ranks=self.pp_ranks,
             state=state,
             since_iteration=since,
             found_iteration=found,

@@ -25,15 +25,15 @@ def overview(reports: Sequence[IterationReport]) -> dict[str, Any]:
     """
     if not reports:
         raise ValueError("an overview needs the report of at least one rank")
-    stages: dict[int, list[IterationReport]] = {}
+    ranks: dict[int, list[IterationReport]] = {}
     links: dict[tuple[int, int], float] = {}
     for report in reports:
-        stages.setdefault(report.stage, []).append(report)
+        ranks.setdefault(report.pp_rank, []).append(report)
         for link in report.links:
             if link.messages:
                 ends = (min(link.src, link.dst), max(link.src, link.dst))
                 links[ends] = max(links.get(ends, link.delay_ms), link.delay_ms)
-    order = [stages[stage] for stage in sorted(stages)]
+    order = [ranks[pp_rank] for pp_rank in sorted(ranks)]
     return {
         "iteration": reports[0].iteration,
         "plan_version": max(report.plan_version for report in reports),

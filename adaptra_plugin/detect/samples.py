@@ -54,7 +54,7 @@ class IterationReport:
 
     replica: int
     """Pipeline replica (data-parallel index)."""
-    stage: int
+    pp_rank: int
     """Position of the rank in its replica: its stage, or with several model chunks the first of its stages."""
     rank: int
     """World rank."""
@@ -95,7 +95,7 @@ class IterationReport:
         """What people look at: numbers (ms), and a delay per directed link."""
         return {
             "iteration": self.iteration,
-            "stage": self.stage,
+            "pp_rank": self.pp_rank,
             "replica": self.replica,
             "microbatches": self.microbatches,
             "plan_version": self.plan_version,
@@ -127,13 +127,13 @@ class IterationReport:
         chunks, links = _list("report.chunks", data["chunks"]), _list("report.links", data["links"])
         if not chunks:
             raise ValueError("report.chunks is empty: a rank has at least one model chunk")
-        stage = _integer("report.stage", data["stage"])
+        pp_rank = _integer("report.pp_rank", data["pp_rank"])
         host = data["host"]
         if not isinstance(host, str) or len(host) > 255:
             raise ValueError(f"report.host: {host!r:.80} is not a name of at most 255 characters")
         return cls(
             replica=_integer("report.replica", data["replica"]),
-            stage=stage,
+            pp_rank=pp_rank,
             rank=_integer("report.rank", data["rank"]),
             host=host,
             iteration=_integer("report.iteration", data["iteration"]),
@@ -141,7 +141,7 @@ class IterationReport:
             iteration_ms=_milliseconds("report.iteration_ms", data["iteration_ms"]),
             plan_version=_integer("report.plan_version", data["plan_version"]),
             chunks=tuple(_times(f"report.chunks[{number}]", item) for number, item in enumerate(chunks)),
-            links=tuple(_link(number, item, stage) for number, item in enumerate(links)),
+            links=tuple(_link(number, item, pp_rank) for number, item in enumerate(links)),
             wait_ms=_milliseconds("report.wait_ms", data.get("wait_ms", 0.0)),
             compute_ms=_milliseconds("report.compute_ms", data.get("compute_ms", 0.0)),
         )
@@ -158,7 +158,7 @@ def _times(where: str, item: Any) -> StageTimes:
     return StageTimes(**{name: _milliseconds(f"{where}.{name}", value) for name, value in item.items()})
 
 
-def _link(number: int, item: Any, stage: int) -> LinkDelay:
+def _link(number: int, item: Any, pp_rank: int) -> LinkDelay:
     where = f"report.links[{number}]"
     item = _table(where, item, {field.name for field in fields(LinkDelay)}, optional={"message_bytes"})
     link = LinkDelay(
@@ -170,8 +170,8 @@ def _link(number: int, item: Any, stage: int) -> LinkDelay:
             f"{where}.message_bytes", item.get("message_bytes", 0.0), 0.0, _MAX_BYTES, "a size in bytes"
         ),
     )
-    if link.src == link.dst or link.dst != stage:
-        raise ValueError(f"{where}: {link.src} -> {link.dst} is not a link into stage {stage}, which reports it")
+    if link.src == link.dst or link.dst != pp_rank:
+        raise ValueError(f"{where}: {link.src} -> {link.dst} is not a link into stage {pp_rank}, which reports it")
     return link
 
 

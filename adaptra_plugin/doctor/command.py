@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from adaptra_plugin.doctor import Machine, Needs, Status, examine
-from adaptra_plugin.doctor.needs import from_file
+from adaptra_plugin.doctor.needs import HOST, from_file
 from adaptra_plugin.doctor.show import as_json, as_text
 from adaptra_plugin.doctor.topology import count_gpus
 
@@ -24,7 +24,7 @@ def run(config: str | None, ranks: int | None, json: bool, machine: Machine | No
     needs = Needs(ranks=count)
     if config is not None:
         parsed, row = from_file(config)
-        needs = Needs(parsed, count, "deepspeed")
+        needs = Needs(parsed, count, HOST.distribution)
         rows.append(row)
     rows += examine(machine, needs)
     sys.stdout.write(as_json(rows) + "\n" if json else as_text(rows))

@@ -11,7 +11,10 @@ from typing import Any
 from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.doctor.rows import Row, Status, gib
 from adaptra_plugin.errors import AdaptraError, ConfigError
+from adaptra_plugin.patches.hosts import HOSTS
 
+HOST = next(host for host in HOSTS.values() if host.has_configuration)
+"""Whose configuration files are read: the first one that has the block in its own."""
 NEIGHBOURS = 2
 """A stage in the middle of the pipeline: the most that a rank has."""
 DIRECTIONS = 2
@@ -90,19 +93,17 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
     in for it, so that the rest can be examined. Raises nothing."""
     check = "configuration"
     try:
-        host = _load(path)
-        if "adaptra" not in host:
+        settings = _load(path)
+        if "adaptra" not in settings:
             advice = 'add "adaptra": {"enabled": true} to it; the defaults were examined'
             return AdaptraConfig(), Row(
                 check, Status.WARN, f'{path} has no "adaptra" block: the plug-in stays off', advice
             )
-        config = parse_config(host["adaptra"])
+        config = parse_config(settings["adaptra"])
         if not config.enabled:
             found = f"{path}: valid, but the plug-in is off (adaptra.enabled is false)"
             return config, Row(check, Status.WARN, found, "set adaptra.enabled to true")
-        from adaptra_plugin.patches.deepspeed_support import check_config
-
-        check_config(host)
+        HOST.check_configuration(settings)
     except OSError as error:
         found = f"{path}: {error.strerror or error}"
         return AdaptraConfig(), Row(check, Status.FAIL, found, "give the file that the job is started with")
@@ -130,7 +131,7 @@ def _load(path: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it cannot be read as JSON: {error or type(error).__name__}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"it holds a {type(found).__name__}: expected an object with the settings of DeepSpeed")
+        raise ConfigError(f"it holds a {type(found).__name__}: expected an object with the settings of {HOST.title}")
     return found
 
 

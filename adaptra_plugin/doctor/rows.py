@@ -1,15 +1,9 @@
-"""What a check answers, and how a check is run."""
+"""What a check answers."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from adaptra_plugin.doctor.machine import Machine
-    from adaptra_plugin.doctor.needs import Needs
 
 
 class Status(str, enum.Enum):
@@ -31,23 +25,6 @@ class Row:
 
     def to_json(self) -> dict[str, str]:
         return {"check": self.check, "status": self.status.value, "found": self.found, "advice": self.advice}
-
-
-Check = Callable[["Machine", "Needs"], Iterator[Row]]
-"""Its name is that of its row, `_` for a space, and stands for it if it fails."""
-
-
-def guarded(check: Check, machine: Machine, needs: Needs) -> list[Row]:
-    """The rows of a check; if it raises, those it had made and a WARN row with the reason."""
-    rows = []
-    try:
-        for row in check(machine, needs):
-            rows.append(row)
-    except Exception as error:  # noqa: BLE001 - no machine is so odd that its operator should read a traceback
-        name = check.__name__.replace("_", " ")
-        advice = "look at this by hand; the other rows hold"
-        rows.append(Row(name, Status.WARN, f"could not be examined: {type(error).__name__}: {error}", advice))
-    return rows
 
 
 def gib(nbytes: float) -> str:

@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from adaptra_plugin.doctor.machine import Machine
 from adaptra_plugin.doctor.needs import Needs
 from adaptra_plugin.doctor.rows import Row, Status
+from adaptra_plugin.patches.hosts import HOSTS
 
 OLDEST_PYTHON = (3, 10)
-ADAPTERS = ("deepspeed", "megatron-core")
-"""Hosts that this version of the plug-in runs in."""
 WITHOUT = {
     "numba": ("plans are made uncompiled, and later", "fast"),
     "ortools": ("plans are not refined while they run (adaptra.refine_s)", "exact"),
     "matplotlib": ("there are no pictures of plans", "plots"),
 }
 """What is optional: how the plug-in does without, and the extra that brings it."""
-SHOWN = ("deepspeed", "megatron-core", "torch", "xxhash", "psutil", "wandb", *WITHOUT)
+LIBRARIES = ("torch", "xxhash", "psutil", "wandb", *WITHOUT)
 REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?$")
 NVIDIA_APEX = ("optimizers", "normalization", "multi_tensor_apply")
 """Folders of NVIDIA's Apex; the product of that name on PyPI has none of them."""
@@ -35,12 +34,13 @@ def python(machine: Machine, needs: Needs) -> Iterator[Row]:
 
 def packages(machine: Machine, needs: Needs) -> Iterator[Row]:
     """Hosts and libraries against the ranges of the plug-in's own metadata."""
-    ranges = _ranges(machine.requirements())
-    versions = {name: machine.version(name) for name in SHOWN}
-    hosts = {name for name in ADAPTERS if _inside(versions[name], ranges.get(name, ("", False))[0])}
+    adapters = {host.distribution: (host.versions, False) for host in HOSTS.values()}
+    ranges = {**adapters, **_ranges(machine.requirements())}
+    versions = {name: machine.version(name) for name in (*adapters, *LIBRARIES)}
+    hosts = {name for name in adapters if _inside(versions[name], ranges[name][0])}
     # one host that works is enough, unless the configuration says which one the job needs
-    needed = set(ADAPTERS) if not hosts else {needs.host} & set(ADAPTERS)
-    for name in SHOWN:
+    needed = set(adapters) if not hosts else {needs.host} & set(adapters)
+    for name in versions:
         supported, required = ranges.get(name, ("", False))
         yield _package(name, versions[name], supported, required or name in needed, needs)
 
@@ -49,7 +49,11 @@ def _package(name: str, version: str | None, supported: str, needed: bool, needs
     install = f"pip install '{name}{supported}'"
     if version is None:
         if needed:
-            why = "there is nothing to plug into" if name in ADAPTERS else "the plug-in needs it"
+            why = (
+                "there is nothing to plug into"
+                if name in {host.distribution for host in HOSTS.values()}
+                else "the plug-in needs it"
+            )
             return Row(name, Status.FAIL, f"not installed: {why}", install)
         if name == "wandb" and needs.config.report.wandb == "on":
             found = 'not installed, but adaptra.report.wandb is "on": nothing will be sent'

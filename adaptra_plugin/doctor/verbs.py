@@ -16,9 +16,8 @@ from adaptra_plugin.doctor import rdma
 from adaptra_plugin.doctor.machine import Machine
 from adaptra_plugin.doctor.needs import Needs
 from adaptra_plugin.doctor.rows import Row, Status
+from adaptra_plugin.transport.proxy.verbs_library import SYSTEM_PACKAGES
 
-SYSTEM_PACKAGES = ("/usr/lib/python3/dist-packages", "/usr/lib64/python3/site-packages")
-"""Where distributions put it; the transport looks there, too, when Python's path has none."""
 LIBRARY = re.compile(r"libibverbs\.so\.1\.\d+\.(\d+(?:\.\d+)*)$")
 """The file name ends in rdma-core's version: libibverbs.so.1.14.44.0 is of rdma-core 44.0."""
 LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/local/lib64")

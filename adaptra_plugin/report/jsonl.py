@@ -16,7 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.backoff import Backoff
+from adaptra_plugin.report.worker import BatchWorker
 from adaptra_plugin.shortage import explain
 
 _MIB = 1 << 20
@@ -78,9 +79,9 @@ class JsonlWriter:
         self._lost = 0
         self._failed = False
         self._missed = False
-        self._pause_s = _PAUSE_S
+        self._pauses = Backoff(_PAUSE_S, _LONGEST_PAUSE_S)
         self._retry_at = float("-inf")
-        self._worker: Worker[Mapping[str, Any]] = Worker(
+        self._worker: BatchWorker[Mapping[str, Any]] = BatchWorker(
             f"adaptra-jsonl-{rank}", self._write, self._finish, queue_records
         )
 
@@ -120,7 +121,7 @@ class JsonlWriter:
             self._lost += len(batch) - done
             self._give_way(error)
             return
-        self._pause_s = _PAUSE_S
+        self._pauses.reset()
 
     def _encode(self, record: Mapping[str, Any]) -> bytes:
         try:
@@ -196,8 +197,7 @@ class JsonlWriter:
     def _give_way(self, error: OSError) -> None:
         """After an error: close, log the first one, and leave the disk alone for a while."""
         self._finish()
-        self._retry_at = self._monotonic() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self._retry_at = self._monotonic() + self._pauses.next()
         if not self._failed:
             self._failed = True
             self._logger.warning(

@@ -18,10 +18,11 @@ from typing import Any
 
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report.event import StragglerEvent
+from adaptra_plugin.report.sink import Sink
 from adaptra_plugin.report.wandb_feed import MAX_EVENTS, MAX_WAITING, Feed, HostFeed, OwnFeed
 from adaptra_plugin.report.wandb_own import OwnRun
 from adaptra_plugin.report.wandb_rows import flatten
-from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.report.worker import BatchWorker
 
 MAX_FAILURES = 3
 """W&B calls that may fail before the sink gives up."""
@@ -33,7 +34,7 @@ _NONE_YET = object()
 Record = Mapping[str, Any] | StragglerEvent
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Feeds the host's W&B run, or one of its own; every W&B call happens on the sink's thread.
 
     A missing, failing or slow W&B is logged once and costs training nothing.
@@ -43,6 +44,7 @@ class WandbSink:
         self,
         config: ReportConfig,
         *,
+        overviews: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
         logger: logging.Logger | None = None,
         at_exit: Callable[[], object] | None = None,
@@ -50,12 +52,14 @@ class WandbSink:
         """
         Args:
             config: `wandb` must be `auto` (only a run that exists) or `on` (else open one).
+            overviews: metrics of the whole pipeline come, and take the place of this rank's own.
             at_exit: called at the exit of the process, before W&B ends its connection; it must `close` this sink in
                 the end, and may feed it before that. By default `close`.
             monotonic: seconds, for the intervals between alerts.
             logger: for the line about a failing W&B.
         """
         self._config = config
+        self._overviews = overviews
         self._directory = working_directory()
         self._at_exit = at_exit or self.close
         self._monotonic = monotonic
@@ -70,12 +74,16 @@ class WandbSink:
         self._may_open = config.wandb == "on"
         self._seen = False  # the host has had a run
         self._failures = 0
-        self._worker: Worker[tuple[Any, Record]] = Worker(
+        self._worker: BatchWorker[tuple[Any, Record]] = BatchWorker(
             "adaptra-wandb", self._take, self._finish, config.queue_records, tick_s=_POLL_S
         )
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Queues the metrics of an iteration: `iteration` is the axis, each entry of a list or mapping a series."""
+        if not self._overviews:
+            self._put(metrics)
+
+    def pipeline(self, metrics: Mapping[str, Any]) -> None:
         self._put(metrics)
 
     def event(self, event: StragglerEvent) -> None:
@@ -112,7 +120,7 @@ class WandbSink:
             feed, self._feed = self._feed, None
             if isinstance(feed, HostFeed):
                 self._left = feed.run
-                if "is finished" in str(error):  # W&B's words: the host has just done so
+                if getattr(feed.run, "_is_finished", False):  # the host has just done so: W&B refuses further calls
                     return
             self._failures += 1
             if self._failures == 1:

@@ -17,7 +17,7 @@ from adaptra_plugin.shortage import begin
 T = TypeVar("T")
 
 
-class Worker(Generic[T]):
+class BatchWorker(Generic[T]):
     """Hands batches of records to `handle` on a daemon thread. In a forked child it takes nothing and has nothing to end."""
 
     def __init__(

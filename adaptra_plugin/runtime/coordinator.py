@@ -17,12 +17,12 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport, overview
 from adaptra_plugin.errors import PlanError, TransportError
 from adaptra_plugin.report import StragglerEvent
-from adaptra_plugin.runtime.events import finding_event, part_event, subject
 from adaptra_plugin.runtime.merging import merge_profiles
 from adaptra_plugin.runtime.messages import answer_from, report_from
 from adaptra_plugin.runtime.parts import Parts
 from adaptra_plugin.runtime.refining import Refiner, Refining, exact_refiner
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.names import SCHEDULES
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import Profile
@@ -110,7 +110,7 @@ class Coordinator:
         self._limits = list(limits)
         self._clock = clock
         self._detector = Detector(config.detector, topology.length, wraparound=topology.chunks > 1)
-        self._estimator = Estimator(config.detector, topology.length, topology.chunks)
+        self._estimator = Estimator(self._detector, topology.chunks)
         self._reports: dict[int, dict[int, IterationReport | None]] = {}  # None: one that was refused
         self._heard: dict[int, int] = {}  # newest iteration that each rank has reported
         self._newest = 0
@@ -256,8 +256,9 @@ class Coordinator:
         with self._parts.guard("detection", "the iteration is passed over"):
             for pipeline in self._topology.pipelines:
                 reports = [report for rank in pipeline if (report := together[rank]) is not None]
-                self._owed += self._detector.observe(reports)
-                self._estimator.observe(reports)
+                findings = self._detector.observe(reports)
+                self._owed += findings
+                self._estimator.observe(reports, findings)
         if self._parts.failures("detection") >= MOST_FAILURES:
             self._give_up("detection")
         elif self._vote is None and found:
@@ -296,7 +297,7 @@ class Coordinator:
             return "the profile is not complete yet"
         first_time, self._profiled = not self._profiled, True
         self._considered = iteration
-        if self._config.schedule != "slack-adaptive":
+        if not SCHEDULES[self._config.schedule].adapts:
             return f"schedule {self._config.schedule} does not adapt"
         profile = merge_profiles(known)
         running = self._newest_plan(microbatches)
@@ -357,7 +358,7 @@ class Coordinator:
             self._verdict(commit=True)
             self._last_first = vote.first_iteration
             self._committed = (vote.profile, vote.plan)
-            reason = ", ".join(sorted({subject(finding) for finding in vote.findings})) or vote.reason
+            reason = ", ".join(sorted({f"{it.kind} {it.name} {it.state}" for it in vote.findings})) or vote.reason
             with self._parts.guard("report of plans", "the plan runs all the same"):
                 self._on_plan(vote.version, vote.first_iteration, vote.plan, vote.profile, reason)
             warmups = " ".join(map(str, vote.plan.warmup))
@@ -405,11 +406,14 @@ class Coordinator:
     ) -> None:
         version = self._version if version is None else version
         for finding in findings:
+            ranks = [self._topology.pipelines[finding.replica][position] for position in finding.pp_ranks]
             with self._parts.guard("report of events", "one is not reported"):
-                self._on_event(
-                    finding_event(finding, self._topology, self._hosts, action, before_ms, after_ms, version)
+                event = StragglerEvent.of_finding(
+                    *(finding, ranks, self._hosts, before_ms, after_ms), action=action, plan_version=version
                 )
+                self._on_event(event)
 
     def _part_event(self, part: str, state: Any, text: str) -> None:
-        iteration = max(self._complete, 0)
-        self._on_event(part_event(part, state, text, iteration, self._version, self._topology.rank, self._hosts))
+        rank, iteration = self._topology.rank, max(self._complete, 0)
+        common = {"iteration": iteration, "action": text, "plan_version": self._version}
+        self._on_event(StragglerEvent.of_part(part, state, rank, self._hosts[rank], **common))

@@ -20,6 +20,7 @@ from typing import Any
 from torch import distributed
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.host import holds_collectives
 from adaptra_plugin.transport import PeerInfo
 
 STUCK_S = 0.5
@@ -30,9 +31,7 @@ _LOOK_S = 0.05
 _MAX_WHY = 500
 ENDED = "it has ended and closed its connections"
 
-_COLLECTIVES = re.compile(
-    r"torch/distributed/(distributed_c10d|c10d_logger|_functional_collectives)\.py|deepspeed/comm/"
-)
+_COLLECTIVES = re.compile(r"torch/distributed/(distributed_c10d|c10d_logger|_functional_collectives)\.py")
 _COLLECTIVE_TEXT = re.compile(r"gloo/|NCCL error|nccl\w+Error|RCCL error|ProcessGroup(NCCL|Gloo|UCC|MPI)|c10d::")
 
 
@@ -54,7 +53,8 @@ def is_foreign(error: BaseException) -> bool:
 def _in_collective(error: BaseException) -> bool:
     """Whether a collective of the host has raised it, by the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _COLLECTIVES.search(frames[-1].filename) is not None
+    file = frames[-1].filename if frames else ""
+    return _COLLECTIVES.search(file) is not None or holds_collectives(file)
 
 
 def reason(error: BaseException) -> str:
@@ -81,7 +81,7 @@ class Departure:
         return {
             "type": "departed",
             "rank": peer.rank,
-            "stage": peer.stage,
+            "pp_rank": peer.pp_rank,
             "host": peer.host,
             "step_id": self.step_id,
             "final": self.final,
@@ -92,7 +92,7 @@ class Departure:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Departure:
         """Raises KeyError, TypeError, ValueError."""
-        peer = PeerInfo(int(data["rank"]), int(data["stage"]), str(data["host"]))
+        peer = PeerInfo(int(data["rank"]), int(data["pp_rank"]), str(data["host"]))
         return cls(peer, int(data["step_id"]), bool(data["final"]), bool(data["broken"]), str(data["why"]))
 
     def concerns(self, step_id: int) -> bool:

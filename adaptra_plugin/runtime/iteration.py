@@ -161,7 +161,7 @@ class Iteration:
         topology = self.topology
         return IterationReport(
             replica=topology.replica,
-            stage=topology.position,
+            pp_rank=topology.position,
             rank=topology.rank,
             host=host,
             iteration=self.index,

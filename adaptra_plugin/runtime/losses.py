@@ -234,4 +234,4 @@ class Losses:
 
 
 def _loss_message(peer: PeerInfo, why: str) -> dict[str, Any]:
-    return {"type": "lost", "rank": peer.rank, "stage": peer.stage, "host": peer.host, "why": why}
+    return {"type": "lost", "rank": peer.rank, "pp_rank": peer.pp_rank, "host": peer.host, "why": why}

@@ -84,9 +84,9 @@ def report_from(message: Mapping[str, Any], sender: int, topology: Topology, beg
     """
     report = IterationReport.from_json(message.get("report"))
     place = topology.place(sender)
-    if (report.rank, report.replica, report.stage) != (sender, *place):
+    if (report.rank, report.replica, report.pp_rank) != (sender, *place):
         raise ValueError(
-            f"it is about rank {report.rank}, replica {report.replica}, stage {report.stage}; its sender is rank {sender}, "
+            f"it is about rank {report.rank}, replica {report.replica}, stage {report.pp_rank}; its sender is rank {sender}, "
             f"replica {place[0]}, stage {place[1]}"
         )
     if len(report.chunks) != topology.chunks:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch.distributed import distributed_c10d as c10d
 
+from adaptra_plugin.backoff import Backoff
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import EndpointInfo, PeerInfo
@@ -57,7 +58,7 @@ class Rendezvous:
         self._rank = rank
         self._deadline_s = deadline_s
         self._started = time.monotonic()
-        self._pause_s = REMIND_S
+        self._pauses = Backoff(REMIND_S, _LONGEST_PAUSE_S)
         self._told_at = self._started
 
     def secret(self, topology: Topology) -> bytes:
@@ -84,18 +85,19 @@ class Rendezvous:
         self, topology: Topology, host: str, endpoint_info: EndpointInfo
     ) -> dict[int, tuple[PeerInfo, EndpointInfo]]:
         """Publishes how this rank's endpoint is reached and returns the same of all ranks. Call `secret` before:
-        a card says that its rank has read it, and with all of them there, rank 0 takes the secret out of the store.
+        an endpoint info says that its rank has read the secret, and with all of them there, rank 0 takes the secret out of the store.
 
         Raises:
-            TransportError: a rank did not publish its card within the deadline, has failed to start, or published nonsense.
+            TransportError: a rank did not publish its endpoint info within the deadline, has failed to start, or published nonsense.
         """
         self._store.set(
-            self._key(f"card/{topology.rank}"), json.dumps({"host": host, "endpoint_info": endpoint_info.to_text()})
+            self._key(f"endpoint_info/{topology.rank}"),
+            json.dumps({"host": host, "endpoint_info": endpoint_info.to_text()}),
         )
         peers = {}
-        for rank, text in self._collect(lambda rank: f"card/{rank}", range(topology.world_size)).items():
+        for rank, text in self._collect(lambda rank: f"endpoint_info/{rank}", range(topology.world_size)).items():
             data = json.loads(text)
-            info = PeerInfo(rank=rank, stage=topology.place(rank)[1], host=str(data["host"]))
+            info = PeerInfo(rank=rank, pp_rank=topology.place(rank)[1], host=str(data["host"]))
             try:
                 peers[rank] = (info, EndpointInfo.parse(str(data["endpoint_info"])))
             except TransportError as error:
@@ -143,7 +145,7 @@ class Rendezvous:
         found: dict[int, str] = {}
         # the patience of each meeting is its own: the first batch may come long after the start
         self._started = self._told_at = time.monotonic()
-        self._pause_s = REMIND_S
+        self._pauses.reset()
         for rank in ranks:
             key = self._key(name(rank))
             try:
@@ -186,8 +188,9 @@ class Rendezvous:
                 "timeout of the process group or adaptra.transport.connect_deadline_s, and all of them the "
                 '"adaptra" configuration'
             )
-        if now - self._told_at >= self._pause_s:
-            self._told_at, self._pause_s = now, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if now - self._told_at >= self._pauses.pause_s:
+            self._told_at = now
+            self._pauses.next()
             # one rank speaks for all
             level = logging.WARNING if self._rank == (1 if 0 in missing else 0) else logging.INFO
             logger.log(level, "%s not come yet: waiting since %.0f s, at most %.0f s", who, waited, self._deadline_s)

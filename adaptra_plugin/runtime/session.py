@@ -7,7 +7,6 @@ import itertools
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -27,13 +26,13 @@ from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.losses import COORDINATOR, Losses
 from adaptra_plugin.runtime.messages import proposal_from, verdict_from, version_from
 from adaptra_plugin.runtime.plans import PlanBook
-from adaptra_plugin.runtime.rails import RailWatch, event_from
+from adaptra_plugin.runtime.rails import RailWatch
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.split import Split, SplitReport
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
-from adaptra_plugin.schedule.names import ADAPTIVE
+from adaptra_plugin.schedule.names import SCHEDULES
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.prepare import prepare
 from adaptra_plugin.schedule.profile import Profile, StageProfile
@@ -80,8 +79,7 @@ class Session:
         self.queue = WeightGradStore()
         self._wandb_rank = wandb_rank
         self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
-        self._shown = -1  # newest iteration of which this rank's W&B run has the overview, if rank 0 sends it
-        self._me = PeerInfo(rank=topology.rank, stage=topology.position, host=socket.gethostname())
+        self._me = PeerInfo(rank=topology.rank, pp_rank=topology.position, host=socket.gethostname())
         self._losses = Losses(
             self._me,
             topology,
@@ -99,7 +97,7 @@ class Session:
         self._throttle = ComputeThrottle(config.simulate.compute)
         self._limits = _limits(config, topology.stages)
         _check_links(config, topology)
-        if config.schedule in ADAPTIVE:
+        if SCHEDULES[config.schedule].adapts:
             prepare()
         stages = tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
         unknown = Profile(microbatches=1, stages=stages, virtual_stages=topology.chunks)
@@ -126,7 +124,9 @@ class Session:
         self._reporter = Reporter(
             config.report,
             topology.rank,
-            wandb_here=topology.rank == self._wandb_rank,
+            run_rank=self._wandb_rank,
+            overviews=config.detector.enabled,
+            send=self._show,
             run=self.run,
             at_exit=self.close,
         )
@@ -173,9 +173,9 @@ class Session:
             self.config,
             self._hosts,
             send=self._send,
-            on_event=self._event,
+            on_event=self._reporter.event,
             on_plan=self._plan_committed,
-            on_overview=self._overview,
+            on_overview=self._reporter.pipeline,
             current=self._book.plan_for,
             begun=lambda: self._book.begun,
             limits=self._limits,
@@ -236,12 +236,11 @@ class Session:
         report = iteration.report(self._me.host)
         if self.config.detector.enabled:
             self._send(COORDINATOR, {"type": "report", "report": report.to_json()})
-        # W&B gets the coordinator's overview of all stages, if there is one
         metrics = report.metrics()
         if self.config.report.spans:
             metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)
             metrics["spans"] = iteration.spans()
-        self._reporter.iteration(metrics, to_wandb=not self.config.detector.enabled)
+        self._reporter.iteration(metrics)
 
     # --- the backward in two parts
 
@@ -310,9 +309,9 @@ class Session:
             if self._coordinator is not None:
                 self._coordinator.post(sender, message)
         elif kind == "rail":
-            self._event(event_from(message.get("event")))
+            self._reporter.event(StragglerEvent.from_json(message.get("event")))
         elif kind == "show" and sender == COORDINATOR:
-            self._show(message)
+            self._reporter.show(message)
         elif kind in ("lost", "departed"):
             self._losses.heard(sender, message)
         elif sender != COORDINATOR:
@@ -324,30 +323,10 @@ class Session:
         else:
             raise ValueError("ignored, its type is unknown")
 
-    def _event(self, event: StragglerEvent) -> None:
-        """An event that this rank, the coordinator, tells everybody of."""
-        self._reporter.event(event)
-        if self._wandb_rank != self.topology.rank:
-            self._send(self._wandb_rank, {"type": "show", "event": event.to_json()})
-
-    def _overview(self, metrics: dict[str, Any]) -> None:
-        self._reporter.pipeline(metrics)
-        if self._wandb_rank != self.topology.rank:
-            self._send(self._wandb_rank, {"type": "show", "pipeline": metrics})
-
-    def _show(self, message: dict[str, Any]) -> None:
-        """What the coordinator reports, for the W&B run that this rank owns."""
-        if "event" in message:
-            self._reporter.show_event(event_from(message["event"]))
-        else:
-            self._reporter.show_pipeline(message["pipeline"])
-            self._shown = int(message["pipeline"]["iteration"])
-
-    def _await_overview(self, patience_s: float = 5.0) -> None:
-        """The coordinator's view of the last iteration is on its way to the W&B run of this rank."""
-        until = time.monotonic() + patience_s
-        while self._shown < self._iteration - 1 and time.monotonic() < until and self.failure is None:
-            time.sleep(0.01)
+    def _show(self, rank: int, message: dict[str, Any]) -> None:
+        """For the sinks of another rank. What belongs to the last iteration comes while this session closes."""
+        if self.failure is None:
+            self._send_now(rank, message)
 
     def _answer(self, message: dict[str, Any]) -> None:
         version = version_from(message)
@@ -385,27 +364,17 @@ class Session:
             logger.exception("rail %s of %s is %s (%s), which cannot be reported", rail, peer, state, why)
             return
         if event is not None:
-            self._send(COORDINATOR, {"type": "rail", "event": event})
+            self._send(COORDINATOR, {"type": "rail", "event": event.to_json()})
 
     def _report_loss(self, peer: PeerInfo, why: str) -> None:
         self._reporter.event(
-            StragglerEvent(
-                time_unix=time.time(),
-                kind="peer",
-                state="lost",
+            StragglerEvent.of_peer(
+                peer.pp_rank,
+                peer.rank,
+                peer.host,
                 replica=self.topology.place(peer.rank)[0],
-                link=None,
-                stages=(peer.stage,),
-                ranks=(peer.rank,),
-                hosts=(peer.host,),
-                since_iteration=self._iteration,
-                found_iteration=self._iteration,
-                delay_before_ms=0.0,
-                delay_after_ms=0.0,
+                iteration=self._iteration,
                 action=f"this rank ends: {why}",
-                predicted_iteration_ms_before=None,
-                predicted_iteration_ms_after=None,
-                predicted_gain=None,
                 plan_version=self._book.version,
             )
         )
@@ -437,8 +406,8 @@ class Session:
         whole = self.failure is None and not self._losses.broken and self.config.detector.enabled
         if self._coordinator is not None:
             self._coordinator.close(last=self._iteration - 1 if whole else -1)
-        elif whole and self.topology.rank == self._wandb_rank:
-            self._await_overview()
+        elif whole:
+            self._reporter.await_overview(self._iteration - 1, lambda: self.failure is not None)
         if self._split is not None:
             self._split.remove()
         self._endpoint.close(linger_s=0.0 if self.failure is not None else 5.0)
@@ -454,7 +423,7 @@ class Session:
         return {
             "rank": self.topology.rank,
             "run": self.run,
-            "stage": self.topology.position,
+            "pp_rank": self.topology.position,
             "stages": self.topology.stages,
             "iteration": self._iteration,
             "plan_version": self._book.version,

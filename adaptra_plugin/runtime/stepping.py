@@ -7,7 +7,7 @@ Some release each gradient at once: a hook on the parameter steps and clears it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.host import known_packages
 
-HOSTS = ("deepspeed", "megatron", "transformer_engine", "adaptra_plugin")
-"""Packages whose own hooks on parameters are known not to step."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def foreign_hooks(parameters: Iterable[nn.Parameter], known: Collection[str] = HOSTS) -> list[str]:
-    """Names of functions that run when a gradient has been accumulated and belong to none of the packages `known`."""
+def foreign_hooks(parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Names of functions that run when a gradient has been accumulated and belong to none of `host.known_packages`."""
+    known = known_packages()
     found: dict[str, None] = {}
     for parameter in parameters:
         if getattr(parameter, "_in_backward_optimizers", None):

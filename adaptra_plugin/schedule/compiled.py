@@ -41,6 +41,8 @@ def no_collection() -> Iterator[None]:
 
 
 HAVE_NUMBA = numba is not None
+OPTIONS = {"nogil": True}
+"""Of every kernel: the training thread goes on while a plan is computed on another one."""
 KERNELS: list[Any] = []
 """Every kernel of the package that numba compiles."""
 
@@ -50,15 +52,16 @@ def keeper() -> Keeper:
     """Where this process keeps compiled kernels."""
     from llvmlite import binding
 
-    processor = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
-    return Keeper(numba.config.CACHE_DIR, processor)
+    # the options belong to it: numba would load code that was compiled with others
+    kind = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()} {OPTIONS}"
+    return Keeper(numba.config.CACHE_DIR, kind)
 
 
 def compiled(kernel: Kernel) -> Kernel:
     """The kernel, compiled on first use and kept on disk where there is room; unchanged without numba."""
     if numba is None:
         return kernel
-    made = _kept(kernel) if keeper().folder is not None else numba.njit(kernel)
+    made: Kernel = _kept(kernel) if keeper().folder is not None else numba.njit(**OPTIONS)(kernel)
     if made is not kernel:  # as it is with NUMBA_DISABLE_JIT
         KERNELS.append(made)
     return made
@@ -68,10 +71,10 @@ def _kept(kernel: Kernel) -> Any:
     chosen = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(keeper().folder)
     try:
-        made = numba.njit(cache=True)(kernel)
+        made = numba.njit(cache=True, **OPTIONS)(kernel)
     except RuntimeError as error:  # NUMBA_CACHE_LOCATOR_CLASSES may leave no way to a folder
         keeper().troubles.append(str(error))
-        return numba.njit(kernel)
+        return numba.njit(**OPTIONS)(kernel)
     finally:
         numba.config.CACHE_DIR = chosen
     if hasattr(made, "_cache"):

@@ -20,21 +20,21 @@ NEEDED_BYTES = 4 << 20
 
 
 class Keeper:
-    """A folder for the compiled code of one kind of processor.
+    """A folder for compiled code of one kind.
 
     Args:
         chosen: the folder that the user has set for numba, if any.
-        processor: names the kind.
+        kind: the processor, and how the code was compiled. Code of another kind is not found.
     """
 
-    def __init__(self, chosen: str, processor: str) -> None:
+    def __init__(self, chosen: str, kind: str) -> None:
         self.troubles: list[str] = []
         """Why code is not kept: a reason for each folder, or for what failed later."""
         self.folder: Path | None = None
-        kind = hashlib.sha256(processor.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(kind.encode()).hexdigest()[:16]
         for place, find in _places(chosen):
             try:
-                folder = find() / f"adaptra-planner-{kind}"
+                folder = find() / f"adaptra-planner-{digest}"
                 _try(folder)
             except (OSError, RuntimeError) as error:
                 self.troubles.append(f"{place}: {getattr(error, 'strerror', None) or error}")

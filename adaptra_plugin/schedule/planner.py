@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.bound import bound_of
-from adaptra_plugin.schedule.catalogue.gpipe import gpipe
-from adaptra_plugin.schedule.catalogue.interleaved_1f1b import interleaved_1f1b
-from adaptra_plugin.schedule.catalogue.one_f_one_b import one_f_one_b
-from adaptra_plugin.schedule.catalogue.slack_adaptive import slack_adaptive
-from adaptra_plugin.schedule.catalogue.zb_h1 import zb_h1
-from adaptra_plugin.schedule.catalogue.zb_h2 import zb_h2
-from adaptra_plugin.schedule.catalogue.zb_v import v_placement, zb_v
-from adaptra_plugin.schedule.names import ADAPTIVE, NAMES
+from adaptra_plugin.schedule.names import SCHEDULES, Entry
 from adaptra_plugin.schedule.offload import surplus, without_limits
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import Profile
@@ -29,24 +21,6 @@ own measurement, and slack for it would cost memory (one more warm-up a stage) t
 
 MOST_SEED = 2**31 - 1
 """Largest seed: what both the search kernels and CP-SAT take."""
-
-
-@dataclass(frozen=True)
-class Stock:
-    """A schedule built by a rule: how, and how many stages a rank it takes (0: any number above one)."""
-
-    build: Callable[[int, int, int], Schedule]
-    stages_per_rank: int = 1
-
-
-BUILDERS = {
-    "gpipe": Stock(lambda ranks, virtual, n: gpipe(ranks, n)),
-    "1f1b": Stock(lambda ranks, virtual, n: one_f_one_b(ranks, n)),
-    "interleaved-1f1b": Stock(lambda ranks, virtual, n: interleaved_1f1b(ranks, virtual, n), 0),
-    "zb-h1": Stock(lambda ranks, virtual, n: zb_h1(ranks, n)),
-    "zb-h2": Stock(lambda ranks, virtual, n: zb_h2(ranks, n)),
-    "zb-v": Stock(lambda ranks, virtual, n: zb_v(ranks, n), 2),
-}
 
 
 def plan(
@@ -71,17 +45,18 @@ def plan(
     began = time.perf_counter()
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
         raise PlanError(f"seed is {seed!r}: expected a whole number from 0 to {MOST_SEED}")
-    if schedule in BUILDERS:
-        found = _stock(profile, schedule)
-        tables = tabulate(profile, v_placement(profile.ranks) if schedule == "zb-v" else None)
-        _check_limits(schedule, found, tables)
-    elif schedule in ADAPTIVE:
+    entry = SCHEDULES.get(schedule)
+    if entry is None:
+        raise PlanError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    if entry.adapts:
         tables = tabulate(profile)
-        found = _adaptive(profile, tables, current, seed)
+        found = _adaptive(entry, profile, tables, current, seed)
     else:
-        raise PlanError(f"unknown schedule {schedule!r}: expected one of {', '.join(NAMES)}")
+        found = _stock(profile, schedule, entry)
+        tables = tabulate(profile, found.stage_rank)
+        _check_limits(schedule, found, tables)
     made = assess(schedule, found, tables, began=began)
-    if offload_ms is None or schedule not in ADAPTIVE:
+    if offload_ms is None or not entry.adapts:
         return made
     other = _offloaded(profile, schedule, current, seed, offload_ms)
     return (
@@ -149,12 +124,15 @@ def makespan_ns(schedule: Schedule, tables: Tables) -> int:
     return int(run(schedule, tables, per_microbatch(tables, None), "delegated", "full")[1].max())
 
 
-def _stock(profile: Profile, name: str) -> Schedule:
-    stock, per_rank = BUILDERS[name], profile.virtual_stages
-    if per_rank == 1 if stock.stages_per_rank == 0 else per_rank != stock.stages_per_rank:
-        wanted = stock.stages_per_rank or "two or more"
-        raise PlanError(f"{name} takes {wanted} stages a rank, the profile has virtual_stages {per_rank}")
-    return stock.build(profile.ranks, per_rank, profile.microbatches)
+def _stock(profile: Profile, name: str, entry: Entry) -> Schedule:
+    wanted, per_rank = entry.stages_per_rank, profile.virtual_stages
+    if per_rank == 1 if wanted is None else per_rank != wanted:
+        raise PlanError(
+            f"{name} takes {wanted or 'two or more'} stages a rank, the profile has virtual_stages {per_rank}"
+        )
+    chunks = (per_rank,) if wanted is None else ()
+    found: Schedule = entry.load()(profile.ranks, *chunks, profile.microbatches)
+    return found
 
 
 def _check_limits(name: str, schedule: Schedule, tables: Tables) -> None:
@@ -168,7 +146,7 @@ def _check_limits(name: str, schedule: Schedule, tables: Tables) -> None:
         raise PlanError("limits cannot be kept: " + "; ".join(short))
 
 
-def _adaptive(profile: Profile, tables: Tables, current: Plan | None, seed: int) -> Schedule:
+def _adaptive(entry: Entry, profile: Profile, tables: Tables, current: Plan | None, seed: int) -> Schedule:
     fits = (
         current is not None
         and current.schedule.stages == len(profile.stages)
@@ -176,7 +154,7 @@ def _adaptive(profile: Profile, tables: Tables, current: Plan | None, seed: int)
         and current.schedule.stage_rank == tuple(tables.stage_rank.tolist())
     )
     known = [current.schedule] if current is not None and fits else []
-    found = slack_adaptive(without_noise(tables), seed, known)
+    found: Schedule = entry.load()(without_noise(tables), seed, known)
     if known and keeps(known[0], found, tables):
         return known[0]
     return found

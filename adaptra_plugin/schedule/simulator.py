@@ -30,7 +30,7 @@ def simulate(
 
     *delegated*: a transfer arrives ``transfer_ms + latency_ms`` after it got the link, and holds the link for
     ``transfer_ms`` only. *blocking*: it holds the link for all of that, as send and recv kernels of one NCCL queue do
-    (METHOD: what explains the measured columns of 1F1B and ZB). ``duplex`` says whether the two directions of a
+    (docs/design/method.md: two models of a link). ``duplex`` says whether the two directions of a
     link share one queue (``half``) or not (``full``); by default ``half`` for a blocking link under a split backward,
     whose sends and recvs are not paired, else ``full``. ``durations`` replaces the milliseconds of single actions.
 
@@ -108,14 +108,14 @@ class Simulated(Timeline):
         return [action for actions in self._schedule.ranks for action in actions]
 
     @cached_property
-    def spans(self) -> tuple[Span, ...]:  # type: ignore[override]
+    def spans(self) -> tuple[Span, ...]:
         """One span an action, by rank and time."""
         start, end, _, _ = self._result
         with no_collection():
             return tuple(map(Span, self._owner.tolist(), self._actions, (start / NS).tolist(), (end / NS).tolist()))
 
     @cached_property
-    def transfers(self) -> tuple[Transfer, ...]:  # type: ignore[override]
+    def transfers(self) -> tuple[Transfer, ...]:
         """One transfer for each output that another rank consumes."""
         actions, flat, stages = self._schedule.table[1], self._actions, self._schedule.stages
         _, end, moved, _ = self._result
@@ -130,7 +130,7 @@ class Simulated(Timeline):
             return tuple(map(Transfer, *ends, [flat[n] for n in sent.tolist()], *times))
 
     @cached_property
-    def critical_path(self) -> tuple[Action, ...]:  # type: ignore[override]
+    def critical_path(self) -> tuple[Action, ...]:
         """Actions that the makespan hangs on, first to last."""
         return tuple(self._actions[n] for n in critical_path(self._schedule.table[0], *self._result))
 

@@ -12,14 +12,15 @@ from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bridge import Op, unpacked_time
 from adaptra_plugin.transport.frames import MalformedMessage
-from adaptra_plugin.transport.lanes import Lane, RecvLane, SendLane
+from adaptra_plugin.transport.lane import Lane
+from adaptra_plugin.transport.lanes import RecvLane, SendLane
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import Memfd, extent_of
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.pauses import Pauses
-from adaptra_plugin.transport.ring import Memory
-from adaptra_plugin.transport.shared import BackpressureDrainer, Shared
+from adaptra_plugin.transport.shared import BackpressureDrainer, Loss, Shared
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
-from adaptra_plugin.transport.works import Loss, RecvWork, SendWork
+from adaptra_plugin.transport.works import RecvWork, SendWork
 
 _REINSTALL = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
 

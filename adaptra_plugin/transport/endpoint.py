@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from adaptra_plugin import errors
+from adaptra_plugin.backoff import Backoff
 from adaptra_plugin.config import SimulateConfig, TransportConfig
 from adaptra_plugin.errors import HandshakeError, TransportError
 from adaptra_plugin.shortage import told
@@ -21,16 +22,15 @@ from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, RECORD, Op
 from adaptra_plugin.transport.channel import Channel, Link
 from adaptra_plugin.transport.control import ControlStream, encode_control
 from adaptra_plugin.transport.event_pump import EventPump
-from adaptra_plugin.transport.lanes import BackpressureDrainer, Shared
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import growth_limit
 from adaptra_plugin.transport.placement import proxy_cpus, spin_s
 from adaptra_plugin.transport.ring import WINDOW_BYTES
+from adaptra_plugin.transport.shared import BackpressureDrainer, Fate, Loss, Shared
 from adaptra_plugin.transport.slabs import Slabs
 from adaptra_plugin.transport.spawn import SPAWNS, Spawn
 from adaptra_plugin.transport.staging import Copier, Device
 from adaptra_plugin.transport.types import PROTOCOL, Address, EndpointInfo, PeerInfo
-from adaptra_plugin.transport.works import Fate, Loss
 
 MIN_SECRET_BYTES = 16
 REMIND_S = 10.0
@@ -137,7 +137,7 @@ class Endpoint:
         _live.add(self)
         self._tell(
             "start",
-            me={"rank": me.rank, "stage": me.stage, "host": me.host},
+            me={"rank": me.rank, "pp_rank": me.pp_rank, "host": me.host},
             config=config.model_dump(mode="json") | {"cpus": cpus, "spin_us": spin * 1e6},
             secret=secret.hex(),
             bind=host,
@@ -160,11 +160,11 @@ class Endpoint:
         self._control.send({"op": op, **fields}, descriptors)
 
     def _await_answer(self, deadline_s: float) -> None:
-        started, pause = time.monotonic(), REMIND_S
-        while not self._gate.wait(min(pause, max(0.0, started + deadline_s - time.monotonic()))):
+        started, pauses = time.monotonic(), Backoff(REMIND_S)
+        while not self._gate.wait(min(pauses.pause_s, max(0.0, started + deadline_s - time.monotonic()))):
             waited = time.monotonic() - started
             if waited < deadline_s:
-                pause *= 2
+                pauses.next()
                 log.warning("the proxy of rank %d has not answered for %.0f s", self.me.rank, waited)
                 continue
             raise TransportError(
@@ -222,7 +222,7 @@ class Endpoint:
             peers=[
                 {
                     "rank": rank,
-                    "stage": info.stage,
+                    "pp_rank": info.pp_rank,
                     "host": info.host,
                     "endpoint_info": endpoint_info.to_text(),
                     "neighbour": rank in self._links,

@@ -26,7 +26,7 @@ class MalformedMessage(TransportError):
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class MessageHeader:
     """`payload_bytes`: of this part; so many bytes of the payload are in the parts before (`at`) and after it (`rest`)."""
 
     key: Key
@@ -58,17 +58,17 @@ class Header:
             raise TransportError(f"{key} with tag {self.tag} cannot be sent: a number is too large ({error})") from None
 
 
-def split(key: Key, tag: int, tensors: int, meta_bytes: int, payload_bytes: int, step: int) -> list[Header]:
+def split(key: Key, tag: int, tensors: int, meta_bytes: int, payload_bytes: int, step: int) -> list[MessageHeader]:
     """The parts of a message, of `step` bytes of payload (a multiple of 64) and the last one of what is left."""
     found = []
     for at in range(0, max(payload_bytes, 1), step):
         length = min(step, payload_bytes - at)
         described = (tensors, meta_bytes) if at == 0 else (0, 0)
-        found.append(Header(key, tag, *described, length, at, payload_bytes - at - length))
+        found.append(MessageHeader(key, tag, *described, length, at, payload_bytes - at - length))
     return found
 
 
-def parse_header(raw: bytes, *, direction: Direction, total: int, limit: int) -> Header:
+def parse_header(raw: bytes, *, direction: Direction, total: int, limit: int) -> MessageHeader:
     """Checks and unpacks the header of a message, or part of one, of `total` bytes that came on a lane of `direction`.
 
     `limit`: payload of all parts (bytes).
@@ -81,7 +81,7 @@ def parse_header(raw: bytes, *, direction: Direction, total: int, limit: int) ->
         raise MalformedMessage(f"a message starts with {magic.hex()} instead of {MAGIC.hex()}")
     if code != direction:
         raise MalformedMessage(f"a message of direction {code} came among those of direction {int(direction)}")
-    header = Header(Key(step_id, direction, stage, microbatch), tag, tensors, meta, payload, at, rest)
+    header = MessageHeader(Key(step_id, direction, stage, microbatch), tag, tensors, meta, payload, at, rest)
     if meta > MAX_META_BYTES or meta % ALIGNMENT or header.total != total:
         raise MalformedMessage(f"a message of {total} bytes announces {HEADER_BYTES} + {meta} + {payload} bytes")
     if tensors > MAX_TENSORS:

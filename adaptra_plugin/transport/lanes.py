@@ -6,111 +6,30 @@ bytes are copied, while anybody waits, nor around a call into the event pump.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.frames import HEADER_BYTES, MalformedMessage, MessageHeader, parse_header, split
+from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.memory import MIB, Memory
 from adaptra_plugin.transport.pauses import Pauses
-from adaptra_plugin.transport.ring import Memory, Outgoing, RingAllocator
-from adaptra_plugin.transport.shared import BackpressureDrainer, Counters, Shared
+from adaptra_plugin.transport.ring import RingAllocator, RingEntry
+from adaptra_plugin.transport.shared import Loss, Shared
 from adaptra_plugin.transport.staging import PART_SEGMENTS, Block, Piece, blocks, stage
-from adaptra_plugin.transport.tensors import Assembly, BadLayout, Spec, describe, understand
+from adaptra_plugin.transport.tensors import Assembly, BadLayout, describe, understand
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
-from adaptra_plugin.transport.works import Loss, RecvWork, SendWork
+from adaptra_plugin.transport.works import Arrived, RecvWork, SendWork, Source
 
-MIB = 1 << 20
 DRAIN_FROM = 64 << 10
 """Before a message of so many bytes is staged, the books are brought up to date, which costs a system call: an empty ring
 is filled from its start again, where it is in the caches."""
-
-
-@dataclass(slots=True)
-class Arrived:
-    """A message, or a part of one, in the receive ring, or in the peer's ring."""
-
-    position: int
-    total: int
-    memory: Memory
-    payload_at: int
-    specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
-    header: Header
-    delay_ms: float
-    came_s: float = 0.0
-    work: RecvWork | None = None  # the receive that it belongs to, once that is posted
-
-    @property
-    def at(self) -> int:
-        return self.header.at
-
-    @property
-    def nbytes(self) -> int:
-        return self.header.payload_bytes
-
-    @property
-    def is_last(self) -> bool:
-        return not self.header.rest
-
-    @property
-    def tag(self) -> int:
-        return self.header.tag
-
-
-class Lane(ABC):
-    def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
-        self.peer = peer
-        self.direction = direction
-        self.index = index
-        self.memory = memory
-        self.config = shared.config
-        self.fate = shared.fate
-        self.pump = shared.pump
-        self.slabs = shared.slabs
-        self.copier = shared.copier
-        self.clock = shared.clock
-        self.deadline_s = self.config.deadline_s
-        self.capacity = memory.memfd.capacity
-        self.limit = min(self.capacity, self.config.max_message_mib * MIB)
-        self.counters = Counters()
-        self.loss: Loss | None = None
-        self.drainer = BackpressureDrainer()
-        self._lock = threading.Lock()
-
-    def _post(self, op: Op, position: int = 0, total: int = 0, value: float = 0.0, after: int = 0) -> None:
-        self.pump.post(op, self.peer.rank, self.direction, self.index, position, total, value, after)
-
-    @abstractmethod
-    def situation(self) -> str:
-        """What waits in the lane, in words for an error."""
-
-    @abstractmethod
-    def abort(self, loss: Loss) -> None:
-        """Fails what waits; `EventPump.wake` has to follow."""
-
-    def close(self) -> None:
-        self.memory.close()
-
-    def stats(self) -> dict[str, Any]:
-        """Counters as plain numbers."""
-        c = self.counters
-        return {
-            "messages": c.messages,
-            "bytes": c.bytes,
-            "blocked_ms": c.blocked_ms,
-            "full": c.full,
-            "drained_early": c.drained_early,
-        }
 
 
 class SendLane(Lane):
@@ -119,7 +38,7 @@ class SendLane(Lane):
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
         super().__init__(peer, direction, index, memory, shared)
         self.allocator = RingAllocator(self.capacity, grows=self.config.ring_grows)
-        self._newest: dict[Key, Outgoing] = {}  # of each key, the last message, or part, that is not consumed
+        self._newest: dict[Key, RingEntry] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
         self._copying = 0  # messages that the copier has not told the proxy of yet
         self._warned = False
@@ -175,7 +94,7 @@ class SendLane(Lane):
             )
 
     def _stage(
-        self, key: Key, parts: Sequence[Header], starts: Sequence[bytes], payload: Sequence[Block], total: int
+        self, key: Key, parts: Sequence[MessageHeader], starts: Sequence[bytes], payload: Sequence[Block], total: int
     ) -> SendWork:
         with self._lock:
             position = self.allocator.place(total)
@@ -183,11 +102,11 @@ class SendLane(Lane):
         # follows, and an error then ends the endpoint
         event = next((self.copier.device.mark(block.data) for block in payload if block.later), None)
         work = SendWork(key, self)
-        placed: list[tuple[Outgoing, list[Piece]]] = []
+        placed: list[tuple[RingEntry, list[Piece]]] = []
         for part, start in zip(parts, starts, strict=True):
             later = stage(self.memory, position + len(start), payload, part.at, part.payload_bytes)
             self.memory.memfd.write(position, start)
-            placed.append((Outgoing(position, part.total, work), later))
+            placed.append((RingEntry(position, part.total, work), later))
             work.missing.add(position)
             position += part.total
         with self._lock:
@@ -308,7 +227,7 @@ class SendLane(Lane):
         self.loss = self.loss or loss
 
 
-class RecvLane(Lane):
+class RecvLane(Source):
     """Messages that have arrived, and receives that wait for one. `memory` is the receive ring."""
 
     def __init__(self, peer: PeerInfo, direction: Direction, index: int, memory: Memory, shared: Shared) -> None:
@@ -322,7 +241,7 @@ class RecvLane(Lane):
         self._posted: dict[Key, deque[RecvWork]] = {}
         self._arrived: dict[Key, deque[Arrived]] = {}
         self._held: dict[int, Arrived] = {}  # by position: what has arrived and has not been copied out
-        self._parts: dict[Key, Header] = {}  # the newest part of messages that are not complete
+        self._parts: dict[Key, MessageHeader] = {}  # the newest part of messages that are not complete
         self._entering: Arrived | None = None  # what `deliver` is at
         self._entered = -1  # position of the newest one that it is done with
         self._ahead: RecvWork | None = None  # is on its way to the device, or there, and nobody has waited for it
@@ -347,7 +266,8 @@ class RecvLane(Lane):
         if self.peer_stuck:
             self.pump.wake()  # a blocked send may drain early now
         if work.for_device:
-            self._fetch()
+            with self._lock:
+                self._fetch_oldest()
         return work
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float, came_s: float = 0.0) -> None:
@@ -417,29 +337,28 @@ class RecvLane(Lane):
         if posted is not None and not posted:
             self._posted.pop(key, None)
         if work is not None and work.for_device:
-            self._fetch(work)
+            if work is self._ahead:  # its next part
+                self.copier.fetches.put(work.fetch)
+            else:
+                self._fetch_oldest()
 
-    def _fetch(self, newer: RecvWork | None = None) -> None:
-        """Has the oldest message that is asked for taken to its device, if none is there ahead of its turn. `newer`: of what
-        has just come; the caller has the lock."""
-        with contextlib.nullcontext() if newer is not None else self._lock:
-            if self._ahead is not None:
-                if newer is self._ahead:  # its next part
-                    self.copier.fetches.put(newer.fetch)
+    def _fetch_oldest(self) -> None:
+        """Under the lock: has the oldest message that is asked for taken to its device, if none is there ahead of its turn."""
+        if self._ahead is not None:
+            return
+        for position in sorted(self._held):
+            work = self._held[position].work
+            if work is not None and work.for_device:
+                self._ahead = work
+                self.copier.fetches.put(work.fetch)
                 return
-            for position in sorted(self._held):
-                work = self._held[position].work
-                if work is not None and work.for_device:
-                    self._ahead = work
-                    self.copier.fetches.put(work.fetch)
-                    return
 
     def fetched(self, work: RecvWork) -> None:
         """Caller: has waited for a message on a device."""
         with self._lock:
             if self._ahead is work:
                 self._ahead = None
-        self._fetch()
+            self._fetch_oldest()
 
     def assembly(self, first: Arrived, device: torch.device | None) -> Assembly:
         """Memory for a message of which the first part is given, fit for a copy to `device` if that is given."""

@@ -32,7 +32,7 @@ import torch
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import told
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.tensors import aligned, as_bytes, overlaps
 
 PART_SEGMENTS = 4
@@ -184,7 +184,7 @@ class _Job:
     done: Callable[[], None]
 
 
-class Worker:
+class SerialExecutor:
     """Runs calls one after the other on a thread, which starts with the first one. A call that raises is the last one.
 
     Args:
@@ -270,9 +270,9 @@ class Copier:
         self, rank: int, failed: Callable[[str], None], segment_bytes: int, device: Device | None = None
     ) -> None:
         self.device: Device = device or Cuda()
-        self.copies = Worker(f"adaptra-copier-{rank}", self._unpin)
+        self.copies = SerialExecutor(f"adaptra-copier-{rank}", self._unpin)
         """To the rings."""
-        self.fetches = Worker(f"adaptra-fetcher-{rank}")
+        self.fetches = SerialExecutor(f"adaptra-fetcher-{rank}")
         """Uploads that come before anybody waits: their own thread, because a copy waits for the computation."""
         self._failed = failed
         self._segment = segment_bytes

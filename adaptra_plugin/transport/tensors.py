@@ -7,15 +7,13 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.slabs import SLAB_FROM, Slabs
-
-if TYPE_CHECKING:
-    from adaptra_plugin.transport.ring import Memory
 
 ALIGNMENT = 64
 """Every block of a message starts at a multiple of this: whole cache lines, and any dtype may be viewed in place."""

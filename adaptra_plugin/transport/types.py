@@ -75,11 +75,12 @@ class PeerInfo:
     """Who is at the other end, in words for messages: `rank 2 (stage 2, host n1)`."""
 
     rank: int
-    stage: int
+    pp_rank: int
+    """Position in its pipeline."""
     host: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (stage {self.stage}, host {self.host})"
+        return f"rank {self.rank} (stage {self.pp_rank}, host {self.host})"
 
 
 def _is_host(text: str) -> bool:

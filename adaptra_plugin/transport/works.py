@@ -4,46 +4,71 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
+from adaptra_plugin.errors import TransferTimeout
+from adaptra_plugin.transport.frames import MessageHeader
+from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.message import Message
-from adaptra_plugin.transport.tensors import Assembly, flat, overlaps
+from adaptra_plugin.transport.pauses import Pauses
+from adaptra_plugin.transport.shared import Loss
+from adaptra_plugin.transport.staging import Event
+from adaptra_plugin.transport.tensors import Assembly, Spec, flat, overlaps
 from adaptra_plugin.transport.types import Key
 
-if TYPE_CHECKING:
-    from adaptra_plugin.transport.lanes import Arrived, Lane, RecvLane, SendLane
-    from adaptra_plugin.transport.staging import Event
+
+@dataclass(slots=True)
+class Arrived:
+    """A message, or a part of one, in the receive ring, or in the peer's ring."""
+
+    position: int
+    total: int
+    memory: Memory
+    payload_at: int
+    specs: tuple[Spec, ...]  # of all tensors of the message, in its first part
+    header: MessageHeader
+    delay_ms: float
+    came_s: float = 0.0
+    work: RecvWork | None = None  # the receive that it belongs to, once that is posted
+
+    @property
+    def at(self) -> int:
+        return self.header.at
+
+    @property
+    def nbytes(self) -> int:
+        return self.header.payload_bytes
+
+    @property
+    def is_last(self) -> bool:
+        return not self.header.rest
+
+    @property
+    def tag(self) -> int:
+        return self.header.tag
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Why nothing more goes to, or comes from, a peer."""
+class Source(Lane):
+    """What a receive needs of its lane."""
 
-    error: type[TransportError]
-    reason: str
-    remedy: str
+    pauses: Pauses | None
 
-    def about(self, key: Key, verb: str, peer: object, waited_s: float) -> TransportError:
-        found = self.error(f"{key} cannot {verb} {peer}: {self.reason} (waited {waited_s:.1f} s). {self.remedy}")
-        if isinstance(found, PeerLostError):
-            found.peer = peer
-        return found
+    @abstractmethod
+    def assembly(self, first: Arrived, device: torch.device | None) -> Assembly: ...
 
+    @abstractmethod
+    def release(self, arrived: Arrived) -> None: ...
 
-class Fate:
-    """The error that ended the whole endpoint, if any: every wait raises it, whatever else has happened."""
+    @abstractmethod
+    def fetched(self, work: RecvWork) -> None: ...
 
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
+    @abstractmethod
+    def copied(self) -> None: ...
 
 
 class _Pending:
@@ -101,7 +126,7 @@ class SendWork(_Pending):
 
     __slots__ = ("missing",)
 
-    def __init__(self, key: Key, lane: SendLane) -> None:
+    def __init__(self, key: Key, lane: Lane) -> None:
         super().__init__(key)
         self._lane = lane
         self.missing: set[int] = set()
@@ -138,9 +163,9 @@ class RecvWork(_Pending):
         "_sent_up",
         "_uploaded",
     )
-    _lane: RecvLane
+    _lane: Source
 
-    def __init__(self, key: Key, lane: RecvLane, device: torch.device | None = None) -> None:
+    def __init__(self, key: Key, lane: Source, device: torch.device | None = None) -> None:
         super().__init__(key)
         self._lane = lane
         self._device = device  # where its tensors have still to go

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from adaptra_plugin.config import DetectorConfig
-from adaptra_plugin.detect import Detector, Finding, IterationReport, LinkDelay, StageTimes
+from adaptra_plugin.detect import Detector, Estimator, Finding, IterationReport, LinkDelay, StageTimes
 
 Extra = Callable[[int, int], float]  # (lower stage of the link, iteration) -> extra ms
 Factor = Callable[[int, int], float]  # (stage, iteration) -> ratio
@@ -48,7 +48,7 @@ class Pipeline:
         times = StageTimes(pace, pace, 0.8 * pace)
         return IterationReport(
             replica=self.replica,
-            stage=stage,
+            pp_rank=stage,
             rank=self.replica * self.stages + stage,
             host=f"n{stage}",
             iteration=iteration,
@@ -72,3 +72,17 @@ def findings(iterations: int, config: DetectorConfig | None = None, **settings: 
 def short(found: list[Finding]) -> Iterator[tuple[str, str, str, int, int]]:
     for finding in found:
         yield finding.kind, finding.name, finding.state, finding.since_iteration, finding.found_iteration
+
+
+class Watch:
+    """A detector and the estimator that it feeds."""
+
+    def __init__(self, config: DetectorConfig, ranks: int) -> None:
+        self.detector = Detector(config, ranks)
+        self.estimator = Estimator(self.detector)
+        self.profile = self.estimator.profile
+
+    def observe(self, reports: list[IterationReport]) -> list[Finding]:
+        found = self.detector.observe(reports)
+        self.estimator.observe(reports, found)
+        return found

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptra_plugin.config import DetectorConfig
-from adaptra_plugin.detect import Detector, Estimator, Finding
-from tests.detect.pipeline import Pipeline, findings, short
+from adaptra_plugin.detect import Detector, Finding
+from tests.detect.pipeline import Pipeline, Watch, findings, short
 
 SEEDS = st.integers(0, 2**31)
 
@@ -287,7 +287,7 @@ def test_a_missing_report_is_no_evidence() -> None:
     found = []
     for i in range(40):
         reports = pipeline.reports(i)
-        found += detector.observe([r for r in reports if not (r.stage >= 2 and 20 <= i < 25)])
+        found += detector.observe([r for r in reports if not (r.pp_rank >= 2 and 20 <= i < 25)])
     assert list(short(found)) == [("link", "2-3", "slow", 25, 26)]
     assert detector.observe([]) == []
 
@@ -305,7 +305,7 @@ def test_the_healthy_direction_alone_heals_nothing() -> None:
     detector = Detector(DetectorConfig(), 4)
     pipeline = Pipeline(only=1, extra=lambda link, i: 30.0 if link == 2 and i >= 20 else 0.0)
     for i in range(40):
-        detector.observe([report for report in pipeline.reports(i) if report.stage < 3 or i < 30])
+        detector.observe([report for report in pipeline.reports(i) if report.pp_rank < 3 or i < 30])
     assert [finding.name for finding in detector.slow()] == ["2-3"]
 
 
@@ -333,12 +333,11 @@ def test_whatever_is_measured_the_story_is_consistent(data: st.DataObject, stage
         factor=lambda stage, i: 1 + factors[stage][i] if i < len(factors[stage]) else 1.0,
         microbatches=lambda i: int(not 11 <= i <= 13),
     )
-    detector, estimator = Detector(config, stages), Estimator(config, stages)
+    watch = Watch(config, stages)
     slow: dict[str, Finding] = {}
     for i in range(60):
         reports = [report for report in pipeline.reports(i) if pipeline.random.random() < 0.95]
-        estimator.observe(reports)
-        for finding in detector.observe(reports):
+        for finding in watch.observe(reports):
             assert finding.since_iteration <= finding.found_iteration <= i  # its latest sample may be older
             if finding.state == "slow":
                 known = finding.kind + finding.name in slow
@@ -347,8 +346,8 @@ def test_whatever_is_measured_the_story_is_consistent(data: st.DataObject, stage
             else:
                 assert finding.after_ms < finding.before_ms or finding.kind == "stage"  # relative to the others
                 del slow[finding.kind + finding.name]
-        assert {finding.kind + finding.name: finding for finding in detector.slow()} == slow
-    profile = estimator.profile(8, [None] * stages)
+        assert {finding.kind + finding.name: finding for finding in watch.detector.slow()} == slow
+    profile = watch.profile(8, [None] * stages)
     assert profile is None or len(profile.links) == 2 * (stages - 1)
 
 

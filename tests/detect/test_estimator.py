@@ -8,15 +8,14 @@ import sys
 import pytest
 
 from adaptra_plugin.config import DetectorConfig
-from adaptra_plugin.detect import Estimator
-from tests.detect.pipeline import Pipeline
+from tests.detect.pipeline import Pipeline, Watch
 
 NO_LIMIT = [None] * 4
 
 
-def estimate(iterations: int, **settings) -> Estimator:  # type: ignore[no-untyped-def]
+def estimate(iterations: int, **settings) -> Watch:  # type: ignore[no-untyped-def]
     pipeline = Pipeline(**settings)
-    estimator = Estimator(DetectorConfig(), pipeline.stages)
+    estimator = Watch(DetectorConfig(), pipeline.stages)
     for i in range(iterations):
         estimator.observe(pipeline.reports(i))
     return estimator
@@ -69,7 +68,7 @@ def test_split_and_whole_backward_are_not_mixed() -> None:
     from adaptra_plugin.detect import StageTimes
 
     pipeline = Pipeline(noise_compute=0.0)
-    estimator = Estimator(DetectorConfig(), 4)
+    estimator = Watch(DetectorConfig(), 4)
     for i in range(30):
         reports = pipeline.reports(i)
         if i < 28:

@@ -22,7 +22,7 @@ def reports(draw: st.DrawFn) -> IterationReport:
     links = [LinkDelay(stage + step, stage, draw(st.floats(-1e6, 1e6)), draw(COUNT)) for step in (-1, 1)]
     return IterationReport(
         replica=draw(COUNT),
-        stage=stage,
+        pp_rank=stage,
         rank=draw(COUNT),
         host=draw(st.text(max_size=60)),
         iteration=draw(COUNT),
@@ -76,7 +76,7 @@ def test_garbage_instead_of_a_report_is_refused(value: Any) -> None:
     ("path", "value", "message"),
     [
         (("iteration",), -1, "report.iteration: -1 is not a whole number from 0"),
-        (("stage",), True, "report.stage: True"),
+        (("pp_rank",), True, "report.pp_rank: True"),
         (("microbatches",), 0, "report.microbatches: 0 is not a whole number from 1"),
         (("iteration_ms",), float("nan"), "report.iteration_ms: nan"),
         (("chunks", 0, "forward_ms"), -2.0, r"report.chunks\[0\].forward_ms: -2.0"),

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptra_plugin.config import DetectorConfig
-from adaptra_plugin.detect import Detector, Estimator
+from adaptra_plugin.detect import Detector
 from adaptra_plugin.detect.work import Work
-from tests.detect.pipeline import Pipeline, findings, short
+from tests.detect.pipeline import Pipeline, Watch, findings, short
 
 SEEDS = st.integers(0, 2**31)
 Lengths = Callable[[int], float]
@@ -142,7 +142,7 @@ def test_times_of_a_finding_are_those_of_the_work_of_its_iteration() -> None:
 @pytest.mark.parametrize("stages", [2, 4])
 def test_the_profile_follows(stages: int) -> None:
     pipeline = Pipeline(noise_compute=0.0, **growing(ramp(20, 40), stages))
-    estimator = Estimator(DetectorConfig(), stages)
+    estimator = Watch(DetectorConfig(), stages)
     for i in range(60):
         estimator.observe(pipeline.reports(i))
     profile = estimator.profile(8, [None] * stages)

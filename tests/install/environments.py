@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
 """What `make install` installs first, and for the same reason."""
-COMMAND = re.compile(r'^ {4}(pip install torch (\S+) && pip install "adaptra-plugin\[\S+\]")$', re.MULTILINE)
+COMMAND = re.compile(r'^ {4}(pip install torch (\S+) && pip install "\.\[\S+\]")$', re.MULTILINE)
 
 
 def commands() -> dict[str, str]:
@@ -85,9 +85,10 @@ def build_wheel(folder: Path) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
+        path = ROOT / name
+        if path.is_file() or path.is_symlink():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name)
+            shutil.copy2(path, source / name, follow_symlinks=False)
     _python(source, "setup.py", "-q", "sdist", "--dist-dir", str(folder))
     (archive,) = folder.glob("*.tar.gz")
     _python(folder, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-deps", str(archive))

@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environments(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[dict[str, Environment]]:
     folder = tmp_path_factory.mktemp("environments")
     base = torch_alone(folder / "torch")
-    found = {host: command.replace("adaptra-plugin[", f"{wheel}[") for host, command in commands().items()}
+    found = {host: command.replace('".[', f'"{wheel}[') for host, command in commands().items()}
     assert tuple(found) == HOSTS
     with ThreadPoolExecutor() as pool:
         made = pool.map(lambda host: installed(base, folder / host, found[host]), HOSTS)

@@ -79,7 +79,7 @@ def record(stage: int, started: float, spans: list[tuple[str, float, float]]) ->
     return {
         "type": "iteration",
         "iteration": 4,
-        "stage": stage,
+        "pp_rank": stage,
         "started_unix_ms": started,
         "spans": spans,
         "link_delay_ms": delays,

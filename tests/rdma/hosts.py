@@ -17,7 +17,7 @@ from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
 from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
-from adaptra_plugin.transport.proxy.wire import FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import FrameHeader, FrameKind
 from adaptra_plugin.transport.types import Direction
 from tests.rdma import wires
 from tests.rdma.pairs import MIB, PATIENCE_S
@@ -59,23 +59,23 @@ class Host(Half):
             _ = memfd.view  # mapped now: that takes a descriptor
         self.nics: dict[int, Nic] = {}
         self.rails: dict[str, RdmaRail] = {}
-        self.came: list[tuple[str, Header, bytes]] = []
+        self.came: list[tuple[str, FrameHeader, bytes]] = []
         """(rail, header, body; of segments: what the receive ring holds there)"""
         self.failures: dict[str, str] = {}
         self.expected: Counter[str] = Counter()
         """Frames that were waited for, by rail."""
         self.declined: set[int] = set()
         """Messages that `place` does not want."""
-        self.on_arrived: Callable[[Rail, Header, bytes], None] = lambda rail, header, body: None
+        self.on_arrived: Callable[[Rail, FrameHeader, bytes], None] = lambda rail, header, body: None
 
     # --- as a sink
 
-    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
+    def place(self, rail: Rail, header: FrameHeader) -> list[memoryview] | None:
         if header.message in self.declined:
             return None
         return self.receive_rings[header.direction, header.lane].slices(header.message + header.at, header.length)
 
-    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+    def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
         if header.kind == FrameKind.SEGMENT:
             body = self.receive_rings[header.direction, header.lane].read(header.message + header.at, header.length)
         self.came.append((rail.name, header, body))
@@ -131,7 +131,7 @@ class Host(Half):
     def segment(self, message: int, data: bytes, at: int = 0, total: int = 0, lane: Any = LANE) -> Frame:
         """A segment whose bytes are put into the ring."""
         self.rings[lane].write(message + at, data)
-        header = Header(
+        header = FrameHeader(
             *(FrameKind.SEGMENT, 1, 0, *lane, message, total or len(data)),
             at=at,
             length=len(data),
@@ -141,7 +141,7 @@ class Host(Half):
 
     def small(self, body: bytes = b"", number: int = 0) -> Frame:
         kind = FrameKind.CONTROL if body else FrameKind.PING
-        return Frame(Header(kind, message=number, length=len(body)), [body] if body else [])
+        return Frame(FrameHeader(kind, message=number, length=len(body)), [body] if body else [])
 
     def close(self) -> None:
         for rail in self.rails.values():

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
+from adaptra_plugin.detect import Finding
+from adaptra_plugin.report import StragglerEvent
 from tests.report.events import HEALED, SLOW
 
 
@@ -27,7 +31,7 @@ def test_a_slow_stage_that_no_plan_can_help() -> None:
         SLOW,
         kind="stage",
         link=None,
-        stages=(1,),
+        pp_ranks=(1,),
         ranks=(1,),
         hosts=("n1",),
         delay_before_ms=28.4,
@@ -62,7 +66,7 @@ def test_a_part_that_fails_without_harm_to_training() -> None:
         state="lost",
         part="exact solver",
         link=None,
-        stages=(),
+        pp_ranks=(),
         ranks=(0,),
         hosts=("n0",),
         action="plans run as they are first made: the worker was killed by SIGKILL",
@@ -74,3 +78,37 @@ def test_a_part_that_fails_without_harm_to_training() -> None:
         "exact solver (rank 0 on n0) is lost since iteration 20; "
         "plans run as they are first made: the worker was killed by SIGKILL"
     )
+
+
+def test_it_is_read_back_as_it_was_sent() -> None:
+    assert StragglerEvent.from_json(json.loads(json.dumps(SLOW.to_json()))) == SLOW
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, [], {}, {**SLOW.to_json(), "more": 1}, {**SLOW.to_json(), "ranks": 3, "hosts": 4, "kind": "peer"}]
+)
+def test_what_is_no_event_is_refused(wrong: object) -> None:
+    with pytest.raises(ValueError, match="no event"):
+        StragglerEvent.from_json(wrong)
+
+
+def test_of_a_finding() -> None:
+    finding = Finding("link", 1, (0, 1), "slow", 7, 9, 0.4, 30.0, 1.0)
+    event = StragglerEvent.of_finding(
+        finding, (2, 3), {2: "a", 3: "b"}, action="none", plan_version=4, before_ms=20.0, after_ms=10.0
+    )
+    assert (event.subject, event.replica, event.ranks, event.hosts) == ("link 0-1", 1, (2, 3), ("a", "b"))
+    assert (event.since_iteration, event.found_iteration, event.predicted_gain, event.plan_version) == (7, 9, 2.0, 4)
+    assert event.sentence().startswith("replica 1: link 0-1 (rank 2 on a <-> rank 3 on b) is slow since iteration 7")
+
+
+def test_of_rails_peers_and_parts() -> None:
+    common = {"iteration": 5, "action": "what is done", "plan_version": 2}
+    rail = StragglerEvent.of_rail("tcp0", "lost", [(0, 4, "a"), (1, 5, "b")], replica=2, **common)
+    assert rail.sentence() == (
+        "replica 2: rail tcp0 of link 0-1 (rank 4 on a <-> rank 5 on b) is lost since iteration 5; what is done"
+    )
+    peer = StragglerEvent.of_peer(1, 5, "b", replica=0, **common)
+    assert peer.sentence() == "rank 5 on b is lost since iteration 5; what is done"
+    part = StragglerEvent.of_part("detection", "healed", 0, "a", **common)
+    assert part.sentence() == "detection (rank 0 on a) healed in iteration 5; what is done"

@@ -19,7 +19,7 @@ import pytest
 
 from adaptra_plugin.report import JsonlWriter
 from adaptra_plugin.report.jsonl import encode
-from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.report.worker import BatchWorker
 
 NEWS_S = 10.0  # longest wait for another thread; none of the tests gets near it
 
@@ -73,7 +73,9 @@ def test_rotation_keeps_one_older_file(tmp_path: Path) -> None:
 
 def test_the_oldest_go_when_the_disk_is_too_slow_and_nobody_waits() -> None:
     gate, done = threading.Event(), []
-    worker: Worker[int] = Worker("slow", lambda batch: (gate.wait(NEWS_S), done.extend(batch)), lambda: None, limit=16)
+    worker: BatchWorker[int] = BatchWorker(
+        "slow", lambda batch: (gate.wait(NEWS_S), done.extend(batch)), lambda: None, limit=16
+    )
     worker.put(0)
     until(lambda: not worker._records)  # the thread holds the first
     start = time.monotonic()
@@ -88,7 +90,7 @@ def test_the_oldest_go_when_the_disk_is_too_slow_and_nobody_waits() -> None:
 
 def test_closing_keeps_its_deadline() -> None:
     gate = threading.Event()
-    worker: Worker[int] = Worker("stuck", lambda batch: gate.wait(NEWS_S), lambda: None, limit=16)
+    worker: BatchWorker[int] = BatchWorker("stuck", lambda batch: gate.wait(NEWS_S), lambda: None, limit=16)
     worker.put(0)
     assert not worker.close(0.05)
     gate.set()
@@ -141,7 +143,7 @@ def test_a_full_disk_is_logged_once_and_survived(
         writer = JsonlWriter(tmp_path, 0, "r1", clock=lambda: 5.0, monotonic=lambda: now[0])
         for i in range(3):  # each within another pause: 1, 2, 4 s
             writer.write({"i": i})
-            until(lambda pause=2.0 ** (i + 1): writer._pause_s == pause)
+            until(lambda pause=2.0 ** (i + 1): writer._pauses.pause_s == pause)
             now[0] += 100.0
         disk.full = False
         now[0] += 100.0

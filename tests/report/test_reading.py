@@ -23,7 +23,6 @@ def report(folder: Path, run: str, start: float, iterations: int, ranks: int = 2
         reporter = Reporter(
             ReportConfig(directory=str(folder), wandb="off"),
             rank,
-            wandb_here=False,
             run=run,
             clock=lambda now=now: now[0],
         )

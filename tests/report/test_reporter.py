@@ -15,7 +15,7 @@ from tests.report.events import HEALED, SLOW
 
 def reporter(folder: Path | None, **config: object) -> Reporter:
     settings = ReportConfig(directory=str(folder) if folder else None, wandb="off", **config)  # type: ignore[arg-type]
-    return Reporter(settings, rank=3, wandb_here=False, run="r1", clock=lambda: 12.5)
+    return Reporter(settings, rank=3, run="r1", clock=lambda: 12.5)
 
 
 def records(folder: Path) -> list[dict[str, object]]:
@@ -34,7 +34,7 @@ def test_records_carry_type_time_and_rank(tmp_path: Path, caplog: pytest.LogCapt
     got = records(tmp_path)
     assert [record["type"] for record in got] == ["iteration", "event", "event", "plan", "ring_full"]
     assert {(record["time"], record["rank"], record["run"]) for record in got} == {(12.5, 3, "r1")}
-    assert got[0]["bubble_ms"] == [1.0, 2.0] and got[1]["text"] == SLOW.sentence() and got[1]["stages"] == [2, 3]
+    assert got[0]["bubble_ms"] == [1.0, 2.0] and got[1]["text"] == SLOW.sentence() and got[1]["pp_ranks"] == [2, 3]
     assert report.files() == [str(tmp_path / "rank00003.jsonl")]
     lines = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [
@@ -56,10 +56,10 @@ def test_metrics_of_the_pipeline_go_to_wandb_in_place_of_the_ranks_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[dict[str, object]] = []
-    monkeypatch.setattr("adaptra_plugin.report.wandb_sink.WandbSink.iteration", lambda self, m: taken.append(m))
-    report = Reporter(ReportConfig(directory=str(tmp_path), metrics_every=2), rank=3, wandb_here=True)
+    monkeypatch.setattr("adaptra_plugin.report.wandb_sink.WandbSink._put", lambda self, m: taken.append(m))
+    report = Reporter(ReportConfig(directory=str(tmp_path), metrics_every=2), rank=3, run_rank=3, overviews=True)
     for i in range(4):
-        report.iteration({"iteration": i, "own": 1}, to_wandb=False)
+        report.iteration({"iteration": i, "own": 1})
         report.pipeline({"iteration": i, "all": 1})
     report.close()
     assert taken == [{"iteration": 0, "all": 1}, {"iteration": 2, "all": 1}]

@@ -29,6 +29,7 @@ class Run:
         self.defined: list[str] = []
         self.finished = False
         self.broken: Exception | None = None
+        self._is_finished = False
         self.lock = threading.Lock()
 
     def define_metric(self, name: str, **settings: Any) -> None:
@@ -55,6 +56,8 @@ class Run:
     def _check(self) -> None:
         if self.broken:
             raise self.broken
+        if self._is_finished:
+            raise RuntimeError("Run (x) is finished. The call to `log` will be ignored.")
 
 
 class Module(types.ModuleType):
@@ -162,7 +165,7 @@ def test_a_run_that_the_host_has_finished_is_let_go(wandb: Module, caplog: pytes
     target = sink("on")
     target.iteration({"iteration": 0})
     settle(target)
-    wandb.run, run.broken = None, RuntimeError("run is finished")
+    wandb.run, run._is_finished = None, True
     target.iteration({"iteration": 1})
     target.event(SLOW)
     target.close(DEADLINE_S)
@@ -176,7 +179,7 @@ def test_a_run_that_the_host_finishes_meanwhile_is_no_failure(wandb: Module, cap
     target.iteration({"iteration": 0})
     settle(target)
     run.step += 1
-    run.broken = RuntimeError("Run (x) is finished. The call to `log` will be ignored.")
+    run._is_finished = True
     for number in (1, 2, 3):
         target.iteration({"iteration": number})
         settle(target)
@@ -194,7 +197,7 @@ def test_each_run_of_the_host_gets_what_was_reported_while_it_was_open(wandb: Mo
         target.iteration({"iteration": i})
     target.event(SLOW)
     settle(target)
-    first.broken, wandb.run = RuntimeError("Run (x) is finished. The call to `log` will be ignored."), None
+    first._is_finished, wandb.run = True, None
     target.iteration({"iteration": 4})
     target.event(SLOW)
     wandb.run = second = Run()

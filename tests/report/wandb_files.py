@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2
 
 _HEADER = 7  # the file's header, and that of each record, by coincidence

@@ -24,7 +24,7 @@ def metrics(i):
     return {"iteration": i, "iteration_ms": 300.0 + i, "bubble_ms": [1.0, 2.0], "link_delay_ms": {"2-3": 0.4}}
 
 def reporter(mode):
-    return Reporter(ReportConfig(directory=None, wandb=mode, wandb_alert_interval_s=0), 0, wandb_here=True)
+    return Reporter(ReportConfig(directory=None, wandb=mode, wandb_alert_interval_s=0), 0)
 
 """
 

@@ -83,7 +83,7 @@ class World:
             ratio = work[stage] if work else 1.0
             report = IterationReport(
                 replica=replica,
-                stage=stage,
+                pp_rank=stage,
                 rank=rank,
                 host=f"n{rank}",
                 iteration=index,
@@ -140,7 +140,7 @@ def test_the_end_waits_for_the_reports_of_the_last_iteration_that_are_still_on_t
     times = StageTimes(10.0, 10.0, 6.0)
 
     def last(rank: int) -> None:
-        mine = IterationReport(stage=rank, rank=rank, chunks=(times,), links=(), **report)
+        mine = IterationReport(pp_rank=rank, rank=rank, chunks=(times,), links=(), **report)
         world.coordinator.post(rank, {"type": "report", "report": mine.to_json()})
 
     world.coordinator.start()

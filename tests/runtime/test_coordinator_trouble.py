@@ -327,7 +327,7 @@ def report(world: World, i: int, **change: Any) -> dict[str, Any]:
     link = {"src": 0, "dst": 1, "delay_ms": 0.5, "messages": 8}
     sensible = {
         "replica": 0,
-        "stage": 1,
+        "pp_rank": 1,
         "rank": 1,
         "host": "n1",
         "iteration": i,
@@ -344,7 +344,7 @@ def report(world: World, i: int, **change: Any) -> dict[str, Any]:
     "change",
     [
         {"rank": 3},
-        {"stage": 2, "links": []},
+        {"pp_rank": 2, "links": []},
         {"replica": 7},
         {"chunks": [{"forward_ms": 1.0, "backward_input_ms": 1.0, "backward_weight_ms": 1.0}] * 2},
         {"links": [{"src": 3, "dst": 1, "delay_ms": 0.5, "messages": 8}]},

@@ -66,9 +66,9 @@ def test_a_verdict_is_a_number_and_a_truth(message):
 @pytest.mark.parametrize("rank", [-1, 2, "1", None, [], 1.0])
 def test_only_ranks_of_the_job_are_lost(rank):
     with pytest.raises(ValueError, match="rank: "):
-        loss_from({"rank": rank, "stage": 0, "host": "n", "why": "gone"}, TOPOLOGY)
+        loss_from({"rank": rank, "pp_rank": 0, "host": "n", "why": "gone"}, TOPOLOGY)
     info, why = loss_from({"rank": 1, "host": "n", "why": "gone"}, TOPOLOGY)
-    assert (info.rank, info.stage, info.host, why) == (1, 1, "n", "gone")
+    assert (info.rank, info.pp_rank, info.host, why) == (1, 1, "n", "gone")
 
 
 def test_an_answer_from_the_far_future_is_none():
@@ -78,7 +78,19 @@ def test_an_answer_from_the_far_future_is_none():
 
 
 KINDS = ["report", "answer", "rail", "show", "lost", "departed", "propose", "decide", "nonsense"]
-NAMES = ["rank", "stage", "host", "why", "version", "commit", "event", "pipeline", "report", "first_iteration", "plan"]
+NAMES = [
+    "rank",
+    "pp_rank",
+    "host",
+    "why",
+    "version",
+    "commit",
+    "event",
+    "pipeline",
+    "report",
+    "first_iteration",
+    "plan",
+]
 
 
 @pytest.fixture(scope="module")

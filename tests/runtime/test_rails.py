@@ -17,9 +17,10 @@ def step(watch, peer, state="paused"):
 def test_the_earlier_stage_tells_of_a_link_that_is_lost_and_healed():
     watch = RailWatch(TOPOLOGY, "n")
     lost = step(watch, 2)
-    assert (lost["state"], lost["link"], lost["rail"], lost["since_iteration"]) == ("lost", "0-1", "tcp0", 3)
+    assert (lost.state, lost.link, lost.rail, lost.since_iteration) == ("lost", "0-1", "tcp0", 3)
+    assert (lost.pp_ranks, lost.ranks, lost.hosts, lost.replica) == ((0, 1), (0, 2), ("n", "n"), 0)
     assert step(watch, 2) is None, "it is lost already"
-    assert step(watch, 2, "healthy")["state"] == "healed"
+    assert step(watch, 2, "healthy").state == "healed"
     assert step(watch, 2, "healthy") is None
     assert step(RailWatch(Topology(2, TOPOLOGY.pipelines), "n"), 0) is None, "the other end tells"
 

@@ -511,7 +511,7 @@ def test_no_gradient_is_none_and_not_zeros():
 
 
 def test_a_penalty_that_begins_later_gives_the_bits_of_stock():
-    """If its backward comes after the layer's; before it, autograd would already have accumulated (see README's known gaps)."""
+    """If its backward comes after the layer's; before it, autograd would already have accumulated (see docs/design/known-gaps.md)."""
 
     def run(split):
         torch.manual_seed(10)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 
+import numpy as np
 import pytest
 
 from adaptra_plugin.schedule import compiled as module
+from adaptra_plugin.schedule.planner import plan
+from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 
 
 def double(x: int) -> int:
@@ -23,10 +28,10 @@ def test_where_nothing_can_be_cached_it_is_compiled_all_the_same(monkeypatch):
 
     class Uncached:
         @staticmethod
-        def njit(function=None, *, cache=False):
+        def njit(*, cache=False, **options):
             if cache:
                 raise RuntimeError("cannot cache function: no locator available")
-            return numba.njit(function)
+            return numba.njit(**options)
 
         config = numba.config
 
@@ -45,3 +50,51 @@ def test_collection_is_put_back(enabled):
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_other_threads_run_while_a_kernel_does():
+    pytest.importorskip("numba")
+
+    @module.compiled
+    def wait(told, most):
+        for n in range(most):
+            if told[n % 1024]:
+                return n
+        return -1
+
+    told = np.zeros(1024, dtype=np.int64)
+    wait(told, 1)  # compiled
+    found = []
+    thread = threading.Thread(target=lambda: found.append(wait(told, 1 << 36)))
+    thread.start()
+    time.sleep(0.05)
+    told[:] = 1  # a kernel that held the interpreter lock would go on for a minute, and not find this
+    thread.join(50)
+    assert found and found[0] > 0
+
+
+def test_every_kernel_lets_other_threads_run():
+    pytest.importorskip("numba")
+    assert module.KERNELS and all(kernel.targetoptions["nogil"] for kernel in module.KERNELS)
+
+
+def test_training_goes_on_while_a_large_plan_is_made():
+    pytest.importorskip("numba")
+    stages = tuple(StageProfile(3.0 + n % 3, 4.0 + n % 2, 2.0, 66) for n in range(64))
+    links = tuple(LinkProfile(n, n + 1, 9.0 if n == 1 else 1.0, 0.5) for n in range(63))
+    profile = Profile(512, stages, links)
+    plan(profile)  # compiled
+    took = []
+
+    def planning() -> None:
+        began = time.perf_counter()
+        plan(profile)
+        took.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=planning)
+    last, longest = time.perf_counter(), 0.0
+    thread.start()
+    while thread.is_alive():
+        now = time.perf_counter()
+        last, longest = now, max(longest, now - last)
+    assert longest < max(took[0], 0.3) / 2

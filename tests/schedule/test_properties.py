@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.schedule.bound import bound_ns, bound_of
-from adaptra_plugin.schedule.names import NAMES
+from adaptra_plugin.schedule.names import SCHEDULES
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import makespan_ns, plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
@@ -64,7 +64,7 @@ def test_every_profile_gets_a_valid_plan_within_its_limits(profile):
 
 
 @ANY
-@given(profiles(), st.sampled_from(NAMES))
+@given(profiles(), st.sampled_from(list(SCHEDULES)))
 def test_no_schedule_beats_the_lower_bound(profile, name):
     try:
         made = plan(profile, schedule=name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptra_plugin.config import Fault, SimulateConfig, SlowLink, TransportConfig
 from adaptra_plugin.transport import Direction, Endpoint, EndpointInfo, Key, PeerInfo
+from adaptra_plugin.transport.proxy.settings import ProxySettings
 
 SECRET = b"a secret of the tests, 32 bytes."
 PATIENCE_S = 20.0
@@ -21,6 +22,11 @@ def config(**changes: Any) -> TransportConfig:
     """Small rings and short deadlines. The proxy is a thread, which starts at once, unless a test wants a process."""
     settings = {"ring_mib": 1, "deadline_s": PATIENCE_S, "connect_deadline_s": PATIENCE_S, "proxy": "thread"}
     return TransportConfig(**{**settings, **changes})
+
+
+def proxy_settings(**changes: Any) -> ProxySettings:
+    """As an endpoint tells its proxy, with the configuration's defaults."""
+    return ProxySettings.of(TransportConfig(**changes).model_dump(mode="json") | {"cpus": None, "spin_us": 0.0})
 
 
 def info(rank: int) -> PeerInfo:

@@ -12,7 +12,8 @@ from adaptra_plugin.errors import TransferTimeout, TransportError
 from adaptra_plugin.transport import Direction, Key
 from adaptra_plugin.transport.bridge import Op
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.ring import Memory, Outgoing, RingAllocator
+from adaptra_plugin.transport.memory import Memory
+from adaptra_plugin.transport.ring import RingAllocator, RingEntry
 from adaptra_plugin.transport.works import SendWork
 
 from .support import activation, line, until
@@ -107,7 +108,7 @@ def test_many_messages_do_not_grow_memory():
 
 
 def outgoing(position, total):
-    return Outgoing(position, total, SendWork(activation(0), None))
+    return RingEntry(position, total, SendWork(activation(0), None))
 
 
 def room(allocator):

@@ -17,7 +17,7 @@ from adaptra_plugin.errors import PeerLostError, TransferTimeout, TransportError
 from adaptra_plugin.transport import Direction, EndpointInfo, spawn
 from adaptra_plugin.transport import endpoint as endpoint_module
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.frames import Header
+from adaptra_plugin.transport.frames import MessageHeader
 
 from .fake_proxy import connected
 from .support import STUCK, activation, config, endpoint, everywhere, gradient, info, line, until
@@ -364,15 +364,19 @@ def test_the_proxy_process_is_gone_when_its_endpoint_was_killed():
 
 
 def test_nonsense_in_the_ring_of_an_authenticated_peer_ends_the_link(caplog):
-    right = Header(gradient(0), 0, 1, 64, 64).pack()
+    right = MessageHeader(gradient(0), 0, 1, 64, 64).pack()
     for raw, total, expected in (
         (b"x" * 64, 64, "starts with 78787878 instead"),
         (right, 256, "a message of 256 bytes announces 64 + 64 + 64 bytes"),
         (right, 1 << 40, "at most 1048576 are accepted"),
         (right, 0, "a message has 0 bytes"),
-        (Header(activation(0), 0, 1, 64, 64).pack(), 192, "a message of direction 0 came among those of direction 1"),
-        (Header(gradient(0), 0, 0, 63, 65).pack(), 192, "announces 64 + 63 + 65 bytes"),
-        (Header(gradient(0), 0, 5000, 64, 64).pack(), 192, "5000 tensors; at most 4096"),
+        (
+            MessageHeader(activation(0), 0, 1, 64, 64).pack(),
+            192,
+            "a message of direction 0 came among those of direction 1",
+        ),
+        (MessageHeader(gradient(0), 0, 0, 63, 65).pack(), 192, "announces 64 + 63 + 65 bytes"),
+        (MessageHeader(gradient(0), 0, 5000, 64, 64).pack(), 192, "5000 tensors; at most 4096"),
         (right + b"\xff" * 128, 192, "unknown dtype code 255"),
     ):
         first, fake = connected()

@@ -17,7 +17,7 @@ from adaptra_plugin.config import Fault, TransportConfig
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport import memfd, ring
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.ring import MESSAGES, Outgoing, RingAllocator
+from adaptra_plugin.transport.ring import MESSAGES, RingAllocator, RingEntry
 from adaptra_plugin.transport.works import SendWork
 
 from .fake_device import FakeDevice, channels, pair
@@ -260,7 +260,7 @@ def test_messages_of_a_growing_ring_never_overlap_and_stay_in_its_window(steps, 
             for other, size in held.items():
                 at = other % capacity
                 assert start + total <= at or at + size <= start
-            allocator.add(Outgoing(position, total, SendWork(activation(0), None)))
+            allocator.add(RingEntry(position, total, SendWork(activation(0), None)))
             held[position], newest = total, position + total
         elif held:
             position = sorted(held)[which % len(held)]

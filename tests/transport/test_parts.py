@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adaptra_plugin.errors import PeerLostError, TransportError
 from adaptra_plugin.transport import Direction
 from adaptra_plugin.transport.bridge import Op
-from adaptra_plugin.transport.frames import HEADER_BYTES, Header, MalformedMessage, parse_header, split
+from adaptra_plugin.transport.frames import HEADER_BYTES, MalformedMessage, MessageHeader, parse_header, split
+from adaptra_plugin.transport.shared import Loss
 from adaptra_plugin.transport.tensors import describe
-from adaptra_plugin.transport.works import Loss
 from tests.transport.fake_device import THERE, FakeDevice, channels, pair
 from tests.transport.support import activation, gradient, heard, until
 
@@ -274,13 +274,13 @@ def test_parts_cover_the_payload(payload):
 @pytest.mark.parametrize(
     ("header", "total"),
     [
-        (Header(KEY, 0, 1, 64, 64, 0, 1 << 50), 192),  # more than a ring holds
-        (Header(KEY, 0, 0, 0, 64, 1 << 50, 0), 128),
-        (Header(KEY, 0, 0, 0, 64, 63, 0), 128),
-        (Header(KEY, 0, 1, 64, 65, 0, 64), 193),  # what follows would not be aligned
-        (Header(KEY, 0, 1, 64, 0, 0, 64), 128),  # a part of nothing
-        (Header(KEY, 0, 1, 0, 64, 64, 0), 128),  # described behind the first part
-        (Header(KEY, 0, 0, 64, 64, 64, 0), 192),
+        (MessageHeader(KEY, 0, 1, 64, 64, 0, 1 << 50), 192),  # more than a ring holds
+        (MessageHeader(KEY, 0, 0, 0, 64, 1 << 50, 0), 128),
+        (MessageHeader(KEY, 0, 0, 0, 64, 63, 0), 128),
+        (MessageHeader(KEY, 0, 1, 64, 65, 0, 64), 193),  # what follows would not be aligned
+        (MessageHeader(KEY, 0, 1, 64, 0, 0, 64), 128),  # a part of nothing
+        (MessageHeader(KEY, 0, 1, 0, 64, 64, 0), 128),  # described behind the first part
+        (MessageHeader(KEY, 0, 0, 64, 64, 64, 0), 192),
     ],
 )
 def test_parts_that_cannot_be_are_refused(header, total):
@@ -301,7 +301,7 @@ _numbers = st.one_of(st.integers(0, 1 << 14).map(lambda n: 64 * n), st.integers(
     _numbers,
 )
 def test_whatever_a_header_says_what_is_accepted_fits(tensors, meta, payload, at, rest):
-    header = Header(KEY, -1, tensors, meta, payload, at, rest)
+    header = MessageHeader(KEY, -1, tensors, meta, payload, at, rest)
     try:
         accepted = parse_header(header.pack(), direction=KEY.direction, total=header.total, limit=1 << 20)
     except MalformedMessage:
@@ -313,9 +313,9 @@ def test_whatever_a_header_says_what_is_accepted_fits(tensors, meta, payload, at
 @pytest.mark.parametrize(
     ("second", "expected"),
     [
-        (Header(KEY, 0, 0, 0, 64, 128, 0), "a part begins at 128 of 192 bytes instead of 64 of 192"),
-        (Header(KEY, 0, 0, 0, 64, 64, 0), "a part begins at 64 of 128 bytes instead of 64 of 192"),
-        (Header(KEY, 0, 1, 64, 192, 0, 0), "a part begins at 0 of 192 bytes instead of 64 of 192"),
+        (MessageHeader(KEY, 0, 0, 0, 64, 128, 0), "a part begins at 128 of 192 bytes instead of 64 of 192"),
+        (MessageHeader(KEY, 0, 0, 0, 64, 64, 0), "a part begins at 64 of 128 bytes instead of 64 of 192"),
+        (MessageHeader(KEY, 0, 1, 64, 192, 0, 0), "a part begins at 0 of 192 bytes instead of 64 of 192"),
     ],
 )
 def test_parts_that_do_not_follow_each_other_end_the_link(fake_pair, second, expected):
@@ -335,7 +335,7 @@ def test_parts_that_do_not_follow_each_other_end_the_link(fake_pair, second, exp
 def test_a_part_without_a_beginning_ends_the_link(fake_pair):
     first, fake = fake_pair()
     work = first.channel(1).recv(KEY)
-    part = Header(KEY, 0, 0, 0, 64, 64, 0)
+    part = MessageHeader(KEY, 0, 0, 0, 64, 64, 0)
     fake.receive_ring(Direction.GRADIENT).write(0, part.pack() + bytes(64))
     fake.record(Op.ARRIVED, Direction.GRADIENT, 0, part.total)
     with pytest.raises(TransportError, match="a part begins at 64 of 128 bytes instead of 0 of 128"):

@@ -54,7 +54,7 @@ def test_one_refused_attempt_does_not_lose_a_rail_for_ever():
         good, before = dialler.secret, peer.link.connections["tcp0"].rail
         dialler.secret = b"another secret, for a moment...."
         dialler.loop.post(lambda: cut(peer.link, "tcp0"))
-        until(lambda: peer.link.health["tcp0"]._pause_s > 1.0, "a few refusals")
+        until(lambda: peer.link.health["tcp0"]._pauses.pause_s > 1.0, "a few refusals")
         assert not peer.gone
         dialler.secret = good
         until(back(peer.link, "tcp0", before), "return")

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.report.worker import Worker
+from adaptra_plugin.report.worker import BatchWorker
 from adaptra_plugin.transport import spawn
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.ring import Memory
+from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.slabs import Slabs
 
 from .support import activation, config, endpoint, line
@@ -102,7 +102,7 @@ def test_no_thread_for_the_endpoint():
 
 def test_no_thread_for_reports_costs_the_reports(caplog):
     def report() -> None:
-        worker: Worker[int] = Worker("adaptra-jsonl-0", print, print, 10)
+        worker: BatchWorker[int] = BatchWorker("adaptra-jsonl-0", print, print, 10)
         worker.put(1)
         assert worker.close(1.0)
         raise TransportError(caplog.text)

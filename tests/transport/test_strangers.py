@@ -25,7 +25,7 @@ from adaptra_plugin.transport.proxy.handshake import (
 
 from .support import SECRET, activation, config, connect_line, endpoint, everywhere, line, table, until
 
-CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.TCP, index=1)
+CLAIM = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.TCP, index=1)
 SETTINGS = Settings(connections=2, ring_bytes=1 << 20)
 
 

@@ -15,7 +15,7 @@ from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.types import Address, EndpointInfo, PeerInfo
 from tests.transport.proxy import certificates
 
-from .support import activation, config, connect_line, endpoint, everywhere, gradient
+from .support import activation, config, connect_line, endpoint, everywhere, gradient, proxy_settings
 
 BLOCK = {"certificate": "a", "key": "b", "authority": "c"}
 
@@ -96,7 +96,7 @@ def test_rdma_is_not_used_between_hosts_and_the_reason_is_reported(tls, boot, sk
     loop = Loop()
     try:
         owner = SimpleNamespace(
-            settings=ProxySettings(),
+            settings=proxy_settings(),
             endpoint_info=endpoint_info("b"),
             loop=loop,
             tls=object() if tls else None,

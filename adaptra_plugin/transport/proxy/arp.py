@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 
+from adaptra_plugin.backoff import Backoff
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
 
 _LOOK_S = 0.002
@@ -50,7 +51,7 @@ class ArpQuery:
         self._then: Callable[[], None] | None = None
         self._interface: str | None = None  # None: nobody needs to be asked
         self._timer: Timer | None = None
-        self._pause_s = _LOOK_S
+        self._pauses = Backoff(_LOOK_S, _LONGEST_LOOK_S)
         self._asked = float("-inf")
         self.known = True
         try:
@@ -90,8 +91,7 @@ class ArpQuery:
             if self._loop.clock() - self._asked >= _ASK_S:
                 self._asked = self._loop.clock()
                 self._ask()
-            self._timer = self._loop.call_later(self._pause_s, self._look)
-            self._pause_s = min(2 * self._pause_s, _LONGEST_LOOK_S)
+            self._timer = self._loop.call_later(self._pauses.next(), self._look)
         elif self._then is not None:
             then, self._then = self._then, None
             then()

@@ -60,7 +60,7 @@ class Claim:
     """Which connection this is: whose, to whom, for what, and which of several."""
 
     source: int
-    stage: int
+    pp_rank: int
     target: int
     purpose: Purpose
     index: int
@@ -199,7 +199,7 @@ class InitiatorMachine:
             c.index,
             c.source,
             c.target,
-            c.stage,
+            c.pp_rank,
             self._settings.connections,
             self._settings.ring_bytes,
             secrets.token_bytes(NONCE_BYTES),

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from adaptra_plugin.backoff import Backoff
 from adaptra_plugin.errors import HandshakeError
 from adaptra_plugin.transport.log import RateLimit, log
 from adaptra_plugin.transport.proxy import handshake
@@ -81,7 +82,9 @@ class HandshakeConnection:
         except OSError as error:
             # errors of TLS have words of their own; those that trying again does not help say so
             kind = Refused if getattr(error, "final", False) else HandshakeError
-            self.fail(kind(f"the connection broke during the handshake: {error.strerror or error}"))
+            failure = kind(f"the connection broke during the handshake: {error.strerror or error}")
+            failure.__cause__ = error
+            self.fail(failure)
             return
         if self._out:
             self._loop.watch(self.sock, READ | WRITE, self._ready)
@@ -248,7 +251,7 @@ def _name(sock: socket.socket, address: object) -> str:
 class Connector:
     """Dials until the connection stands, the other end refuses with a reason, or `close`.
 
-    `address`: a TCP address, or the name of an abstract Unix socket. `on_failed` hears the reason of each attempt that
+    `address`: a TCP address, or the name of an abstract Unix socket. `on_failed` hears the error of each attempt that
     failed, before the next one is planned, and may `close` this dialer. Everybody is called from the loop, never from here:
     the owner has to have the dialer first.
     """
@@ -264,7 +267,7 @@ class Connector:
         source: str | None,
         on_done: Callable[[socket.socket, Claim, Settings], None],
         on_refused: Callable[[Claim, HandshakeError], None],
-        on_failed: Callable[[Claim, str], None] = lambda claim, reason: None,
+        on_failed: Callable[[Claim, Exception], None] = lambda claim, error: None,
         tls: Tls | None = None,
     ) -> None:
         self._tls = tls
@@ -279,7 +282,7 @@ class Connector:
         self._on_refused = on_refused
         self._on_failed = on_failed
         self._closed = False
-        self._pause_s = _FIRST_PAUSE_S
+        self._pauses = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self._connection: HandshakeConnection | None = None
         self._retry: Timer | None = loop.call_at(loop.clock(), self._dial)
 
@@ -298,15 +301,14 @@ class Connector:
         except OSError as error:
             if sock is not None:
                 sock.close()
-            self._again(str(error))
+            self._again(error)
 
-    def _again(self, reason: str) -> None:
-        self.last_reason = reason
-        self._on_failed(self.claim, reason)
+    def _again(self, error: Exception) -> None:
+        self.last_reason = str(error)
+        self._on_failed(self.claim, error)
         if self._closed:
             return
-        self._retry = self._loop.call_later(self._pause_s, self._dial)
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self._retry = self._loop.call_later(self._pauses.next(), self._dial)
 
     def _done(self, connection: HandshakeConnection) -> None:
         self._connection = None
@@ -318,7 +320,7 @@ class Connector:
         if isinstance(error, Refused):
             self._on_refused(self.claim, error)
         else:
-            self._again(str(error))
+            self._again(error)
 
     def close(self) -> None:
         self._closed = True

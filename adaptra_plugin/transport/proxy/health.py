@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 
+from adaptra_plugin.backoff import Backoff
+
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
 CLEAN_S = 10.0
@@ -30,7 +32,7 @@ class Health:
     def __init__(self) -> None:
         self.state = State.PROBING  # no connection yet
         self.until = 0.0
-        self._pause_s = FIRST_PAUSE_S
+        self._pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._since = 0.0
 
     def answered(self, now: float) -> bool:
@@ -51,14 +53,13 @@ class Health:
 
     def _end_of_health(self, now: float) -> None:
         if now - self._since >= CLEAN_S:
-            self._pause_s = FIRST_PAUSE_S
+            self._pauses.reset()
 
     def failed(self, now: float) -> float:
         """The connection is gone. How long to leave it alone (s): twice as long each time, until it has worked well."""
         if self.state is State.HEALTHY:
             self._end_of_health(now)
-        pause = self._pause_s
-        self._pause_s = min(2 * pause, LONGEST_PAUSE_S)
+        pause = self._pauses.next()
         self.state, self.until = State.PAUSED, now + pause
         return pause
 

@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.proxy.wire import UNIT, Header, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import UNIT, FrameHeader, MalformedFrame
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class LaneInbox:
         self.floor = 0
         self.duplicates = 0
 
-    def _message(self, header: Header) -> Incoming | None:
+    def _message(self, header: FrameHeader) -> Incoming | None:
         """The message that a segment belongs to; None: it is done with."""
         if header.floor > self.floor:
             self.floor = header.floor
@@ -67,7 +67,7 @@ class LaneInbox:
             )
         return found
 
-    def _check(self, header: Header) -> None:
+    def _check(self, header: FrameHeader) -> None:
         """A new message. One that its sender's ring cannot hold, or ever so many, would fill this process."""
         if header.total > self.limit:
             raise MalformedFrame(f"a message of {header.total} bytes is announced; at most {self.limit} fit here")
@@ -79,12 +79,12 @@ class LaneInbox:
         if len(self.messages) >= self.receive_ring.capacity // UNIT:
             raise MalformedFrame(f"{len(self.messages)} messages have been begun, more than the ring has room for")
 
-    def has(self, header: Header) -> bool:
+    def has(self, header: FrameHeader) -> bool:
         """Whether the bytes of a segment have come, or the message is done with."""
         found = self._message(header)
         return found is None or not found.missing or header.at in found.segments
 
-    def place(self, header: Header) -> list[memoryview] | None:
+    def place(self, header: FrameHeader) -> list[memoryview] | None:
         """Where the bytes of a segment go; None if they have come before. Every place must be ended by `filled` or `left`."""
         if self.has(header):
             self.duplicates += 1
@@ -92,13 +92,13 @@ class LaneInbox:
         self.messages[header.message].writing += 1
         return self.receive_ring.slices(header.message + header.at, header.length)
 
-    def left(self, header: Header) -> Incoming | None:
+    def left(self, header: FrameHeader) -> Incoming | None:
         """A segment that was placed will not be completed. The message, if its room has become free by that."""
         found = self.messages[header.message]
         found.writing -= 1
         return self._freed(found)
 
-    def filled(self, header: Header) -> tuple[list[Incoming], Incoming | None]:
+    def filled(self, header: FrameHeader) -> tuple[list[Incoming], Incoming | None]:
         """A segment that was placed is complete. The messages that can be delivered by that, and the one whose room is free
         by that."""
         found = self.messages[header.message]
@@ -110,7 +110,7 @@ class LaneInbox:
         found.missing = max(0, found.missing - header.length)
         return self._deliverable(found), None
 
-    def referenced(self, header: Header) -> list[Incoming]:
+    def referenced(self, header: FrameHeader) -> list[Incoming]:
         """The whole of a message lies in the peer's ring, whatever of it has come. The messages that can be delivered."""
         found = self._message(header)
         if found is None or not found.missing:

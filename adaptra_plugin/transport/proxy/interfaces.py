@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import socket
-import struct
+
+import psutil
 
 from adaptra_plugin.errors import TransportError
-
-_SIOCGIFADDR = 0x8915
 
 
 def address_of(interface: str) -> str:
@@ -22,12 +20,10 @@ def address_of(interface: str) -> str:
         return str(ipaddress.ip_address(interface))
     except ValueError:
         pass
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-    except OSError as error:
-        known = ", ".join(name for _, name in socket.if_nameindex())
+    known = psutil.net_if_addrs()
+    found = [entry.address for entry in known.get(interface, ()) if entry.family == socket.AF_INET]
+    if not found:
         raise TransportError(
-            f"adaptra.transport.interfaces: {interface!r} has no IPv4 address ({error.strerror}); this host has {known}"
-        ) from None
-    return socket.inet_ntoa(answer[20:24])
+            f"adaptra.transport.interfaces: {interface!r} has no IPv4 address; this host has {', '.join(known)}"
+        )
+    return str(found[0])

@@ -27,8 +27,8 @@ from adaptra_plugin.transport.proxy.wire import (
     POSITIONS,
     TIMES,
     Flag,
+    FrameHeader,
     FrameKind,
-    Header,
     MalformedFrame,
 )
 from adaptra_plugin.transport.types import Direction
@@ -138,7 +138,7 @@ class Link:
         # on every rail, in front of what goes again: the peer lets go of its end, and of the room that it was filling
         note = json.dumps({"closed": rail.name, "ours": connection.ours, "yours": connection.theirs}).encode()
         for other in self.connections.values():
-            other.tell(Header(FrameKind.RAIL), note)
+            other.tell(FrameHeader(FrameKind.RAIL), note)
         self._events.rail_state(rail, health.state, reason)
         self._events.rail_lost(rail, reason)
         self.pump()
@@ -226,7 +226,7 @@ class Link:
 
     def _submit_state(self, connection: RailConnection, item: Item) -> None:
         item.sends += 1
-        header = Header(item.kind, direction=item.direction, lane=item.lane, message=item.number, total=item.total)
+        header = FrameHeader(item.kind, direction=item.direction, lane=item.lane, message=item.number, total=item.total)
         header.sequence, header.behind = connection.number(item, self._clock())
         connection.tell(header, item.body)
 
@@ -271,7 +271,7 @@ class Link:
 
     # --- receiving: the rails' sink
 
-    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
+    def place(self, rail: Rail, header: FrameHeader) -> list[memoryview] | None:
         """Sink: where the body of a segment goes."""
         inbox = self._inboxes.get((header.direction, header.lane))
         connection = self.connections.get(rail.name)
@@ -284,7 +284,7 @@ class Link:
             connection.placed[header.sequence] = header
         return windows
 
-    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+    def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
         """Sink: a whole frame."""
         connection = self.connections.get(rail.name)
         if connection is None or connection.rail is not rail or self._closed:
@@ -308,7 +308,7 @@ class Link:
             if rail.backlog > ANSWERS_BACKLOG:
                 return
             answer = TIMES.pack(header.sent, self._clock())
-            connection.tell(Header(FrameKind.PONG, sent=self._clock()), answer)
+            connection.tell(FrameHeader(FrameKind.PONG, sent=self._clock()), answer)
         elif header.kind == FrameKind.PONG and len(body) == TIMES.size:
             sent, remote_received = TIMES.unpack(body)
             if not (math.isfinite(sent) and math.isfinite(remote_received)):
@@ -344,7 +344,7 @@ class Link:
                 connection.rail, self.health[connection.rail.name].state, f"{count} frames arrived damaged"
             )
 
-    def _segment(self, connection: RailConnection, header: Header) -> bool:
+    def _segment(self, connection: RailConnection, header: FrameHeader) -> bool:
         """False if its bytes have not come, or are not what was sent: it will come again."""
         inbox = self._inboxes.get((header.direction, header.lane))
         if inbox is None or not header.sequence:
@@ -373,7 +373,7 @@ class Link:
             self._events.message(header.direction, header.lane, message)
         return True
 
-    def _discard(self, inbox: LaneInbox, header: Header) -> None:
+    def _discard(self, inbox: LaneInbox, header: FrameHeader) -> None:
         """Other rails that are in the middle of these bytes stop writing: what is here is right, and may be read now."""
         found = inbox.messages.get(header.message)
         if found is None or not found.writing:
@@ -384,14 +384,14 @@ class Link:
                 if here and inbox.has(other) and connection.rail.discard(other):
                     self._leave(connection, other)
 
-    def _leave(self, connection: RailConnection, header: Header) -> None:
+    def _leave(self, connection: RailConnection, header: FrameHeader) -> None:
         """A segment that a rail was filling will not be completed."""
         del connection.placed[header.sequence]
         freed = self._inboxes[header.direction, header.lane].left(header)
         if freed is not None:
             self._set_free(header.direction, header.lane, freed.message)
 
-    def _state(self, rail: Rail, header: Header, body: bytes) -> None:
+    def _state(self, rail: Rail, header: FrameHeader, body: bytes) -> None:
         kind = header.kind
         if kind == FrameKind.CONSUMED:
             self._consumed(body)
@@ -421,7 +421,7 @@ class Link:
                     self._events.acked(*key, message)
                 self._events.consumed(*key, message)
 
-    def _acknowledged(self, connection: RailConnection, header: Header, body: bytes) -> None:
+    def _acknowledged(self, connection: RailConnection, header: FrameHeader, body: bytes) -> None:
         arrived, lost = connection.acknowledged(header.message, body, self._clock())
         if arrived:
             self._well(connection)
@@ -461,7 +461,7 @@ class Link:
     def _acknowledge(self, connection: RailConnection) -> None:
         if connection.rail.backlog > ANSWERS_BACKLOG:
             return  # it stays due
-        connection.tell(Header(FrameKind.ACK, message=connection.cumulative), connection.acknowledgement())
+        connection.tell(FrameHeader(FrameKind.ACK, message=connection.cumulative), connection.acknowledgement())
 
     # --- time
 
@@ -482,7 +482,7 @@ class Link:
         now = self._clock()
         connection.pinged = now if connection.pinged is None else connection.pinged
         connection.asked = now
-        connection.tell(Header(FrameKind.PING, message=connection.ours, sent=now))
+        connection.tell(FrameHeader(FrameKind.PING, message=connection.ours, sent=now))
 
     def _late(self, connection: RailConnection, now: float) -> None:
         name, silent, busy = connection.rail.name, connection.silent_s(now), connection.rail.backlog > 0

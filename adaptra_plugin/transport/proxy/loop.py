@@ -22,6 +22,16 @@ class HasDescriptor(Protocol):
     def fileno(self) -> int: ...
 
 
+class Descriptor:
+    """A bare file descriptor, for `Loop.watch`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
 class _Doorbell:
     """Wakes the loop; rung many times between two looks it costs one system call."""
 

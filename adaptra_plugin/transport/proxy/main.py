@@ -8,7 +8,7 @@ import socket
 import sys
 
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.proxy.loop import READ
+from adaptra_plugin.transport.proxy.loop import READ, Descriptor
 from adaptra_plugin.transport.proxy.server import Proxy
 
 
@@ -23,16 +23,6 @@ class _Forward(logging.Handler):
         self._proxy.log_line(record.levelno, record.getMessage())
 
 
-class _Descriptor:
-    """As the loop wants it."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def fileno(self) -> int:
-        return self._fd
-
-
 def main() -> None:
     data, control = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
     proxy = Proxy(data, control)
@@ -42,7 +32,7 @@ def main() -> None:
     if hasattr(os, "pidfd_open"):
         try:
             # readable when the process has ended, however it has ended
-            proxy.loop.watch(_Descriptor(os.pidfd_open(os.getppid())), READ, lambda mask: proxy.stop())
+            proxy.loop.watch(Descriptor(os.pidfd_open(os.getppid())), READ, lambda mask: proxy.stop())
         except OSError:
             return  # the endpoint's process is gone already
     proxy.run()

@@ -11,23 +11,13 @@ from typing import Any
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy import verbs
 from adaptra_plugin.transport.proxy.arp import ArpQuery
-from adaptra_plugin.transport.proxy.loop import READ, Loop, Timer
+from adaptra_plugin.transport.proxy.loop import READ, Descriptor, Loop, Timer
 from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, QueuePair, Region, VerbsError
 
 RETIRED_S = 5.0
 """Until a queue pair that is out of service is destroyed (s)."""
 MAX_RETIRED = 4
 """Those of one port that wait for it; beyond that the oldest one goes at once."""
-
-
-class _Descriptor:
-    """What the loop watches."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def fileno(self) -> int:
-        return self._fd
 
 
 class Nic:
@@ -46,9 +36,9 @@ class Nic:
         self._rings: dict[Memfd, dict[int, Region | None]] = {}  # by extent; None: it was wanted, and could not be had
         self._listeners: list[Callable[[str], None]] = []
         self._retired: deque[tuple[Sequence[Any], Timer]] = deque()
-        self._events: _Descriptor | None = None
+        self._events: Descriptor | None = None
         if self.device.events_fd is not None:
-            self._events = _Descriptor(self.device.events_fd)
+            self._events = Descriptor(self.device.events_fd)
             loop.watch(self._events, READ, self._ready)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from adaptra_plugin.transport.proxy.wire import UNIT, FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import UNIT, FrameHeader, FrameKind
 from adaptra_plugin.transport.types import Direction
 
 SMALL = 64 << 10
@@ -117,12 +117,12 @@ class Outbox:
         """Position of the oldest message that is not consumed."""
         return next(iter(self.lanes[direction, lane]), None)
 
-    def header(self, item: Item) -> Header:
+    def header(self, item: Item) -> FrameHeader:
         """Of a segment, without what depends on the rail."""
         found = item.outgoing
         assert found is not None
         floor = self.floor(found.direction, found.lane)
-        return Header(
+        return FrameHeader(
             FrameKind.SEGMENT,
             direction=found.direction,
             lane=found.lane,

@@ -108,6 +108,7 @@ class Peer:
         self._mapped_here = self._mapped_there = False
         self._announced = False
         self._closing = False
+        self._garbled = False  # the last rail has ended because what came over it was no frame
         self._prober = PeerProber(owner.loop, endpoint_info.addresses[0], owner.settings.reconnect_s, self._lose)
         self._news = RailNews(owner.loop, lambda rail, state, why: owner.peer_rail(self, rail, state, why))
         self._with_rdma = False
@@ -220,7 +221,7 @@ class Peer:
         index = 0 if shm else int(name.removeprefix("tcp"))
         path = index % self._paths if self.near else 0
         claim = Claim(
-            self._owner.me.rank, self._owner.me.stage, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
+            self._owner.me.rank, self._owner.me.pp_rank, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
         )
         source = self._owner.endpoint_info.addresses[path].host if path else None
         settings = self._owner.settings
@@ -256,11 +257,11 @@ class Peer:
         else:
             self._owner.peer_refused(self, f"refused the connection: {error}")
 
-    def _dial_failed(self, claim: Claim, reason: str) -> None:
+    def _dial_failed(self, claim: Claim, error: Exception) -> None:
         if claim.rail == "shm" and not self._announced:
             self._connectors.pop("shm").close()
-            self._skip("shm", f"its socket cannot be reached from here ({reason}): is it in another network namespace?")
-        elif claim.rail != "shm" and "refused" in reason.lower():
+            self._skip("shm", f"its socket cannot be reached from here ({error}): is it in another network namespace?")
+        elif claim.rail != "shm" and isinstance(error.__cause__ or error, ConnectionRefusedError):
             self._prober.refused()
 
     def _skip(self, name: str, why: str) -> None:
@@ -425,6 +426,7 @@ class Peer:
         if self._dials:
             self._plan_again(rail.name)
         if not self.link.connections:
+            self._garbled = rail.garbled
             self._prober.begin(reason)
 
     def _later(self, name: str) -> None:
@@ -451,7 +453,7 @@ class Peer:
     def _lose(self, reason: str) -> None:
         if not (self.gone or self.departed or self._closing):
             error, remedy = "PeerLostError", LOOK
-            if "no frame" in reason:
+            if self._garbled:
                 error = "TransportError"
                 remedy = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
             self.gone = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from adaptra_plugin.backoff import Backoff
 from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.proxy.handshake_connection import Probe
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
@@ -30,7 +31,7 @@ class PeerProber:
         self._lose = lose
         self._reason: str | None = None  # why the last rail went; None: none has stood yet
         self._since: float | None = None
-        self._pause_s = FIRST_PROBE_S
+        self._pauses = Backoff(FIRST_PROBE_S, LONGEST_PAUSE_S)
         self._refusals = 0
         self._probe: Probe | None = None
         self._timer: Timer | None = None
@@ -39,9 +40,10 @@ class PeerProber:
         """No rail stands: none yet, or the last one has gone for `reason`."""
         self.end()
         self._reason, self._since = reason, self._loop.clock()
-        self._pause_s = FIRST_PROBE_S if reason is not None else LONGEST_PAUSE_S
+        self._pauses.reset()
         if reason is None:
-            self._timer = self._loop.call_later(self._pause_s, self._look)
+            self._pauses.pause_s = LONGEST_PAUSE_S
+            self._timer = self._loop.call_later(LONGEST_PAUSE_S, self._look)
         else:
             self._look()
 
@@ -78,8 +80,8 @@ class PeerProber:
         if self._probe is not None:
             self._probe.close()
         self._probe = Probe(self._loop, self._address, self._probed)
-        self._timer = self._loop.call_later(min(self._pause_s, max(self._patience_s - silent, 0.01)), self._look)
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        pause = min(self._pauses.next(), max(self._patience_s - silent, 0.01))
+        self._timer = self._loop.call_later(pause, self._look)
 
     def _probed(self, somebody: bool) -> None:
         self._probe = None

@@ -12,12 +12,9 @@ import os
 import random
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from adaptra_plugin.transport.proxy.verbs_library import VerbsError, event_descriptors, load, told
-
-if TYPE_CHECKING:
-    from adaptra_plugin.transport.proxy.verbs import Device, Gid
+from adaptra_plugin.transport.proxy.verbs_library import Gid, VerbsError, event_descriptors, load, told
 
 MTUS = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
 """ibv_mtu -> bytes."""
@@ -154,13 +151,18 @@ class Work(NamedTuple):
     more: tuple[tuple[Region, int, int], ...] = ()
 
 
+class _Device(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
 class QueuePair:
     """A reliable connected queue pair: INIT -> `connect` -> RTS -> (`fail`, or any error) ERR. Never comes back from ERR:
     a new pair is needed. Requests posted in ERR, and those under way, complete as flushed."""
 
     def __init__(
         self,
-        device: Device,
+        device: _Device,
         domain: Any,
         completions: Completions,
         sends: int,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from adaptra_plugin.transport.proxy.control import checksum_of
 from adaptra_plugin.transport.proxy.outbox import Item
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
-from adaptra_plugin.transport.proxy.wire import RANGE, Flag, Header, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import RANGE, Flag, FrameHeader, MalformedFrame
 
 FIRST_SPEED = 1e9
 """Assumed speed of a rail that nothing is known of (bytes/s)."""
@@ -86,7 +86,7 @@ class RailConnection:
     ranges: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
     """Numbers that have come or need not come any more: first and last of each run."""
     ack_due: int = 0
-    placed: dict[int, Header] = field(default_factory=dict)
+    placed: dict[int, FrameHeader] = field(default_factory=dict)
     """Segments that the rail is in the middle of, by number."""
 
     # --- sending
@@ -108,7 +108,7 @@ class RailConnection:
                 return self.sequence, self.sequence - first
             del self.under_way[first]
 
-    def tell(self, header: Header, body: bytes = b"") -> None:
+    def tell(self, header: FrameHeader, body: bytes = b"") -> None:
         """Submits a frame that is no segment."""
         header.length = len(body)
         if body:

@@ -28,7 +28,7 @@ from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
 from adaptra_plugin.transport.proxy.rails.rdma import LANDING_BYTES, RdmaRail
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.proxy.verbs import VerbsError
-from adaptra_plugin.transport.proxy.wire import Header, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import FrameHeader, MalformedFrame
 from adaptra_plugin.transport.types import Direction
 
 MAX_TEXT = 500
@@ -86,10 +86,10 @@ class _Attempt:
         self.limit, self.lanes = link.limit, link.lanes
         self._on_failed = on_failed
 
-    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
+    def place(self, rail: Rail, header: FrameHeader) -> list[memoryview] | None:
         raise MalformedFrame("a segment came over a rail that does not stand")
 
-    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+    def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
         raise MalformedFrame("a frame came over a rail that does not stand")
 
     def failed(self, rail: Rail, reason: str) -> None:

@@ -158,7 +158,7 @@ class Proxy:
         if offset:
             clock = self.loop.clock
             self.loop.clock = lambda: clock() + offset
-        self._faults = Faults(message.get("simulate") or {}, self.me.stage, self.loop)
+        self._faults = Faults(message.get("simulate") or {}, self.me.pp_rank, self.loop)
         try:
             self.tls = Tls(self.settings.tls) if self.settings.tls else None
             self.ports.find(self.loop, self.settings)
@@ -228,7 +228,7 @@ class Proxy:
             return
         fds = iter(descriptors)
         for entry in message["peers"]:
-            info = PeerInfo(int(entry["rank"]), int(entry["stage"]), str(entry["host"]))
+            info = PeerInfo(int(entry["rank"]), int(entry["pp_rank"]), str(entry["host"]))
             endpoint_info = EndpointInfo.parse(entry["endpoint_info"])
             near = self._neighbour(endpoint_info, fds) if entry["neighbour"] else None
             dials = self.me.rank != coordinator and (info.rank == coordinator or self.me.rank < info.rank)
@@ -257,8 +257,8 @@ class Proxy:
         peer = self._peers.get(claim.source)
         if peer is None:
             reason: str | None = f"rank {claim.source} is no neighbour of rank {self.me.rank}"
-        elif peer.info.stage != claim.stage:
-            reason = f"rank {claim.source} says it is stage {claim.stage}, here it is known as {peer.info}"
+        elif peer.info.pp_rank != claim.pp_rank:
+            reason = f"rank {claim.source} says it is stage {claim.pp_rank}, here it is known as {peer.info}"
         else:
             reason = peer.adopt(sock, claim)
         if reason is not None:
@@ -305,7 +305,7 @@ class Proxy:
     # --- what peers report
 
     def wrap(self, rail: Rail, peer: Peer) -> Rail:
-        return self._faults.wrap(rail, peer.info.stage)
+        return self._faults.wrap(rail, peer.info.pp_rank)
 
     def peer_up(self, peer: Peer) -> None:
         self._check_connected()

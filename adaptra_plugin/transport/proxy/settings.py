@@ -12,28 +12,29 @@ from adaptra_plugin.transport.proxy.rails.base import RailKind
 
 @dataclass(frozen=True)
 class ProxySettings:
-    """The `transport` block of the configuration, see `adaptra_plugin.config.TransportConfig`."""
+    """What the proxy needs of the `transport` block: `adaptra_plugin.config.TransportConfig` has checked it and knows the
+    defaults."""
 
-    rail: str = "auto"
-    connections_per_direction: int = 2
-    ring_mib: str | int = "auto"
-    ring_max_mib: int = 1024
-    max_message_mib: int = 4096
-    segment_kib: int = 1024
-    checksum: str = "auto"
-    interfaces: tuple[str, ...] = ()
-    rdma_devices: str | Sequence[str] = "auto"
-    handshake_timeout_s: float = 5.0
-    reconnect_s: float = 5.0
-    cpus: Sequence[int] | None = None
-    nice: int = 0
-    spin_us: float = 0.0
-    tls: Mapping[str, Any] | None = None
+    rail: str
+    connections_per_direction: int
+    ring_mib: str | int
+    ring_max_mib: int
+    max_message_mib: int
+    segment_kib: int
+    checksum: str
+    interfaces: tuple[str, ...]
+    rdma_devices: str | Sequence[str]
+    handshake_timeout_s: float
+    reconnect_s: float
+    cpus: Sequence[int] | None
+    nice: int
+    spin_us: float
+    tls: Mapping[str, Any] | None
 
     @classmethod
     def of(cls, block: Mapping[str, Any]) -> ProxySettings:
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in block.items() if name in known})
+        """From the whole block, as plain values. Raises KeyError for one that is incomplete."""
+        return cls(**{field.name: block[field.name] for field in fields(cls)})
 
     @property
     def ring_bytes(self) -> int:

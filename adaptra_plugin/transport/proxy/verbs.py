@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptra_plugin.transport.proxy.queues import MTUS, Completion, Completions, QueuePair, Region, Work
-from adaptra_plugin.transport.proxy.verbs_library import VerbsError, event_descriptors, load, status_text, told
+from adaptra_plugin.transport.proxy.verbs_library import Gid, VerbsError, event_descriptors, load, status_text, told
 
 __all__ = [
     "Completion",
@@ -42,19 +42,6 @@ _ACTIVE = 4  # ibv_port_state
 _left_alone: list[Device] = []  # a forked child's copies of its parent's
 _LINK_LAYERS = {0: "infiniband", 1: "infiniband", 2: "ethernet"}
 _GID_KINDS = {0: "ib", 1: "roce1", 2: "roce2"}
-
-
-@dataclass(frozen=True, slots=True)
-class Gid:
-    """An entry of a port's address table. `kind`: ib, roce1 or roce2; `interface`: network interface, if any."""
-
-    index: int
-    address: str
-    """IPv4 if the entry maps one, else IPv6; text."""
-    kind: str
-    interface: str | None
-    raw: str
-    """All 128 bits, as pyverbs reads and writes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from adaptra_plugin.errors import TransportError
 
 SYSTEM_PACKAGES = ("/usr/lib/python3/dist-packages", "/usr/lib64/python3/site-packages")
+"""Where distributions put pyverbs; looked at when Python's path has none."""
 _STATUS = {
     1: "local length error",
     2: "local QP operation error",
@@ -34,6 +36,19 @@ _STATUS = {
     21: "fatal error of the device",
     22: "response timed out",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Gid:
+    """An entry of a port's address table. `kind`: ib, roce1 or roce2; `interface`: network interface, if any."""
+
+    index: int
+    address: str
+    """IPv4 if the entry maps one, else IPv6; text."""
+    kind: str
+    interface: str | None
+    raw: str
+    """All 128 bits, as pyverbs reads and writes them."""
 
 
 class VerbsError(TransportError):

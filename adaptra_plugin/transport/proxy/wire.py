@@ -68,7 +68,7 @@ class MalformedFrame(TransportError):
 
 
 @dataclass(slots=True)
-class Header:
+class FrameHeader:
     """`sequence` numbers the frames of a connection that want an acknowledgement, from 1; 0: none is wanted. `behind`: this
     many numbers before it, and no older ones, are still waited for. `floor`: all messages of the lane before this position
     are done with. `sent`: when the message lay whole in the ring (sender's clock, s). `after`: how far in front of this
@@ -103,7 +103,7 @@ class Header:
         return raw + _CHECK.pack(zlib.crc32(raw))
 
 
-def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> Header:
+def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> FrameHeader:
     """Checks and unpacks a header.
 
     Args:
@@ -122,7 +122,7 @@ def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> Header:
         raise MalformedFrame("the checksum of a frame's header is wrong")
     try:
         message, total, at, length, floor, checksum, sent = rest
-        header = Header(
+        header = FrameHeader(
             *(FrameKind(kind), sequence, flags, Direction(direction), lane, message, total),
             *(at, length, floor, checksum, sent, after, behind),
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from adaptra_plugin.transport.proxy.link import Link
 from adaptra_plugin.transport.proxy.loop import Timer
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind
-from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind, MalformedFrame, parse
 
 
 class World:
@@ -107,7 +107,7 @@ class MemoryRail(Rail):
         self._out: deque[tuple[bytes | memoryview, bool]] = deque()  # a piece, and whether it is the frame's last
         self._backlog = 0
         self._busy = self._broken = False
-        self._header: Header | None = None
+        self._header: FrameHeader | None = None
         self._windows: list[memoryview] | None = None
         self._body = bytearray()
         self._waste = False
@@ -205,7 +205,7 @@ class MemoryRail(Rail):
             header, self._header = self._header, None
             self.sink.arrived(self, header, bytes(self._body))
 
-    def discard(self, header: Header) -> bool:
+    def discard(self, header: FrameHeader) -> bool:
         assert self._header is not None and self._header.sequence == header.sequence
         self._waste = True
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from adaptra_plugin.transport.proxy.rails.base import RailKind
-from adaptra_plugin.transport.proxy.wire import Flag, FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.memory import Cable
 
@@ -163,7 +163,7 @@ def test_a_declined_copy_does_not_count_in_place_of_a_damaged_one(pairs):
     pair.a.link.connections["tcp0"].rail.mute = True
     pair.a.send(KIB)
     connection, link = pair.b.link.connections["tcp0"], pair.b.link
-    header = Header(
+    header = FrameHeader(
         FrameKind.SEGMENT,
         connection.cumulative + 1,
         Flag.VERIFIED,

@@ -9,8 +9,8 @@ import pytest
 from adaptra_plugin.config import parse_config
 from adaptra_plugin.transport.proxy.health import State
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind
-from adaptra_plugin.transport.proxy.rails.faulty import Fault, Faults, FaultyRail
-from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, Flag, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.proxy.rails.faulty import Faults, FaultyRail, RailFault
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, Flag, FrameHeader, FrameKind, MalformedFrame, parse
 from tests.transport.proxy.ends import content
 from tests.transport.proxy.memory import Cable, World
 
@@ -65,7 +65,7 @@ def wrapped(*faults, links=(), kind=RailKind.TCP, name="tcp0"):
 
 
 def segment(number, nbytes=1000, sent=100.0):
-    header = Header(FrameKind.SEGMENT, number, Flag.VERIFIED, message=0, total=nbytes, length=nbytes, sent=sent)
+    header = FrameHeader(FrameKind.SEGMENT, number, Flag.VERIFIED, message=0, total=nbytes, length=nbytes, sent=sent)
     return Frame(header, [memoryview(content(number, nbytes))])
 
 
@@ -111,7 +111,7 @@ def test_it_is_a_rail_and_a_sink():
     world, _, inner, rail = wrapped({"kind": "loss", "rate": 0.5})
     assert (rail.kind, rail.name, rail.sink, inner.sink) == (inner.kind, inner.name, inner, rail)
     assert (rail.limit, rail.lanes, rail.describe()) == (MIB, 2, "tcp0")
-    header = Header(FrameKind.PING)
+    header = FrameHeader(FrameKind.PING)
     rail.place(inner, header)
     rail.arrived(inner, header, b"x")
     rail.drained(inner)
@@ -127,7 +127,7 @@ def test_it_is_a_rail_and_a_sink():
 
 def test_latency_holds_everything_and_keeps_the_order():
     world, _, inner, rail = wrapped({"kind": "latency", "ms": 30})
-    rail.submit(Frame(Header(FrameKind.PING)))
+    rail.submit(Frame(FrameHeader(FrameKind.PING)))
     send(rail, 3)
     assert rail.backlog == 4 * HEADER_BYTES + 3000
     world.run(1.0)
@@ -182,8 +182,8 @@ def test_corruption_changes_a_copy_of_the_body_and_never_the_ring():
     wrong = [body for body in bodies if body != ring]
     assert 30 < len(wrong) < 70
     assert all(sum(a != b for a, b in zip(body, ring, strict=True)) == 1 for body in wrong)
-    rail.submit(Frame(Header(FrameKind.PING)))
-    assert inner.frames[-1][1].header.pack() == Header(FrameKind.PING).pack()
+    rail.submit(Frame(FrameHeader(FrameKind.PING)))
+    assert inner.frames[-1][1].header.pack() == FrameHeader(FrameKind.PING).pack()
 
 
 def test_a_rail_that_damages_bodies_says_so_whatever_checksums_are_configured():
@@ -238,9 +238,9 @@ def test_death_by_chance():
 
 
 def test_a_fault_is_active_by_iteration_or_by_time():
-    fault = Fault("loss", 0, 1, from_iteration=3, to_iteration=5)
+    fault = RailFault("loss", 0, 1, from_iteration=3, to_iteration=5)
     assert [n for n in range(8) if fault.active(n, 0.0)] == [3, 4]
-    fault = Fault("loss", 0, 1, from_s=1.0, to_s=2.0)
+    fault = RailFault("loss", 0, 1, from_s=1.0, to_s=2.0)
     assert [t for t in (0.0, 0.99, 1.0, 1.99, 2.0) if fault.active(7, t)] == [1.0, 1.99]
     _, faults, inner, rail = wrapped({"kind": "loss", "rate": 1.0, "from_iteration": 1, "to_iteration": 2})
     for faults.iteration in range(4):
@@ -271,9 +271,9 @@ def slow(latency_ms, **options):
 def test_a_slow_link_delays_transfers_but_not_what_measures_them():
     world, _, inner, rail = wrapped(links=[slow(36)])
     send(rail, 2)
-    rail.submit(Frame(Header(FrameKind.STUCK, 3)))
+    rail.submit(Frame(FrameHeader(FrameKind.STUCK, 3)))
     for kind in (FrameKind.ACK, FrameKind.PING, FrameKind.PONG):
-        rail.submit(Frame(Header(kind)))
+        rail.submit(Frame(FrameHeader(kind)))
     world.run(1.0)
     assert [(frame.header.kind, when) for when, frame in inner.frames] == [
         (FrameKind.ACK, 0.0),

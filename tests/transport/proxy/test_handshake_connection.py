@@ -49,9 +49,9 @@ def dial(loop, address, source=None, failed=None):
 def test_a_dialer_tells_its_owner_of_a_failure_when_the_owner_has_it(loop, address, source, says):
     dialers, reasons = {}, []
 
-    def failed(claim, reason):
+    def failed(claim, error):
         assert claim is CLAIM
-        reasons.append(reason)
+        reasons.append(str(error))
         dialers.pop("one").close()
 
     dialers["one"] = dial(loop, address, source, failed)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from adaptra_plugin.transport.proxy.rails.base import RailKind
-from adaptra_plugin.transport.proxy.wire import Flag, FrameKind, Header, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind, MalformedFrame
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.ends import content
 from tests.transport.proxy.memory import Cable
@@ -316,16 +316,16 @@ def test_the_last_rail_fails_and_comes_back(pairs):
 @pytest.mark.parametrize(
     ("header", "body", "says"),
     [
-        (Header(FrameKind.SEGMENT, 1, lane=7, message=0, total=64, length=64), b"", "no neighbour"),
-        (Header(FrameKind.SEGMENT, 0, message=0, total=64, length=64), b"", "no number"),
-        (Header(FrameKind.STUCK, 0), b"", "has no number"),
-        (Header(FrameKind.PONG, 900), b"", "came with a number"),
-        (Header(FrameKind.ACK, message=1 << 40), b"", "were sent"),
-        (Header(FrameKind.ACK), b"123", "a body of 3 bytes"),
-        (Header(FrameKind.CONSUMED, 900), b"12", "has 2 bytes"),
-        (Header(FrameKind.CONSUMED, 900), bytes([9] * 16), "no such lane"),
-        (Header(FrameKind.CONTROL, 900, message=1), b"[1]", "instead of an object"),
-        (Header(FrameKind.RAIL, 900), b"{", "not JSON"),
+        (FrameHeader(FrameKind.SEGMENT, 1, lane=7, message=0, total=64, length=64), b"", "no neighbour"),
+        (FrameHeader(FrameKind.SEGMENT, 0, message=0, total=64, length=64), b"", "no number"),
+        (FrameHeader(FrameKind.STUCK, 0), b"", "has no number"),
+        (FrameHeader(FrameKind.PONG, 900), b"", "came with a number"),
+        (FrameHeader(FrameKind.ACK, message=1 << 40), b"", "were sent"),
+        (FrameHeader(FrameKind.ACK), b"123", "a body of 3 bytes"),
+        (FrameHeader(FrameKind.CONSUMED, 900), b"12", "has 2 bytes"),
+        (FrameHeader(FrameKind.CONSUMED, 900), bytes([9] * 16), "no such lane"),
+        (FrameHeader(FrameKind.CONTROL, 900, message=1), b"[1]", "instead of an object"),
+        (FrameHeader(FrameKind.RAIL, 900), b"{", "not JSON"),
     ],
 )
 def test_frames_that_make_no_sense_are_refused(pairs, header, body, says):

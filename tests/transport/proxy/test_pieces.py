@@ -13,7 +13,7 @@ from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.control import Ordered, Untaken, checksum_of, positions
 from adaptra_plugin.transport.proxy.inbox import LaneInbox
 from adaptra_plugin.transport.proxy.outbox import SMALL, Outbox
-from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, POSITIONS, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, POSITIONS, FrameHeader, FrameKind, MalformedFrame, parse
 from adaptra_plugin.transport.types import Direction
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -30,7 +30,7 @@ def inbox():
 
 
 def segment(message, total=64, at=0, length=None, floor=0, after=0):
-    return Header(
+    return FrameHeader(
         FrameKind.SEGMENT, 1, message=message, total=total, at=at, length=total if length is None else length,
         floor=floor, after=after // 64,
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_a_checksum_does_not_depend_on_how_the_bytes_are_cut(data, cuts):
 
 
 def test_a_header_is_what_was_packed():
-    header = Header(
+    header = FrameHeader(
         FrameKind.SEGMENT, 7, 3, Direction.GRADIENT, 1, message=1 << 40, total=5 * MIB, at=MIB, length=MIB, floor=1 << 39,
         checksum=(1 << 64) - 1, sent=12.5, after=9, behind=4,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def test_a_header_is_what_was_packed():
 
 @given(st.integers(0, HEADER_BYTES - 1), st.integers(1, 255))
 def test_a_header_with_a_wrong_byte_is_refused(at, wrong):
-    raw = bytearray(Header(FrameKind.SEGMENT, 7, message=0, total=64, length=64).pack())
+    raw = bytearray(FrameHeader(FrameKind.SEGMENT, 7, message=0, total=64, length=64).pack())
     raw[at] ^= wrong
     with pytest.raises(MalformedFrame):
         parse(bytes(raw), limit=MIB, lanes=1)

@@ -20,13 +20,13 @@ from adaptra_plugin.transport.proxy.rails import stream
 from adaptra_plugin.transport.proxy.rails.base import Frame, RailKind
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.tls import PREAMBLE, Tls
-from adaptra_plugin.transport.proxy.wire import FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import FrameHeader, FrameKind
 from adaptra_plugin.transport.types import Address
 from benchmarks.fuzz_inputs import mutated
 from tests.transport.proxy import certificates
 
 SECRET = b"a secret of the tests, 32 bytes."
-CLAIM = Claim(source=1, stage=1, target=0, purpose=Purpose.TCP, index=0)
+CLAIM = Claim(source=1, pp_rank=1, target=0, purpose=Purpose.TCP, index=0)
 SETTINGS = Settings(connections=1, ring_bytes=1 << 20)
 MIB = 1 << 20
 
@@ -142,11 +142,13 @@ def connected(meet, blocks):
 
 
 def segment(message, body):
-    return Frame(Header(FrameKind.SEGMENT, 1, message=message, total=len(body), length=len(body)), [memoryview(body)])
+    return Frame(
+        FrameHeader(FrameKind.SEGMENT, 1, message=message, total=len(body), length=len(body)), [memoryview(body)]
+    )
 
 
 def note(number, body=b""):
-    return Frame(Header(FrameKind.CONTROL, 1, message=number, length=len(body)), [body] if body else [])
+    return Frame(FrameHeader(FrameKind.CONTROL, 1, message=number, length=len(body)), [body] if body else [])
 
 
 # --- transfers

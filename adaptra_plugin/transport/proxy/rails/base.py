@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adaptra_plugin.transport.proxy.wire import Header
+from adaptra_plugin.transport.proxy.wire import FrameHeader
 
 
 class RailKind(enum.IntEnum):
@@ -34,7 +34,7 @@ class Frame:
     sender's ring, at offset `(header.message + header.at) % capacity` and, around its end, 0, and stay untouched until
     the receiver has acknowledged the frame."""
 
-    header: Header
+    header: FrameHeader
     body: Sequence[memoryview | bytes] = ()
 
     @property
@@ -51,12 +51,12 @@ class Sink(Protocol):
     lanes: int
     """Lanes per direction, for `wire.parse`."""
 
-    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
+    def place(self, rail: Rail, header: FrameHeader) -> list[memoryview] | None:
         """Where the body of a segment goes (`header.length` bytes in one or two windows of the receive ring); None: it has
         come before and is to be thrown away. From then on until `arrived` or `failed` the room is not used for anything
         else. Raises MalformedFrame."""
 
-    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+    def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
         """A whole frame has come. `body`: of a frame that is no segment; a segment's bytes lie where `place` said, or, if it
         said None, nowhere. Raises MalformedFrame."""
 
@@ -76,6 +76,8 @@ class Rail(ABC):
     by_reference = False
     """The peer reads the sender's ring itself."""
     closed = False
+    garbled = False
+    """It has ended because what came was no frame."""
     damages = False
     """What it carries may arrive damaged although the connection stands: segments need checksums, whatever is configured."""
 
@@ -93,7 +95,7 @@ class Rail(ABC):
     def backlog(self) -> int:
         """Bytes submitted that have not left this process, headers included."""
 
-    def discard(self, header: Header) -> bool:
+    def discard(self, header: FrameHeader) -> bool:
         """The bytes of a segment that is on its way in have come another way: the rail may drop what is still to come, and
         lets go of the room that `place` gave. True if it has; False (it cannot) leaves all as it was. `arrived` follows at
         the end either way."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from adaptra_plugin.transport.proxy.loop import Timer
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
-from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind
 
 SLOW_LINK = "slow link"
 """Kind of the faults that `simulate.links` describes."""
@@ -31,7 +31,7 @@ class Clockwork(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class RailFault:
     """See `adaptra_plugin.config.Fault`, which has checked it."""
 
     kind: str
@@ -49,16 +49,16 @@ class Fault:
     to_s: float | None = None
 
     @classmethod
-    def of(cls, block: Mapping[str, Any]) -> Fault:
+    def of(cls, block: Mapping[str, Any]) -> RailFault:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in block.items() if name in known and value is not None})
 
     @classmethod
-    def of_slow_link(cls, block: Mapping[str, Any]) -> Fault:
+    def of_slow_link(cls, block: Mapping[str, Any]) -> RailFault:
         return cls.of({**block, "kind": SLOW_LINK, "ms": block["latency_ms"]})
 
-    def concerns(self, stages: set[int], rail: Rail) -> bool:
-        return {self.src, self.dst} == stages and self.rail in ("any", rail.name, rail.kind.word)
+    def concerns(self, ends: set[int], rail: Rail) -> bool:
+        return {self.src, self.dst} == ends and self.rail in ("any", rail.name, rail.kind.word)
 
     def active(self, iteration: int, elapsed_s: float) -> bool:
         return (
@@ -74,34 +74,32 @@ class Faults:
 
     Args:
         simulate: the `simulate` block of the configuration: `links`, `faults`.
-        stage: of this rank.
+        pp_rank: position of this rank.
     """
 
-    def __init__(self, simulate: Mapping[str, Any], stage: int, loop: Clockwork) -> None:
+    def __init__(self, simulate: Mapping[str, Any], pp_rank: int, loop: Clockwork) -> None:
         self.iteration = 0
         self._loop = loop
-        self._stage = stage
+        self._pp_rank = pp_rank
         self._began = loop.clock()
-        self._faults = [Fault.of_slow_link(block) for block in simulate.get("links") or ()]
-        self._faults += [Fault.of(block) for block in simulate.get("faults") or ()]
+        self._faults = [RailFault.of_slow_link(block) for block in simulate.get("links") or ()]
+        self._faults += [RailFault.of(block) for block in simulate.get("faults") or ()]
         self._connections: Counter[tuple[int, str]] = Counter()
 
-    def wrap(self, rail: Rail, peer_stage: int) -> Rail:
+    def wrap(self, rail: Rail, peer: int) -> Rail:
         """A new connection to a peer, with what is configured for it; the rail itself if that is nothing."""
         found = [
-            (index, fault)
-            for index, fault in enumerate(self._faults)
-            if fault.concerns({self._stage, peer_stage}, rail)
+            (index, fault) for index, fault in enumerate(self._faults) if fault.concerns({self._pp_rank, peer}, rail)
         ]
         if not found:
             return rail
-        self._connections[peer_stage, rail.name] += 1
-        which = f"{self._stage} {peer_stage} {rail.name} {self._connections[peer_stage, rail.name]}"
+        self._connections[peer, rail.name] += 1
+        which = f"{self._pp_rank} {peer} {rail.name} {self._connections[peer, rail.name]}"
         return FaultyRail(
             rail, [(fault, random.Random(f"{fault.seed} {index} {which}")) for index, fault in found], self, self._loop
         )
 
-    def active(self, fault: Fault) -> bool:
+    def active(self, fault: RailFault) -> bool:
         return fault.active(self.iteration, self._loop.clock() - self._began)
 
 
@@ -109,7 +107,7 @@ class FaultyRail(Rail):
     """`inner`, as bad as `faults` make it: each with its source of chance. It is its inner rail's sink."""
 
     def __init__(
-        self, inner: Rail, faults: Sequence[tuple[Fault, random.Random]], plan: Faults, loop: Clockwork
+        self, inner: Rail, faults: Sequence[tuple[RailFault, random.Random]], plan: Faults, loop: Clockwork
     ) -> None:
         super().__init__(inner.kind, inner.name, inner.sink)
         self.by_reference = inner.by_reference
@@ -136,7 +134,7 @@ class FaultyRail(Rail):
     def backlog(self) -> int:
         return self.inner.backlog + self._held_bytes
 
-    def discard(self, header: Header) -> bool:
+    def discard(self, header: FrameHeader) -> bool:
         return self.inner.discard(header)
 
     def close(self) -> None:
@@ -167,7 +165,7 @@ class FaultyRail(Rail):
         for _ in range(copies):
             self._hold(frame, self._due(frame))
 
-    def _of(self, *kinds: str) -> list[tuple[Fault, random.Random]]:
+    def _of(self, *kinds: str) -> list[tuple[RailFault, random.Random]]:
         return [found for found in self._faults if found[0].kind in kinds and self._plan.active(found[0])]
 
     def _due(self, frame: Frame) -> float:
@@ -220,9 +218,9 @@ class FaultyRail(Rail):
             self.inner.submit(frame)
         self._arm()
 
-    def _damaged(self, frame: Frame, fault: Fault, chance: random.Random) -> Frame:
+    def _damaged(self, frame: Frame, fault: RailFault, chance: random.Random) -> Frame:
         if fault.part == "header":
-            values = {field.name: getattr(frame.header, field.name) for field in fields(Header)}
+            values = {field.name: getattr(frame.header, field.name) for field in fields(FrameHeader)}
             return Frame(_DamagedHeader(chance.randrange(HEADER_BYTES), **values), frame.body)
         if not frame.header.body_bytes:
             return frame
@@ -243,14 +241,15 @@ class FaultyRail(Rail):
 
     # --- in: the inner rail's sink
 
-    def place(self, rail: Rail, header: Header) -> list[memoryview] | None:
+    def place(self, rail: Rail, header: FrameHeader) -> list[memoryview] | None:
         return self.sink.place(self, header)
 
-    def arrived(self, rail: Rail, header: Header, body: bytes = b"") -> None:
+    def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
         self.sink.arrived(self, header, body)
 
     def failed(self, rail: Rail, reason: str) -> None:
         if not self.closed:
+            self.garbled = self.inner.garbled
             self.close()
             self.sink.failed(self, reason)
 
@@ -259,7 +258,7 @@ class FaultyRail(Rail):
             self.sink.drained(self)
 
 
-class _DamagedHeader(Header):
+class _DamagedHeader(FrameHeader):
     """A header that loses a byte on its way."""
 
     __slots__ = ("_spoilt",)

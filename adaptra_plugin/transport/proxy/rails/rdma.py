@@ -37,7 +37,7 @@ from adaptra_plugin.transport.proxy.rails.slots import (
     parse_prefix,
 )
 from adaptra_plugin.transport.proxy.verbs import Completion, Region, VerbsError, Work, status_text
-from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind, MalformedFrame, parse
 from adaptra_plugin.transport.types import Direction
 
 VERSION = 2
@@ -70,7 +70,7 @@ _OFFER: dict[str, tuple[int, int]] = {  # field -> smallest and largest value
 class _Waiting:
     """A frame that has not been posted yet, or not all of it. `rest`: what is still to go in slots."""
 
-    header: Header
+    header: FrameHeader
     rest: memoryview
     body: tuple[tuple[Region, int, int], ...] = ()
     """(region, offset, bytes) of a segment's body in its ring."""
@@ -129,7 +129,7 @@ class RdmaRail(Rail):
         self._posted: deque[tuple[int, int]] = deque()  # (slot, bytes) under way, oldest first
         self._free = deque(range(slots))
         self._backlog = 0
-        self._partial: tuple[Header, bytearray] | None = None
+        self._partial: tuple[FrameHeader, bytearray] | None = None
         device = nic.device
         self._parts: list[Any] = []
         if not nic.up():
@@ -360,6 +360,7 @@ class RdmaRail(Rail):
         except VerbsError as error:
             self._fail(str(error))
         except MalformedFrame as error:
+            self.garbled = True
             self._fail(f"what came is no frame: {error}")
 
     @staticmethod
@@ -415,7 +416,7 @@ class RdmaRail(Rail):
                 raise MalformedFrame(f"a segment at {prefix.at} in the landing came with number {completion.immediate}")
             self._segment(payload, prefix.at)
 
-    def _parse(self, raw: bytes) -> Header:
+    def _parse(self, raw: bytes) -> FrameHeader:
         if len(raw) < HEADER_BYTES:
             raise MalformedFrame(f"a frame begins with {len(raw)} bytes; a header has {HEADER_BYTES}")
         return parse(raw[:HEADER_BYTES], limit=self.sink.limit, lanes=self.sink.lanes)
@@ -449,7 +450,7 @@ class RdmaRail(Rail):
         finally:
             self._debt.landed = at + _HEAD + header.length
 
-    def _deliver(self, header: Header, body: memoryview) -> None:
+    def _deliver(self, header: FrameHeader, body: memoryview) -> None:
         windows = self.sink.place(self, header)
         done = 0
         for window in windows or ():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
-from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind, Header, MalformedFrame, parse
+from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind, MalformedFrame, parse
 
 _ROUNDS = 8
 """System calls for one rail before others get their turn."""
@@ -37,7 +37,7 @@ class StreamRail(Rail):
         self._broken: str | None = None
         self._scratch = memoryview(bytearray(_SCRATCH))
         self._held = 0  # bytes of the scratch that are not used yet
-        self._header: Header | None = None
+        self._header: FrameHeader | None = None
         self._windows: deque[memoryview] = deque()  # where the rest of the body goes
         self._body = bytearray()
         self._waste = 0  # bytes of the body that are thrown away
@@ -147,6 +147,7 @@ class StreamRail(Rail):
         except OSError as error:
             self._fail(f"its connection broke ({error.strerror or error})")
         except MalformedFrame as error:
+            self.garbled = True
             self._fail(f"what came is no frame: {error}")
 
     def _read_once(self) -> bool:
@@ -224,7 +225,7 @@ class StreamRail(Rail):
             self._low = low
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
 
-    def discard(self, header: Header) -> bool:
+    def discard(self, header: FrameHeader) -> bool:
         current = self._header
         if current is None or current.sequence != header.sequence or current.kind != FrameKind.SEGMENT:
             return False
