@@ -26,17 +26,20 @@ class Summary:
 
 def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summary:
     """Reads the results of all runs. Medians are over all iterations from the onset on, the same in every run, so that the
-    iterations before the new plan count too."""
+    iterations before the new plan count too. `cpu_share`: CPU time of all threads of the busiest rank in an iteration, over the
+    time that its compute is paced to."""
     link = base["adaptra"]["simulate"]["links"][0]
     onset = int(link["from_iteration"])
     runs: dict[str, dict[str, Any]] = {}
     results = {name: _results(out / name) for name in titles}
+    budget_ms = sum(base["adaptra"]["simulate"]["compute"].values()) * base["gradient_accumulation_steps"]
     for name, ranks in results.items():
         times = ranks[0]["iteration_ms"]
         runs[name] = {
             "title": titles[name],
             "median_iteration_ms": round(statistics.median(times[onset:]), 1),
             "iteration_ms": [round(ms, 1) for ms in times],
+            "cpu_share": round(max(statistics.median(rank["cpu_ms"]) for rank in ranks) / budget_ms, 3),
             "engine": ranks[0]["engine"],
             "final_loss": ranks[0]["losses"][-1],
         }
@@ -46,6 +49,7 @@ def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summar
     first = results["stock-healthy"]
     records = by_rank(out / "adaptra-slow" / "events")
     events = [r for r in records[0] if r["type"] == "event"]
+    links = [event for event in events if event["kind"] == "link"]
     quiet = [r for r in by_rank(out / "adaptra-healthy" / "events")[0] if r["type"] == "event"]
     median = {name: run["median_iteration_ms"] for name, run in runs.items()}
     data = {
@@ -68,7 +72,7 @@ def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summar
         ),
         "events": events,
         "events_in_the_healthy_run": quiet,
-        "detected_after_iterations": events[0]["found_iteration"] - onset + 1 if events else None,
+        "detected_after_iterations": links[0]["found_iteration"] - onset + 1 if links else None,
         "files": {
             "events (JSONL)": str(out / "adaptra-slow" / "events"),
             "W&B (offline)": _wandb_run(out / "adaptra-slow"),
@@ -79,16 +83,15 @@ def summarise(out: Path, base: dict[str, Any], titles: dict[str, str]) -> Summar
 
 
 def table(data: dict[str, Any]) -> Table:
-    """Median iteration time, slowdown, speedup."""
+    """Median iteration time, slowdown, speedup, and how much of the paced time is real work."""
     rows = Table(title=f"iterations from {data['slow_from_iteration']} on, paced compute")
-    for heading in ("run", "median iteration", "against its own healthy run", "against stock with the slow link"):
+    for heading in ("run", "median iteration", "to its healthy run", "to stock, slow link", "CPU of its budget"):
         rows.add_column(heading, justify="left" if heading == "run" else "right")
     slow = data["runs"]["stock-slow"]["median_iteration_ms"]
     for run in data["runs"].values():
         ms = run["median_iteration_ms"]
-        rows.add_row(
-            run["title"], f"{ms:.0f} ms", f"{run['slowdown_vs_own_healthy']:.2f}x", f"{slow / ms:.2f}x as fast"
-        )
+        figures = f"{run['slowdown_vs_own_healthy']:.2f}x", f"{slow / ms:.2f}x as fast", f"{run['cpu_share']:.0%}"
+        rows.add_row(run["title"], f"{ms:.0f} ms", *figures)
     return rows
 
 

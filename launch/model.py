@@ -17,9 +17,9 @@ VOCABULARY = 256
 class GptSize:
     """Width, heads, blocks, sequence length (bytes) and dropout of the model."""
 
-    width: int = 192
-    heads: int = 6
-    blocks: int = 8
+    width: int = 208
+    heads: int = 8
+    blocks: int = 4
     sequence: int = 32
     dropout: float = 0.1
 

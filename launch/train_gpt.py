@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument(
-        "--result", required=True, help="folder for rank<N>.json: losses, iteration times, parameters' hash"
+        "--result", required=True, help="folder for rank<N>.json: losses, iteration and CPU times, parameters' hash"
     )
     return deepspeed.add_config_arguments(parser).parse_args()
 
@@ -48,13 +48,14 @@ def main() -> None:
 
     torch.manual_seed(SEED)
     data = Windows(read_corpus(), engine.train_micro_batch_size_per_gpu(), size.sequence, SEED)
-    losses, times = [], []
+    losses, times, computed = [], [], []
     for iteration in range(arguments.iterations):
         if simulation is not None:
             simulation.set_iteration(iteration)
-        begun = time.perf_counter()
+        begun, computed_before = time.perf_counter(), time.process_time()
         loss = engine.train_batch(data)
         times.append((time.perf_counter() - begun) * 1e3)
+        computed.append((time.process_time() - computed_before) * 1e3)
         losses.append(loss.item())
         if engine.global_rank == 0:
             print(f"{PROGRESS} {iteration + 1} {losses[-1]:.4f} {times[-1]:.1f}", flush=True)
@@ -63,6 +64,7 @@ def main() -> None:
         "engine": type(engine).__name__,
         "losses": losses,
         "iteration_ms": times,
+        "cpu_ms": computed,
         "parameters_sha256": hash_parameters(model),
         "parameter_count": sum(p.numel() for p in parameters),
     }

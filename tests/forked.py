@@ -25,6 +25,11 @@ class Outcome:
     seconds: float = 0.0
 
 
+def import_what_optimizers_import() -> None:
+    """In the parent: the first optimizer of a process imports 800 modules, which takes every forked rank some seconds."""
+    import torch._dynamo  # noqa: F401
+
+
 def import_deepspeed() -> None:
     """In the parent, before ranks are forked: what every rank imports, and the planner's compiled parts.
 
@@ -37,6 +42,7 @@ def import_deepspeed() -> None:
     import adaptra_plugin.patches.deepspeed  # noqa: F401
     from adaptra_plugin.schedule.prepare import prepare
 
+    import_what_optimizers_import()
     prepare()
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 

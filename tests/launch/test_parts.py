@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +52,26 @@ def test_a_stock_transfer_over_a_slow_link_blocks_the_sender(monkeypatch: pytest
         p2p.send("x", stage)
     assert slept == [0.04], "only over the slow link, and only from the iteration on"
     assert sent == [("x", 2), ("x", 2), ("x", 0)]
+
+
+def test_a_stage_computes_for_at_most_a_quarter_of_what_the_demo_paces_it_to():
+    """CPU time, the best of several: other work on the machine does not count."""
+    from adaptra_plugin.launch.demo import STAGES
+    from adaptra_plugin.launch.model import Block, Embedding, GptSize
+
+    config = json.loads((Path(__file__).parents[2] / "configs" / "demo.json").read_text())
+    size, count = GptSize(), config["train_micro_batch_size_per_gpu"]
+    assert size.blocks % STAGES == 0
+    stage = torch.nn.Sequential(Embedding(size), *(Block(size) for _ in range(size.blocks // STAGES)))
+    tokens = torch.zeros(count, size.sequence, dtype=torch.int64)
+    threads, taken = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # as the demo's ranks
+    for _ in range(30):
+        began = time.thread_time()
+        stage(tokens).sum().backward()
+        taken.append((time.thread_time() - began) * 1e3)
+    torch.set_num_threads(threads)
+    assert min(taken) <= sum(config["adaptra"]["simulate"]["compute"].values()) / 4
 
 
 def record(stage: int, started: float, spans: list[tuple[str, float, float]]) -> dict[str, object]:

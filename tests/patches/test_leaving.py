@@ -14,7 +14,7 @@ from tests.forked import finish_ranks, import_deepspeed, run_ranks, start_ranks
 from tests.patches.models import batches, train
 
 import_deepspeed()
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timing]
 
 SOON_S = 3.0
 """A chain of ranks that each wait for the next one to end takes 3 s for each."""

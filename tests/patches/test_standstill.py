@@ -13,7 +13,7 @@ from tests.forked import import_deepspeed, run_ranks
 from tests.patches.models import train
 
 import_deepspeed()
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timing]
 STEPS, MICROBATCHES = 44, 6
 PAUSES = {10: "proxy", 18: "training", 26: "both", 34: "proxy"}
 """What of a rank is stopped in the middle of which iteration: rank 1's first, then rank 0's, and so on."""

@@ -17,6 +17,8 @@ from adaptra_plugin.runtime.messages import Departed, read
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.transport import PeerInfo
 
+pytestmark = pytest.mark.timing
+
 
 def info(rank):
     return PeerInfo(rank, rank, f"n{rank}")

@@ -190,6 +190,7 @@ def planned(before: str, **environment: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_where_nothing_can_be_written_it_is_compiled_and_that_is_said():
     """Not even a temporary directory is there."""

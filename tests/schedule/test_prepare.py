@@ -22,6 +22,7 @@ def compiled() -> dict[str, int]:
     return {kernel.py_func.__name__: len(kernel.signatures) for kernel in KERNELS}
 
 
+@pytest.mark.slow
 @needs_numba
 def test_nothing_is_left_to_be_compiled():
     program = (

@@ -88,7 +88,19 @@ def test_any_tensors(pair, sent, tag, microbatch, direction):
         torch.nn.Parameter(torch.ones(3)),
         torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
     ],
-    ids=str,
+    ids=[
+        "transposed",
+        "strided",
+        "expanded",
+        "permuted",
+        "conjugated",
+        "imaginary",
+        "scalar",
+        "empty",
+        "requires_grad",
+        "parameter",
+        "channels_last",
+    ],
 )
 def test_layouts(pair, tensor):
     key = gradient(0, step_id=2)

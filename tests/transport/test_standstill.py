@@ -13,6 +13,7 @@ import torch
 
 from .support import activation, gradient, line
 
+pytestmark = pytest.mark.timing
 PAUSE_S = 1.5
 ROUNDS = 6
 MESSAGES = 8

@@ -24,6 +24,7 @@ from tests.transport.proxy.strategies import faults
 
 from .support import activation, everywhere, gradient, line
 
+pytestmark = pytest.mark.timing
 STORMS = max(1, int(os.environ.get("ADAPTRA_EXAMPLES", "200")) // 25)
 SOAK = int(os.environ.get("ADAPTRA_SOAK", "240"))
 STORM_S = 1.0
