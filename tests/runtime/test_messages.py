@@ -106,7 +106,19 @@ def test_an_error_whose_text_is_not_utf8_is_told_all_the_same():
 
 
 KINDS = ["report", "vote", "rail", "show", "lost", "departed", "prepare", "commit", "abort", "nonsense"]
-NAMES = ["rank", "pp_rank", "host", "why", "version", "commit", "event", "pipeline", "report", "first_iteration", "plan"]
+NAMES = [
+    "rank",
+    "pp_rank",
+    "host",
+    "why",
+    "version",
+    "commit",
+    "event",
+    "pipeline",
+    "report",
+    "first_iteration",
+    "plan",
+]
 
 
 @pytest.fixture(scope="module")
