@@ -29,7 +29,9 @@ class PlanError(AdaptraError, ValueError):
 
 
 class TransportError(AdaptraError, RuntimeError):
-    """Bytes could not be moved between ranks."""
+    """Bytes could not be moved between ranks. `why`: the cause alone, where the message says more."""
+
+    why: str = ""
 
 
 class PeerLostError(TransportError):

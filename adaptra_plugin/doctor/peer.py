@@ -153,7 +153,7 @@ def _agree(wire: Wire, why: str, said: dict[str, Any]) -> dict[str, Any] | str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(", which is impossible: ")[2] or " ".join(str(error).split())
+    return " ".join(str(getattr(error, "why", "") or error).split())
 
 
 def _drive(rail: str, wire: Wire, bench: Bench) -> Figures:

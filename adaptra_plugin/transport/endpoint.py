@@ -375,6 +375,7 @@ class Endpoint:
             self._gate.set()
         elif kind in ("start_failed", "connect_failed"):
             self._refusal = _error_class(event.get("error"))(event["text"])
+            self._refusal.why = str(event.get("why", ""))
             self._gate.set()
         elif kind == "stats":
             self._stats = event["data"]

@@ -56,7 +56,7 @@ class Owner(Protocol):
         """The rail with the faults that are injected into it."""
 
     def peer_up(self, peer: Peer) -> None: ...
-    def peer_refused(self, peer: Peer, text: str) -> None: ...
+    def peer_refused(self, peer: Peer, text: str, why: str = "") -> None: ...
     def peer_lost(self, peer: Peer, error: str, reason: str, remedy: str) -> None: ...
     def peer_left(self, peer: Peer) -> None: ...
     def peer_done(self, peer: Peer) -> None: ...
@@ -191,7 +191,9 @@ class Peer:
             names = {name for name in self._expected if name.startswith(kind.word)} or {kind.word}
             if self.near and self._owner.settings.demands(kind) and names <= self.skipped.keys():
                 why = "; ".join(sorted({self.skipped[name] for name in names}))
-                self._owner.peer_refused(self, f"adaptra.transport.rail is {kind.word}, which is impossible: {why}")
+                self._owner.peer_refused(
+                    self, f"adaptra.transport.rail is {kind.word}, which is impossible: {why}", why
+                )
                 return
         if self.up:
             self._announced = True

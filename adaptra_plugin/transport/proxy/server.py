@@ -282,11 +282,11 @@ class Proxy:
             log.warning("rank %d is still not connected; missing: %s", self.me.rank, self._missing())
             self.loop.call_later(2 * pause_s, lambda: self._remind(2 * pause_s))
 
-    def _connect_failed(self, error: str, text: str) -> None:
+    def _connect_failed(self, error: str, text: str, why: str = "") -> None:
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
-            self._tell("connect_failed", error=error, text=text)
+            self._tell("connect_failed", error=error, text=text, why=why)
 
     def _check_connected(self) -> None:
         if self._connecting is not None and all(peer.up for peer in self._each_peer()):
@@ -310,8 +310,8 @@ class Proxy:
     def peer_up(self, peer: Peer) -> None:
         self._check_connected()
 
-    def peer_refused(self, peer: Peer, text: str) -> None:
-        self._connect_failed("HandshakeError", f"{peer.info} at {peer.endpoint_info.addresses[0]}: {text}")
+    def peer_refused(self, peer: Peer, text: str, why: str = "") -> None:
+        self._connect_failed("HandshakeError", f"{peer.info} at {peer.endpoint_info.addresses[0]}: {text}", why)
 
     def peer_lost(self, peer: Peer, error: str, reason: str, remedy: str) -> None:
         self._connect_failed(error, f"{peer.info} was lost while connecting: {reason}. {remedy}")
