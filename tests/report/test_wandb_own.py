@@ -58,7 +58,7 @@ def test_it_has_every_iteration_and_is_finished(tmp_path: Path) -> None:
         report = reporter("on")
         for i in range(30):
             report.iteration(metrics(i))
-        own_run_opened(report._wandb)
+        own_run_opened(report._named["wandb"])
         report.event(SLOW)
         report.close(60)
         """,
@@ -84,7 +84,7 @@ def test_what_comes_last_is_not_lost_at_the_exit_of_the_process(tmp_path: Path) 
         report = reporter("on")
         atexit.register(report.close)
         report.iteration(metrics(0))
-        own_run_opened(report._wandb)
+        own_run_opened(report._named["wandb"])
         report.event(SLOW)
         """,
     )
@@ -102,7 +102,7 @@ def test_the_users_runs_are_his_and_ours_is_ours(tmp_path: Path) -> None:
         import os, sys
         report = reporter("on")
         report.iteration(metrics(0))
-        ours = own_run_opened(report._wandb)
+        ours = own_run_opened(report._named["wandb"])
         assert wandb.run is None and "WANDB_SERVICE" not in os.environ
         for name, first in (("one", 1), ("two", 6)):
             his = wandb.init(project=name)
@@ -110,7 +110,7 @@ def test_the_users_runs_are_his_and_ours_is_ours(tmp_path: Path) -> None:
             for i in range(first, first + 5):
                 report.iteration(metrics(i))
                 wandb.log({"loss": i}, step=100 - 10 * first + i)  # smaller steps in the second
-                settle(report._wandb)
+                settle(report._named["wandb"])
             child = os.fork()
             if not child:
                 report.iteration(metrics(1000))
@@ -132,7 +132,7 @@ def test_the_users_runs_are_his_and_ours_is_ours(tmp_path: Path) -> None:
 
 
 def test_online_the_rows_arrive(tmp_path: Path, server: WandbServer) -> None:
-    done = online(tmp_path, TEN + "own_run_opened(report._wandb)\nreport.close(60)", server.url)
+    done = online(tmp_path, TEN + "own_run_opened(report._named['wandb'])\nreport.close(60)", server.url)
     assert done.code == 0 and f"report: W&B run {server.url}/me/adaptra/runs/" in done.log, done.log
     assert [row["adaptra/iteration"] for row in server.rows if "adaptra/iteration" in row] == list(range(10))
     assert set(server.projects) == {"adaptra"}
@@ -145,7 +145,7 @@ def refused() -> str:
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    done = online(tmp_path, TEN + "own_run_opened(report._wandb)\nreport.close()", refused())
+    done = online(tmp_path, TEN + "own_run_opened(report._named['wandb'])\nreport.close()", refused())
     assert done.code == 0 and done.seconds < PROMPT_S, done.log
     run = only_run(tmp_path)
     assert run.series("adaptra/iteration") == list(range(10)) and run.path.parent.name.startswith("offline-run")
@@ -183,7 +183,7 @@ def test_the_server_dies_during_training(tmp_path: Path, server: WandbServer) ->
     script = f"""
 import time, urllib.request
 {TEN}
-own_run_opened(report._wandb)
+own_run_opened(report._named["wandb"])
 open("opened", "w").close()
 while True:
     try:
@@ -230,8 +230,8 @@ def test_training_is_killed(tmp_path: Path) -> None:
         report = reporter("on")
         for i in range(10):
             report.iteration(metrics(i))
-        ours = own_run_opened(report._wandb)
-        settle(report._wandb)
+        ours = own_run_opened(report._named["wandb"])
+        settle(report._named["wandb"])
         child = os.fork()
         if not child:
             time.sleep(100)

@@ -30,7 +30,7 @@ def test_the_hosts_run_is_shared_and_neither_loses_a_value(tmp_path: Path) -> No
             if i % 2:
                 wandb.log({"loss": i}, step=8 * (i + 1))
             report.iteration(metrics(i))
-            settle(report._wandb)  # training iterations take longer than the sink needs
+            settle(report._named["wandb"])  # training iterations take longer than the sink needs
             if i % 2 == 0:
                 wandb.log({"loss": i}, step=8 * (i + 1))
             if i == 5:
@@ -68,10 +68,10 @@ def test_each_run_of_the_host_has_its_own_rows_events_and_axes(tmp_path: Path) -
             wandb.init(project=name)
             for i in range(first, first + 5):
                 report.iteration(metrics(i))
-                settle(report._wandb)
+                settle(report._named["wandb"])
                 wandb.log({"loss": i})
             report.event(SLOW)
-            settle(report._wandb)
+            settle(report._named["wandb"])
             report.iteration(metrics(first + 5))
             report.iteration(metrics(first + 6))  # one of the two finds no row
             wandb.finish()
