@@ -12,17 +12,17 @@ from typing import Any
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport import bridge
 from adaptra_plugin.transport.proxy.handshake_connection import _socket_towards
-from adaptra_plugin.transport.types import Address, EndpointInfo
+from adaptra_plugin.transport.types import PROTOCOL, Address, EndpointInfo
 from benchmarks.fuzz_inputs import TEXTS, mutated, number, odd_json, odd_value
 
-_CARD: dict[str, Any] = {
+_ENDPOINT_INFO: dict[str, Any] = {
     "addresses": ["127.0.0.1:4000", "[::1]:4001"],
     "ring_bytes": 1 << 20,
     "connections": 2,
     "boot": "b",
     "unix": "u",
     "rdma": [{"device": "mlx5_0", "port": 1}],
-    "protocol": 2,
+    "protocol": PROTOCOL,
 }
 _ADDRESSES = ("1.2.3.4:5", "[::1]:1", "a:b", ":", "[]:1", "x:" + "1" * 5000, "x:١٢", "\0:1", "a b:1", "é:1", "\ud800:1")
 
@@ -30,8 +30,8 @@ _ADDRESSES = ("1.2.3.4:5", "[::1]:1", "a:b", ":", "[]:1", "x:" + "1" * 5000, "x:
 def endpoint_info(rng: random.Random) -> str:
     """A card is refused with a TransportError, or every address in it can be dialled, or fails to be, with an OSError."""
     if rng.random() < 0.5:
-        changed = dict(_CARD)
-        changed[rng.choice(list(_CARD))] = odd_value(rng)
+        changed = dict(_ENDPOINT_INFO)
+        changed[rng.choice(list(_ENDPOINT_INFO))] = odd_value(rng)
         if rng.random() < 0.4:
             changed["addresses"] = [rng.choice((*_ADDRESSES, *TEXTS)) + rng.choice(("", ":1")) for _ in range(3)]
         try:
@@ -39,7 +39,7 @@ def endpoint_info(rng: random.Random) -> str:
         except RecursionError:
             return "none"
     else:
-        text = odd_json(rng, _CARD).decode("utf-8", "replace")
+        text = odd_json(rng, _ENDPOINT_INFO).decode("utf-8", "replace")
     try:
         found = EndpointInfo.parse(text)
     except TransportError as error:
