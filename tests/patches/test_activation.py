@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib import metadata
 
 import pytest
 
@@ -233,7 +234,7 @@ def test_dual_pipe_is_refused():
 def test_an_unsupported_version_is_refused(monkeypatch):
     from adaptra_plugin.patches import registry
 
-    monkeypatch.setattr(registry.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.99.0")
     patch = registry.Patch("x", "deepspeed:PipelineEngine", "deepspeed", ">=0.16,<0.20", "because", lambda o: o)
     patches = registry.PatchSet()
     with pytest.raises(UnsupportedError, match=r"deepspeed 0\.99\.0 is installed, >=0\.16,<0\.20 is supported"):
