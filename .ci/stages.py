@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# longest first; three at a time, because tests wait more than they compute
+# longest first; two at a time, because tests wait about as much as they compute
 TOGETHER = (
     *("deepspeed", "wheel", "megatron", "transport", "demo", "schedule", "runtime", "versions", "proxy"),
     *("pythons", "fast", "report", "lint", "docs", "whole", "doctor", "detect"),
@@ -52,7 +52,7 @@ def main() -> int:
     began = time.monotonic()
     results = [stage("install")]
     if results[0][1] == 0:
-        results += together(TOGETHER, 3) + together(QUIET, 2)
+        results += together(TOGETHER, 2) + together(QUIET, 2)
     print(f"\n{'stage':<12} seconds")
     for name, code, seconds in results:
         print(f"{name:<12} {seconds:7.0f}  {'ok' if code == 0 else f'FAILED with exit code {code}'}")

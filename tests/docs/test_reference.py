@@ -95,6 +95,8 @@ def test_the_records_page_lists_every_field_of_an_iteration_and_of_the_pipeline(
 
 def test_the_errors_page_lists_every_error():
     text = page("reference/errors.md")
-    names = [name for name, error in vars(errors).items() if isinstance(error, type) and error.__module__ == errors.__name__]
+    names = [
+        name for name, error in vars(errors).items() if isinstance(error, type) and error.__module__ == errors.__name__
+    ]
     assert "PeerLostError" in names
     assert [name for name in names if f"| `{name}` | " not in text] == []

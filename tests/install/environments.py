@@ -40,7 +40,7 @@ class Environment:
     def packages(self) -> Path:
         return self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 
-    def run(self, command: str, cwd: Path, deadline_s: float = 400.0, **more: str) -> str:
+    def run(self, command: str, cwd: Path, deadline_s: float = 600.0, **more: str) -> str:
         """What a shell command says, with this environment in front of the path and nothing of the one around it.
         Fails the test if it ends with an error."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

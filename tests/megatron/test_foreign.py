@@ -19,15 +19,15 @@ JOB = GptJob(pipeline=2)
 
 def deferred(rank, block):
     """Trains with a block, and counts what W gets to do."""
-    from adaptra_plugin.runtime import weights
+    from adaptra_plugin.runtime import weight_grad_store
 
-    counted, stock = [], weights.WeightGradStore.defer
+    counted, stock = [], weight_grad_store.WeightGradStore.defer
 
     def counting(self, weight, use):
         counted.append(weight)
         stock(self, weight, use)
 
-    weights.WeightGradStore.defer = counting
+    weight_grad_store.WeightGradStore.defer = counting
     return {**run(rank, JOB, block, STEPS), "deferred": len(counted)}
 
 
