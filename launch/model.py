@@ -17,7 +17,7 @@ VOCABULARY = 256
 class GptSize:
     """Width, heads, blocks, sequence length (bytes) and dropout of the model."""
 
-    width: int = 208
+    width: int = 128
     heads: int = 8
     blocks: int = 4
     sequence: int = 32
