@@ -107,7 +107,6 @@ class Endpoint:
         self._closed = False
         self._said_closed = False
         self._last_words = ""
-        self._linger_s = 0.0
         host = choose_bind(config.bind, bind_host)
         cpus = proxy_cpus(config.cpus)
         self._proxy = (spawn or SPAWNS[config.proxy])(me.rank)
@@ -259,7 +258,6 @@ class Endpoint:
         with self._close_lock:
             first, self._closed = not self._closed, True
         if first:
-            self._linger_s = linger_s
             for link in list(self._links.values()):
                 for lane in link.send_lanes():
                     lane.refuse(_CLOSING)
