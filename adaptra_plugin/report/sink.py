@@ -12,7 +12,7 @@ from adaptra_plugin.report.event import StragglerEvent
 
 
 class Sink(Protocol):
-    """Takes news from the training thread: returns at once and never raises. A subclass overrides what it cares about."""
+    """Takes news from many threads, the training thread too: returns at once, never raises. A subclass overrides what it cares about."""
 
     shared: bool = False
     """It shows what concerns all ranks: away from rank 0, it also gets what rank 0 sends."""

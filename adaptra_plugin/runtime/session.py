@@ -143,6 +143,12 @@ class Session:
             now=lambda: (self._iteration, self._book.version),
             failed=lambda: self.failure is not None,
         )
+        router.route(lambda _, message: self._reporter.event(message.event), Rail)
+        router.route(lambda _, message: self._reporter.show(message.to_json()), Show)
+        router.route(self._losses.heard, Lost, Departed, refused=True)
+        router.route(lambda _, m: router.send(COORDINATOR, self._book.vote(m, topology)), Prepare, refused=True)
+        router.route(lambda _, message: self._book.commit(message.version), Commit)
+        router.route(lambda _, message: self._book.abort(message.version), Abort)
         self._endpoint = Endpoint(
             self._me,
             config.transport,
@@ -171,12 +177,6 @@ class Session:
             )
             undo.callback(self._coordinator.close)
             router.route(self._coordinator.post, Report, Vote, refused=True)
-        router.route(lambda _, message: self._reporter.event(message.event), Rail)
-        router.route(lambda _, message: self._reporter.show(message.to_json()), Show)
-        router.route(self._losses.heard, Lost, Departed, refused=True)
-        router.route(lambda _, m: router.send(COORDINATOR, self._book.vote(m, topology)), Prepare, refused=True)
-        router.route(lambda _, message: self._book.commit(message.version), Commit)
-        router.route(lambda _, message: self._book.abort(message.version), Abort)
         self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
         self._links = Links(
             previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
@@ -287,7 +287,10 @@ class Session:
     def _show(self, rank: int, message: Mapping[str, Any]) -> None:
         """For the sinks of another rank. What belongs to the last iteration comes while this session closes."""
         if self.failure is None:
-            self._router.send_last(rank, Show.model_validate(message))
+            try:
+                self._router.send_last(rank, Show.model_validate(message))
+            except ValueError as error:
+                logger.warning("news for the run of rank %d is dropped: %s", rank, error)
 
     # --- failures
 

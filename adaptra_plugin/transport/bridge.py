@@ -5,11 +5,11 @@ The *data* pair (SOCK_SEQPACKET) carries fixed records, several a packet: transf
 rare. Both ends belong to one job and one user: nothing here is authenticated, and nothing is pickled.
 
 Control messages to the proxy, by `op`:
-    start    me {rank, stage, host}, config (transport block), secret (hex), bind, shown (in the card, for a wildcard), simulate,
+    start    me {rank, stage, host}, config (transport block), secret (hex), bind, shown (in the endpoint info, for a wildcard), simulate,
              clock_offset_s
-    connect  peers [{rank, stage, host, card, neighbour}], coordinator, deadline_s, remind_s;
+    connect  peers [{rank, stage, host, endpoint_info, neighbour}], coordinator, deadline_s, remind_s;
              descriptors: for each neighbour in the order of `peers`, for each direction, for each lane: the ring that this
-             rank fills, then the receive ring of the ring that the peer fills
+             rank fills, then the receive ring of what the peer fills
     mapped   rank (the peer's rings are mapped: segments may come by reference)
     unmapped rank, why (they cannot be mapped: the link does without shared memory)
     control  rank, message (JSON text; it is passed on as it is)

@@ -314,7 +314,7 @@ class RecvLane(Source):
 
     def _enter(self, arrived: Arrived) -> None:
         """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the
-        message, once it has a work."""
+        message, once a receive is posted for it."""
         key = arrived.header.key
         if self.loss is not None and arrived.at and arrived.work is None and not self._arrived.get(key):
             return  # the work that has its beginning has failed
@@ -372,7 +372,7 @@ class RecvLane(Source):
         self._post(Op.RELEASE, arrived.position, arrived.total)
 
     def copied(self) -> None:
-        """Caller: it has copied for a work, and lets others."""
+        """Caller: it has copied a message, and lets others."""
         if self.peer_stuck:
             self.pump.wake()  # a blocked send may have waited for this copy to end
 

@@ -35,7 +35,7 @@ class RingAllocator:
 
     `grows`: the ring is as large as it may ever become, and only a *window* at its start is used: no page behind it is ever
     touched. The window grows with the messages (`expect`). Positions are those of the whole ring, so the other end, which
-    receive rings them, needs to know nothing of it; a message that would reach over the end of the window begins at the start again.
+    has the same positions, needs to know nothing of it; a message that would reach over the end of the window begins at the start again.
     """
 
     def __init__(self, capacity: int, *, grows: bool = False) -> None:

@@ -19,8 +19,8 @@ from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 from adaptra_plugin.schedule.simulator import simulate
 
-LINK = LinkProfile(2, 3, latency_ms=36)
-HEALTHY = Profile(12, (StageProfile(forward_ms=12, backward_input_ms=12, backward_weight_ms=8),) * 4)
+LINK = LinkProfile(2, 3, latency_ms=72)
+HEALTHY = Profile(12, (StageProfile(forward_ms=24, backward_input_ms=24, backward_weight_ms=16),) * 4)
 SLOW = replace(HEALTHY, links=(LINK,))
 LIMITED = replace(SLOW, stages=tuple(replace(stage, max_activations=8) for stage in SLOW.stages))
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "adaptra", "font.family": "sans-serif"}
@@ -31,8 +31,8 @@ def draw(path: Path) -> None:
     os.environ["SOURCE_DATE_EPOCH"] = "0"
     stock = plan(HEALTHY, schedule="1f1b").schedule
     panels = [
-        ("stock 1F1B, link 2-3 slow by 36 ms", simulate(stock, SLOW, "blocking")),
-        ("Adaptra, link 2-3 slow by 36 ms", simulate(plan(LIMITED).schedule, LIMITED)),
+        ("stock 1F1B, link 2-3 slow by 72 ms", simulate(stock, SLOW, "blocking")),
+        ("Adaptra, link 2-3 slow by 72 ms", simulate(plan(LIMITED).schedule, LIMITED)),
     ]
     with matplotlib.rc_context(STYLE):
         draw_gantt(panels, path, [(LINK.src, LINK.dst)])

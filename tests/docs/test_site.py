@@ -32,7 +32,7 @@ def test_the_picture_shows_what_the_simulator_says(tmp_path):
     subprocess.run([sys.executable, script, tmp_path / "drawn.svg"], check=True, timeout=100, env=environment)
     drawn, kept = (texts(path.read_text()) for path in (tmp_path / "drawn.svg", DOCS / "images" / "timelines.svg"))
     assert drawn == kept
-    assert any("916.0 ms" in text for text in kept) and any("472.0 ms" in text for text in kept)
+    assert any("1832.0 ms" in text for text in kept) and any("944.0 ms" in text for text in kept)
 
 
 def texts(svg: str) -> list[str]:

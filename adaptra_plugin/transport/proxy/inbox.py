@@ -1,4 +1,4 @@
-"""What has come: segments of messages that fill the receive ring of the peer's ring. Pure, but for the bytes themselves."""
+"""What has come: segments of messages that fill the receive ring, at the positions of the peer's ring. Pure, but for the bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LaneInbox:
     """One lane of one direction.
 
     Args:
-        receive ring: memory of the same size as the peer's ring.
+        receive_ring: memory of the same size as the peer's ring.
         limit: longest message (bytes).
     """
 
