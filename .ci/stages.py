@@ -6,6 +6,7 @@ Each stage's output is printed when it ends. A stage that fails fails the whole,
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ TOGETHER = (
 )
 # at the end, beside nothing that keeps both cores busy: the guest kernel has one, what measures time the other
 QUIET = ("rdma", "timing")
+DEADLINE_S = 1800
+"""Longest time of a stage."""
 
 
 def stage(name: str) -> tuple[str, int, float]:
@@ -29,14 +32,24 @@ def stage(name: str) -> tuple[str, int, float]:
     if name in TOGETHER:
         command.append('SELECT=-m "not timing"')
     began = time.monotonic()
-    done = subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
+    try:
+        said, code = process.communicate(timeout=DEADLINE_S)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # make, and all that it has started
+        said, code = process.communicate()[0] + f"not finished after {DEADLINE_S} s\n".encode(), 124
     seconds = time.monotonic() - began
-    sys.stdout.buffer.write(f"\n===== {name}: {' '.join(command)}\n".encode() + done.stdout)
-    sys.stdout.buffer.write(f"===== {name}: exit code {done.returncode}, {seconds:.0f} s\n".encode())
+    sys.stdout.buffer.write(f"\n===== {name}: {' '.join(command)}\n".encode() + said)
+    sys.stdout.buffer.write(f"===== {name}: exit code {code}, {seconds:.0f} s\n".encode())
     sys.stdout.buffer.flush()
-    return name, done.returncode, seconds
+    return name, code, seconds
 
 
 def together(names: tuple[str, ...], workers: int) -> list[tuple[str, int, float]]:
