@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from adaptra_plugin.schedule import compiled as module
-from adaptra_plugin.schedule.planner import plan
-from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 
 
 def double(x: int) -> int:
@@ -76,25 +74,3 @@ def test_other_threads_run_while_a_kernel_does():
 def test_every_kernel_lets_other_threads_run():
     pytest.importorskip("numba")
     assert module.KERNELS and all(kernel.targetoptions["nogil"] for kernel in module.KERNELS)
-
-
-def test_training_goes_on_while_a_large_plan_is_made():
-    pytest.importorskip("numba")
-    stages = tuple(StageProfile(3.0 + n % 3, 4.0 + n % 2, 2.0, 66) for n in range(64))
-    links = tuple(LinkProfile(n, n + 1, 9.0 if n == 1 else 1.0, 0.5) for n in range(63))
-    profile = Profile(512, stages, links)
-    plan(profile)  # compiled
-    took = []
-
-    def planning() -> None:
-        began = time.perf_counter()
-        plan(profile)
-        took.append(time.perf_counter() - began)
-
-    thread = threading.Thread(target=planning)
-    last, longest = time.perf_counter(), 0.0
-    thread.start()
-    while thread.is_alive():
-        now = time.perf_counter()
-        last, longest = now, max(longest, now - last)
-    assert longest < max(took[0], 0.3) / 2
