@@ -39,7 +39,7 @@ setup(
         "pydantic>=2.5",  # the typed configuration
         "numpy>=1.24",  # samples, windows, the simulator's tables
         "packaging>=23",  # version ranges of the hosts
-        "xxhash>=3.2",  # checksums of chunks at memory speed, without holding the interpreter lock
+        "xxhash>=3.2",  # checksums of segments at memory speed, without holding the interpreter lock
         "psutil>=5.9",  # addresses of network interfaces
         "rich>=13",  # tables and progress of the command line and the demo
     ],

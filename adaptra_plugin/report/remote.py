@@ -7,24 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.report.event import StragglerEvent
-from adaptra_plugin.report.sink import Sink
+from adaptra_plugin.report.sink import Send, Sink
 
 COORDINATOR = 0
-"""World rank that sends."""
+"""World rank that collects, decides, and tells the others."""
 
 
 class RemoteSink(Sink):
     """On rank 0: forwards events and the pipeline's metrics to the rank `to`, where a `Receiver` takes them."""
 
-    def __init__(self, to: int, send: Callable[[int, dict[str, Any]], object]) -> None:
+    def __init__(self, to: int, send: Send) -> None:
         self._to = to
         self._send = send
 
     def pipeline(self, metrics: Mapping[str, Any]) -> None:
-        self._send(self._to, {"type": "show", "pipeline": metrics})
+        self._send(self._to, None, metrics)
 
     def event(self, event: StragglerEvent) -> None:
-        self._send(self._to, {"type": "show", "event": event.to_json()})
+        self._send(self._to, event, None)
 
 
 class Receiver:
@@ -34,20 +34,15 @@ class Receiver:
         self._sinks = sinks
         self._shown = -1  # newest iteration of which the pipeline's metrics have come
 
-    def receive(self, message: Mapping[str, Any]) -> None:
-        """Takes a message of a `RemoteSink`. Raises ValueError or KeyError if it is none."""
-        if message.get("event") is not None:
-            event = StragglerEvent.from_json(message["event"])
-            for sink in self._sinks:
-                sink.event(event)
-            return
-        metrics = message["pipeline"]
-        iteration = metrics.get("iteration") if isinstance(metrics, Mapping) else None
-        if isinstance(iteration, bool) or not isinstance(iteration, int):
-            raise ValueError(f"pipeline: {metrics!r:.80} are not metrics of an iteration")
+    def receive(self, event: StragglerEvent | None, metrics: Mapping[str, Any] | None) -> None:
+        """Takes what a `RemoteSink` has sent."""
         for sink in self._sinks:
-            sink.pipeline(metrics)
-        self._shown = iteration
+            if event is not None:
+                sink.event(event)
+            if metrics is not None:
+                sink.pipeline(metrics)
+        if metrics is not None:
+            self._shown = metrics["iteration"]
 
     def wait_for(self, iteration: int, give_up: Callable[[], bool], patience_s: float) -> None:
         """Returns when the metrics of the iteration have come, or there is no more point in waiting."""

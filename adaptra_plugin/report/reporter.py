@@ -12,7 +12,7 @@ from typing import Any
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report.event import StragglerEvent
 from adaptra_plugin.report.remote import COORDINATOR, Receiver
-from adaptra_plugin.report.sink import Place
+from adaptra_plugin.report.sink import Place, Send
 from adaptra_plugin.report.sinks import SINKS
 
 
@@ -35,7 +35,7 @@ class Reporter:
         *,
         run_rank: int = COORDINATOR,
         overviews: bool = False,
-        send: Callable[[int, dict[str, Any]], object] = lambda rank, message: None,
+        send: Send = lambda rank, event, metrics: None,
         run: str | None = None,
         clock: Callable[[], float] = time.time,
         logger: logging.Logger | None = None,
@@ -47,7 +47,7 @@ class Reporter:
             rank: world rank.
             run_rank: world rank that owns the host's run (of W&B, say).
             overviews: rank 0 reports metrics of the whole pipeline, which such a run gets in place of its rank's own.
-            send: `(rank, message)`: brings a message to `show` of another rank; never blocks.
+            send: brings news to `show` of another rank.
             run: tells this run from others that write into the same directory; the same on all ranks. None: a new one.
             clock: seconds since the epoch.
             logger: for lines that people read; `adaptra` by default.
@@ -111,9 +111,9 @@ class Reporter:
         for sink in self._sinks:
             sink.message(kind, fields)
 
-    def show(self, message: Mapping[str, Any]) -> None:
-        """What rank 0 has sent for the sinks of this rank. Raises ValueError or KeyError for anything else."""
-        self._receiver.receive(message)
+    def show(self, event: StragglerEvent | None, metrics: Mapping[str, Any] | None) -> None:
+        """What rank 0 has sent for the sinks of this rank."""
+        self._receiver.receive(event, metrics)
 
     def await_overview(self, last: int, give_up: Callable[[], bool], patience_s: float = 5.0) -> None:
         """Waits for the metrics of the pipeline of iteration `last`, which rank 0 sends, if a sink here gets them.

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from adaptra_plugin.config import ReportConfig
 from adaptra_plugin.report.event import StragglerEvent
 
+Send = Callable[[int, StragglerEvent | None, Mapping[str, Any] | None], object]
+"""`(rank, event, metrics of the pipeline)`: brings one of them to `Reporter.show` of another rank; never blocks."""
+
 
 class Sink(Protocol):
     """Takes news from many threads, the training thread too: returns at once, never raises. A subclass overrides what it cares about."""
@@ -55,8 +58,7 @@ class Place:
     """World rank that owns the host's run, which is the one to feed with events and metrics of all."""
     overviews: bool
     """Rank 0 reports metrics of the whole pipeline."""
-    send: Callable[[int, dict[str, Any]], object]
-    """`(rank, message)`: tells another rank something; never blocks."""
+    send: Send
     clock: Callable[[], float]
     """Seconds since the epoch."""
     logger: logging.Logger

@@ -20,6 +20,7 @@ from pydantic import (
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from adaptra_plugin.detect import IterationReport
@@ -102,6 +103,12 @@ class Show(_Base):
     type: Literal["show"] = "show"
     event: _Event | None = None
     pipeline: _Overview | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Show:
+        if self.event is None and self.pipeline is None:
+            raise ValueError("neither an event nor the overview of an iteration")
+        return self
 
 
 class Lost(_Base):

@@ -16,7 +16,7 @@ import torch
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import ConfigError
-from adaptra_plugin.report import Reporter
+from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
 from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
@@ -144,7 +144,7 @@ class Session:
             failed=lambda: self.failure is not None,
         )
         router.route(lambda _, message: self._reporter.event(message.event), Rail)
-        router.route(lambda _, message: self._reporter.show(message.to_json()), Show)
+        router.route(lambda _, message: self._reporter.show(message.event, message.pipeline), Show)
         router.route(self._losses.heard, Lost, Departed, refused=True)
         router.route(lambda _, m: router.send(COORDINATOR, self._book.vote(m, topology)), Prepare, refused=True)
         router.route(lambda _, message: self._book.commit(message.version), Commit)
@@ -284,13 +284,10 @@ class Session:
             self.close()
         return not found
 
-    def _show(self, rank: int, message: Mapping[str, Any]) -> None:
+    def _show(self, rank: int, event: StragglerEvent | None, pipeline: Mapping[str, Any] | None) -> None:
         """For the sinks of another rank. What belongs to the last iteration comes while this session closes."""
         if self.failure is None:
-            try:
-                self._router.send_last(rank, Show.model_validate(message))
-            except ValueError as error:
-                logger.warning("news for the run of rank %d is dropped: %s", rank, error)
+            self._router.send_last(rank, Show(event=event, pipeline=None if pipeline is None else dict(pipeline)))
 
     # --- failures
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptra_plugin.detect import links_of
-
-COORDINATOR = 0
-"""World rank that detects, plans and leads the switch to a new plan."""
+from adaptra_plugin.report.remote import COORDINATOR as COORDINATOR
 
 
 @dataclass(frozen=True)

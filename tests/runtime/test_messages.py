@@ -168,3 +168,10 @@ def test_a_rail_that_cannot_be_reported_ends_nothing(session, monkeypatch, caplo
     monkeypatch.setattr(session._reporter, "message", broken)
     session._telemetry.rail(session._me, "tcp0", "paused", "it is silent")
     assert "which cannot be reported" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"event": 3}, {"pipeline": None}, {"pipeline": {"iteration": True}}, {"pipeline": {}}]
+)
+def test_what_rank_0_does_not_send_is_refused(wrong):
+    assert isinstance(read({"type": "show", **wrong}), Refused)
