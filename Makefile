@@ -56,7 +56,7 @@ test-timing: install
 
 # pure packages, reports and configuration: no torch, no host, no network; under 90 s from a clone
 test-fast: $(FAST)/.installed
-	$(FAST)/bin/python -m pytest -m "not (host or multiprocess or network or slow)" $(FILES_fast)
+	$(FAST)/bin/python -m pytest -n auto -m "not (host or multiprocess or network or slow)" $(FILES_fast)
 
 $(FAST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(FAST)

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="DeepSpeed configuration with the adaptra block")
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
-    parser.add_argument("--iterations", type=int, default=22)
+    parser.add_argument("--iterations", type=int, default=20)
     arguments = parser.parse_args(argv)
     console = Console(width=max(100, Console().width))
     out = arguments.out.resolve()
