@@ -54,9 +54,9 @@ $(PARTS:%=test-%): test-%: install
 test-timing: install
 	$(BIN)/python -m pytest -m timing $(FILES_timing)
 
-# pure packages, reports and configuration: no torch, no host, no network; under 90 s from a clone
+# pure packages, reports and configuration: no torch, no host, no network; about 95 s from a clone
 test-fast: $(FAST)/.installed
-	$(FAST)/bin/python -m pytest -n auto -m "not (host or multiprocess or network or slow)" $(FILES_fast)
+	$(FAST)/bin/python -m pytest -n auto --dist loadfile -m "not (host or multiprocess or network or slow)" $(FILES_fast)
 
 $(FAST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(FAST)
