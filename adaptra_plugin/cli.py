@@ -221,11 +221,12 @@ def run_report(options: argparse.Namespace) -> int:
 
 def _before_and_after(profile: Profile, found: Plan) -> list[tuple[str, Timeline]]:
     """The stock schedule of the profile's shape on blocking links, where there is one, and the plan."""
+    from adaptra_plugin.schedule.names import stock_order
     from adaptra_plugin.schedule.planner import plan
     from adaptra_plugin.schedule.profile import Profile
     from adaptra_plugin.schedule.simulator import simulate
 
-    stock = "1f1b" if profile.virtual_stages == 1 else "interleaved-1f1b"
+    stock = stock_order(profile.virtual_stages)
     panels = []
     if found.name != stock and (profile.virtual_stages == 1 or profile.microbatches % profile.ranks == 0):
         data = profile.to_json()

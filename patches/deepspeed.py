@@ -20,6 +20,7 @@ import torch
 from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import PartitionedTensor
 
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import deepspeed_foreign as foreign
@@ -138,7 +139,6 @@ class AdaptraPipelineEngine(PipelineEngine):
         config = support.effective_config(self._config._param_dict)
         if not (self.is_pipe_parallel and config.enabled):
             return  # one stage has nothing to schedule and nothing to send
-        support.check_engine(self)
         self._losses: dict[int, Any] = {}
         store = torch.distributed.distributed_c10d._get_default_store()
         self._session = Session(
@@ -168,14 +168,6 @@ class AdaptraPipelineEngine(PipelineEngine):
             self._session.close()
         super().destroy()
 
-    def compile(self, *args: Any, **kwargs: Any) -> Any:
-        if self.adaptra is not None:
-            raise UnsupportedError(
-                "torch.compile traces the linear layers whole, so their backward cannot be split: "
-                'do not call engine.compile(), or set "adaptra": {"enabled": false}'
-            )
-        return super().compile(*args, **kwargs)
-
     def train_batch(self, *args: Any, **kwargs: Any) -> Any:
         return self._inside(super().train_batch, *args, **kwargs)
 
@@ -197,7 +189,8 @@ class AdaptraPipelineEngine(PipelineEngine):
         microbatches = pipe_schedule.micro_batches
         training = type(pipe_schedule) is stock.TrainSchedule
         iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
-        watched = training and iteration.index < SCHEDULES
+        # in the stock order, whoever steps inside a schedule steps where stock does
+        watched = training and iteration.index < SCHEDULES and not session.kept
         self._unstepped = Unstepped(self.module.named_parameters()) if watched else None
         before_step = self._unstepped.check if self._unstepped is not None else nothing
         plan = PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id, before_step)
@@ -240,13 +233,19 @@ class AdaptraPipelineEngine(PipelineEngine):
             return None
         base = next(cls for cls in type(self).__mro__ if issubclass(cls, PipelineEngine) and not _is_ours(cls))
         found = foreign.reasons(self, base, schedule)
+        in_order = foreign.reasons_for_stock_order(self)
         if not self._decided:
             self._decided = True
-            return session if session.agrees(found) else None
+            return session if session.agrees(found, in_order) else None
         if found:
             raise UnsupportedError(
                 f"replaced after training with Adaptra had begun: {'; '.join(found)}. Replace it before the first batch, and "
                 'the job runs as in stock; or set "adaptra": {"enabled": false}'
+            )
+        if in_order and not session.kept:
+            raise UnsupportedError(
+                f"changed after training with plans had begun: {'; '.join(map(str, in_order))}. Change it before the first batch, "
+                'and the job keeps the stock order; or set "adaptra": {"enabled": false}'
             )
         return session
 
@@ -324,6 +323,11 @@ class AdaptraPipelineEngine(PipelineEngine):
                         "floating-point tensor that the stage before it returns"
                     )
                 gradients.append(tensor.grad)
+        if self.is_grad_partitioned:
+            # each rank of a tensor group sends its part, and the receiver gathers the parts, as in stock
+            part = PartitionedTensor(tensor=gradients[0], group=self.grid.get_slice_parallel_group())
+            gradients[:1] = [part.to_meta(), part.data()]
+            is_tuple = True
         self._send(action, tuple(gradients) if is_tuple else gradients[0])
         self.pipe_buffers["inputs"][buffer_id] = None
 

@@ -1,4 +1,6 @@
-"""What somebody else has put into DeepSpeed's pipeline that a plan would go around: such a job runs as in stock.
+"""What the first schedule of an engine shows: why its job has less than the full support.
+
+What somebody else has put into DeepSpeed's pipeline may be something that Adaptra would go around: such a job runs as in stock.
 
 Users replace the steps of schedules, instructions, engines and p2p. What a plan calls is honoured by calling it (forward,
 backward, loading, reduction, step); what it does instead of DeepSpeed (order, transfers) cannot be.
@@ -9,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.pipe import engine as engine_module
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe import schedule as stock
 
+from adaptra_plugin.patches import deepspeed_support as support
 from adaptra_plugin.patches.genuine import is_genuine, name_of
 from adaptra_plugin.runtime.stepping import foreign_hooks
+from adaptra_plugin.support import Reason, in_stock_order
 
+CHECKPOINT_SWITCHES = ("PARTITION_ACTIVATIONS", "CONTIGUOUS_CHECKPOINTING", "CPU_CHECKPOINT")
 REPLACED = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad, stock.BackwardPass)
 """Instructions that a plan executes in its own way; of a backward, another function may look at gradients that come later here."""
 METHODS = ("_exec_schedule", "_send_tensor_meta", "_recv_tensor_meta")
@@ -48,10 +54,34 @@ def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
         found.append(
             f"the steps of {type(schedule).__name__} are those of {name_of(type(schedule).steps)}, in another order"
         )
-    hooks = foreign_hooks(engine.module.parameters())
-    if hooks:
-        found.append(f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there")
     return found
+
+
+def reasons_for_stock_order(engine: Any) -> list[Reason]:
+    """Why an engine runs in the stock order, its configuration included."""
+    found = support.reasons_of_config(engine._config._param_dict)
+    if getattr(engine, "is_compiled", False) or _is_compiled(engine.module):
+        found.append(support.COMPILED_REASON)
+    optimizers = [getattr(engine, name, None) for name in ("client_optimizer", "basic_optimizer")]
+    # by name: importing the classes would need their compression backends
+    bases = {base.__name__.lower() for optimizer in optimizers for base in type(optimizer).__mro__}
+    if bases & set(support.ONE_BIT):
+        found.append(support.ONE_BIT_REASON)
+    # they can be switched on without the configuration, too (`deepspeed.checkpointing.configure`)
+    if any(getattr(checkpointing, name, False) for name in CHECKPOINT_SWITCHES):
+        found.append(support.CHECKPOINTS_REASON)
+    if hooks := foreign_hooks(engine.module.parameters()):
+        why = f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there"
+        found.append(in_stock_order(why, "plans need an optimizer that steps after the backward"))
+    return list(dict.fromkeys(found))
+
+
+def _is_compiled(module: Any) -> bool:
+    """Whether `torch.compile` has been asked for a layer, or a function, of a pipeline."""
+    return any(
+        getattr(layer, "_compiled_call_impl", None) is not None or hasattr(layer, "_orig_mod")
+        for layer in module.modules()
+    ) or any(hasattr(function, "_torchdynamo_orig_callable") for function in module.forward_funcs)
 
 
 def _keeps_the_order(schedule: Any) -> bool:

@@ -1,18 +1,19 @@
-"""The "adaptra" block of a DeepSpeed job, and what DeepSpeed jobs Adaptra refuses, each with a reason and a remedy. Checked before
-and after the engine is built."""
+"""The "adaptra" block of a DeepSpeed job, and how much of Adaptra the job can have, with reasons. Looked at before the engine is
+built, and at its first schedule."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.errors import refuse
+from adaptra_plugin.support import Reason, Rule, in_stock_order, judge, refuse_what_must_be, refused
 
-_refuse = functools.partial(refuse, otherwise='or set "adaptra": {"enabled": false}')
-Check = tuple[Callable[[Mapping[str, Any]], bool], str, str]
+OTHERWISE = 'or set "adaptra": {"enabled": false}'
+_refuse = functools.partial(refuse, otherwise=OTHERWISE)
 
 
 def _on(config: Mapping[str, Any], *path: str) -> bool:
@@ -37,10 +38,6 @@ def _optimizer(config: Mapping[str, Any]) -> str:
     return str(_section(config, "optimizer").get("type", "")).lower()
 
 
-def _fp16(config: Mapping[str, Any]) -> bool:
-    return _on(config, "fp16") or _on(config, "amp")
-
-
 def _zero_stage(config: Mapping[str, Any]) -> int:
     stage = _section(config, "zero_optimization").get("stage", 0)
     return stage if isinstance(stage, int) else 0
@@ -56,56 +53,64 @@ def _offloads(config: Mapping[str, Any]) -> bool:
 
 
 ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
-ONE_BIT_REASON = "1-bit optimizers compress gradients inside their own step and replace the engine's gradient reduction"
-ONE_BIT_REMEDY = 'use "Adam", "AdamW" or "Lamb"'
+ONE_BIT_REASON = in_stock_order(
+    "1-bit optimizers compress gradients inside their own step and replace the engine's gradient reduction",
+    'plans need "Adam", "AdamW" or "Lamb"',
+)
+_CHECKPOINTS = ("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing")
+CHECKPOINTS_REASON = in_stock_order(
+    "partitioned, contiguous or offloaded activation checkpoints keep buffers that count on the stock order of microbatches",
+    f"plans need all of {', '.join(_CHECKPOINTS)} switched off",
+)
+COMPILED_REASON = in_stock_order(
+    "torch.compile traces the linear layers whole, so their backward cannot be split",
+    'plans need a job without "compile" and without engine.compile()',
+)
 
-REFUSED: tuple[Check, ...] = (
+RULES: tuple[Rule, ...] = (
+    (lambda c: _optimizer(c) in ONE_BIT, ONE_BIT_REASON),
+    (lambda c: any(_on(c, "activation_checkpointing", name) for name in _CHECKPOINTS), CHECKPOINTS_REASON),
+    (lambda c: _on(c, "compile") or _on(c, "compile", "deepcompile"), COMPILED_REASON),
     (
-        lambda c: _optimizer(c) in ONE_BIT,
-        ONE_BIT_REASON,
-        ONE_BIT_REMEDY,
+        lambda c: _on(c, "amp"),
+        in_stock_order("apex's amp replaces functions of torch while it trains", 'plans need "fp16" or "bf16"'),
     ),
-    (
-        lambda c: (
-            _on(c, "activation_checkpointing", "partition_activations")
-            or _on(c, "activation_checkpointing", "cpu_checkpointing")
-        ),
-        "partitioned or offloaded activation checkpoints keep one buffer that assumes the stock order of microbatches",
-        'set "activation_checkpointing": {"partition_activations": false, "cpu_checkpointing": false}',
-    ),
-    (
-        lambda c: _on(c, "compile") or _on(c, "compile", "deepcompile"),
-        "torch.compile traces the linear layers whole, so their backward cannot be split",
-        'remove the "compile" block',
-    ),
-    (_fp16, "fp16 loss scaling has not been verified with a split backward", 'use "bf16": {"enabled": true} or fp32'),
     (
         lambda c: _zero_stage(c) > 1,
-        "ZeRO-2 and ZeRO-3 do not work with pipeline parallelism (DeepSpeed refuses them too)",
-        'set "zero_optimization": {"stage": 1}',
+        refused(
+            "ZeRO-2 and ZeRO-3 do not work with pipeline parallelism (DeepSpeed refuses them too)",
+            'set "zero_optimization": {"stage": 1}',
+        ),
     ),
     (
         _offloads,
-        "offloaded or asynchronous optimizer states copy gradients on hooks that assume an unsplit backward",
-        'remove "offload_optimizer" and "zenflow" from "zero_optimization"',
+        in_stock_order(
+            "offloaded or asynchronous optimizer states copy gradients on hooks that count on an unsplit backward",
+            'plans need "zero_optimization" without "offload_optimizer" and "zenflow"',
+        ),
     ),
     (
         lambda c: _on(c, "progressive_layer_drop") or _on(c, "eigenvalue") or _on(c, "quantize_training"),
-        "progressive layer drop, eigenvalue and quantized training call into the stock backward pass",
-        "switch them off",
+        in_stock_order(
+            "progressive layer drop, eigenvalue and quantized training call into the stock backward pass",
+            "plans need them switched off",
+        ),
     ),
     (
         lambda c: _on(c, "hybrid_engine") or _on(c, "autotuning"),
-        "the hybrid engine and the autotuner run the engine in ways the schedule does not know",
-        "switch them off for this job",
+        in_stock_order(
+            "the hybrid engine and the autotuner run the engine in ways that plans do not know",
+            "plans need them switched off",
+        ),
     ),
     (
         lambda c: _on(c, "sparse_gradients"),
-        "sparse gradients have not been verified with a split backward",
-        'set "sparse_gradients": false',
+        in_stock_order(
+            "sparse gradients have not been verified with a split backward", 'plans need "sparse_gradients": false'
+        ),
     ),
 )
-"""(predicate on DeepSpeed's configuration, reason, remedy)."""
+"""What follows from DeepSpeed's configuration."""
 
 
 def effective_config(host_config: Mapping[str, Any]) -> AdaptraConfig:
@@ -117,13 +122,18 @@ def effective_config(host_config: Mapping[str, Any]) -> AdaptraConfig:
     return parse_config(host_config["adaptra"] if "adaptra" in host_config else _activation.default_block())
 
 
+def reasons_of_config(config: Mapping[str, Any]) -> list[Reason]:
+    """Why a DeepSpeed configuration has less than the full support."""
+    return judge(RULES, config)
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuses a DeepSpeed configuration that cannot run with Adaptra.
 
     Raises:
         UnsupportedError: one line per reason, each with its remedy.
     """
-    _refuse([(reason, remedy) for predicate, reason, remedy in REFUSED if predicate(config)])
+    refuse_what_must_be(reasons_of_config(config), OTHERWISE)
 
 
 def check_model(model: Any, pipeline_module: type, dual_pipe_module: type | None) -> None:
@@ -137,30 +147,6 @@ def check_model(model: Any, pipeline_module: type, dual_pipe_module: type | None
     if not isinstance(model, pipeline_module):
         name = type(model).__name__
         _refuse([(f"the model is a {name}: there is no pipeline to schedule", "build it as a PipelineModule")])
-
-
-def check_engine(engine: Any) -> None:
-    """Refuses an engine whose features show only once it is built.
-
-    Raises:
-        UnsupportedError: tensor parallelism, a compiled module, or an optimizer object of a 1-bit class.
-    """
-    found = []
-    if engine.is_model_parallel:
-        found.append(
-            (
-                f"tensor (slice) parallelism of {engine.grid.model_parallel_size} is not verified with DeepSpeed pipelines",
-                "use a topology of pipeline and data parallelism only",
-            )
-        )
-    if getattr(engine, "is_compiled", False):
-        found.append(("the module is compiled", "do not call engine.compile()"))
-    optimizers = [getattr(engine, name, None) for name in ("client_optimizer", "basic_optimizer")]
-    # by name: importing the classes would need their compression backends
-    bases = {base.__name__.lower() for optimizer in optimizers for base in type(optimizer).__mro__}
-    if bases & set(ONE_BIT):
-        found.append((ONE_BIT_REASON, ONE_BIT_REMEDY))
-    _refuse(found)
 
 
 def immediate_grad_update(config: Any) -> bool:

@@ -153,6 +153,11 @@ class Coordinator:
 
     # --- logic
 
+    def keep(self, schedule: str) -> None:
+        """Before the first iteration: another schedule than configured is run."""
+        self._schedule = schedule
+        self._decider.schedule = schedule
+
     def handle(self, rank: int, message: Report | Vote | Refused) -> None:
         """One message of a rank."""
         if self._stopped or rank not in range(self._topology.world_size):

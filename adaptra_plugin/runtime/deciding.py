@@ -48,7 +48,7 @@ class Decider:
     """
 
     def __init__(self, schedule: str) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self._profiled = False
         self._considered = 0  # iteration of the last comparison
         self.running_ms: float | None = None
@@ -82,11 +82,11 @@ class Decider:
         if len(known) < len(found_profiles):
             return "the profile is not complete yet"
         first_time, self._profiled, self._considered = not self._profiled, True, iteration
-        if not SCHEDULES[self._schedule].adapts:
-            return f"schedule {self._schedule} does not adapt"
+        if not SCHEDULES[self.schedule].adapts:
+            return f"schedule {self.schedule} does not adapt"
         profile, current = merge_profiles(known), running()
         now_ms = self.running_ms = simulate(current.schedule, profile).makespan_ms
-        found = plan(profile, schedule=self._schedule, current=current)
+        found = plan(profile, schedule=self.schedule, current=current)
         healed = any(finding.state == "healed" for finding in findings)
         gain = now_ms / found.makespan_ms - 1 if found.makespan_ms else 0.0
         worth = WORTH if findings else REFRESH_WORTH

@@ -33,9 +33,10 @@ from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.runtime.telemetry import Telemetry
 from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
-from adaptra_plugin.schedule.names import SCHEDULES
+from adaptra_plugin.schedule.names import SCHEDULES, stock_order
 from adaptra_plugin.schedule.prepare import prepare
 from adaptra_plugin.schedule.profile import Profile, StageProfile
+from adaptra_plugin.support import Level, Reason
 from adaptra_plugin.transport import Endpoint, PeerInfo
 
 logger = logging.getLogger("adaptra")
@@ -77,6 +78,8 @@ class Session:
         self.topology = topology
         self.device = device
         self.queue = WeightGradStore()
+        self.kept: tuple[str, ...] = ()
+        """Why the stock order stays; empty: it does not."""
         self._wandb_rank = wandb_rank
         self._me = PeerInfo(rank=topology.rank, pp_rank=topology.position, host=socket.gethostname())
         self._losses = Losses(
@@ -270,19 +273,47 @@ class Session:
 
     # --- agreement
 
-    def agrees(self, reasons: Sequence[str]) -> bool:
-        """Before the first schedule, on every rank: whether plans run at all. If a rank has a reason why not, all run as in stock,
-        and this session ends.
+    def agrees(self, reasons: Sequence[str], in_order: Sequence[Reason] = ()) -> bool:
+        """Before the first schedule, on every rank: whether Adaptra runs it at all. If a rank has a reason why not, all run as in
+        stock, and this session ends.
+
+        Args:
+            reasons: why not.
+            in_order: why the stock order has to stay. If a rank has one, all keep it, with an unsplit backward.
 
         Raises:
             TransportError: a rank did not come to its first schedule.
         """
-        told = self._rendezvous.gather("reasons", list(reasons), self.topology.world_size)
-        found = told_by_all(told, self.topology.rank)
+        mine = {"stock": list(reasons), Level.STOCK_ORDER.value: [str(it) for it in in_order]}
+        told = self._rendezvous.gather("reasons", mine, self.topology.world_size)
+        found = told_by_all({rank: said["stock"] for rank, said in told.items()}, self.topology.rank)
         if found:
-            self._reporter.message("stock", reasons=found, ranks=[rank for rank in sorted(told) if told[rank]])
+            self._reporter.message("stock", reasons=found, ranks=[rank for rank in sorted(told) if told[rank]["stock"]])
             self.close()
-        return not found
+            return False
+        ordered = {rank: said[Level.STOCK_ORDER.value] for rank, said in told.items()}
+        kept = told_by_all(ordered, self.topology.rank, STOCK_ORDER_TEXT)
+        if kept:
+            self._keep_stock_order(kept)
+            self._reporter.message(
+                Level.STOCK_ORDER.value, reasons=kept, ranks=[rank for rank in sorted(ordered) if ordered[rank]]
+            )
+        return True
+
+    def _keep_stock_order(self, reasons: Sequence[str]) -> None:
+        self.kept = tuple(reasons)
+        schedule = stock_order(self.topology.chunks)
+        self._book.keep(schedule)
+        if self._coordinator is not None:
+            self._coordinator.keep(schedule)
+        if self._split is not None:
+            self._split.remove()
+            self._split = None
+
+    @property
+    def level(self) -> Level:
+        """How much of Adaptra this job has."""
+        return Level.STOCK_ORDER if self.kept else Level.FULL
 
     def _show(self, rank: int, event: StragglerEvent | None, pipeline: Mapping[str, Any] | None) -> None:
         """For the sinks of another rank. What belongs to the last iteration comes while this session closes."""
@@ -337,6 +368,8 @@ class Session:
             "run": self.run,
             "pp_rank": self.topology.position,
             "stages": self.topology.stages,
+            "level": self.level.value,
+            "reasons": list(self.kept),
             "iteration": self._iteration,
             "plan_version": self._book.version,
             "split_layers": split.split,
@@ -347,13 +380,20 @@ class Session:
         }
 
 
-def told_by_all(told: Mapping[int, Sequence[str]], rank: int) -> list[str]:
-    """Every reason of any rank why a job runs as without the plug-in, each once; rank 0 says so."""
+STOCK_TEXT = "this job runs as in stock, without Adaptra"
+STOCK_ORDER_TEXT = (
+    "this job keeps the stock order of microbatches, without plans and split backward; transfers, detection and reports "
+    "are Adaptra's"
+)
+
+
+def told_by_all(told: Mapping[int, Sequence[str]], rank: int, text: str = STOCK_TEXT) -> list[str]:
+    """Every reason of any rank, each once; rank 0 says what follows from them."""
     found = list(dict.fromkeys(reason for other in sorted(told) for reason in told[other]))
     if found:
         ranks = [other for other in sorted(told) if told[other]]
         level = logging.WARNING if rank == COORDINATOR else logging.INFO
-        logger.log(level, "this job runs as in stock, without Adaptra (ranks %s): %s", ranks, "; ".join(found))
+        logger.log(level, "%s (ranks %s): %s", text, ranks, "; ".join(found))
     return found
 
 

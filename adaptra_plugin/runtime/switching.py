@@ -64,6 +64,12 @@ class PlanBook:
         """The newest iteration that has begun."""
         return self._begun
 
+    def keep(self, schedule: str) -> None:
+        """Before the first iteration: a schedule is run whatever it holds, as the host would."""
+        with self._condition:
+            stages = tuple(replace(stage, max_activations=None) for stage in self._profile.stages)
+            self._schedule, self._profile, self._cache = schedule, replace(self._profile, stages=stages), {}
+
     def prepare(self, prepared: Prepare) -> bool:
         """Stores a plan. True if this rank can still run it from its first iteration on.
 

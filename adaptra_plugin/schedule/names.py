@@ -57,3 +57,8 @@ DUPLEX_MODES = ("full", "half")
 def adaptive() -> list[str]:
     """Names of the schedules that are planned for a profile."""
     return [name for name, entry in SCHEDULES.items() if entry.adapts]
+
+
+def stock_order(virtual_stages: int) -> str:
+    """Name of the schedule that hosts run by themselves."""
+    return "1f1b" if virtual_stages == 1 else "interleaved-1f1b"

@@ -183,12 +183,8 @@ def initialize(model, **config):
 
 
 REFUSED = {
-    "1-bit": ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 0.1}}}, "1-bit optimizers"),
-    "partitioned activations": ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations"),
-    "compile": ({"compile": {"deepcompile": True}}, "torch.compile"),
-    "fp16": ({"fp16": {"enabled": True}}, "loss scaling"),
     "zero-2": ({"zero_optimization": {"stage": 2}}, "ZeRO-2"),
-    "offload": ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload"),
+    "zero-3": ({"zero_optimization": {"stage": 3}}, "ZeRO-3"),
 }
 
 

@@ -31,8 +31,9 @@ class Heard(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def compare(rank, arrange, by_plan, heard=None, steps=STEPS, config=None, evaluate_after=(0,), **more):
-    """Stock and ours, after `arrange(rank)` has put something into DeepSpeed; it may return arguments for `train`."""
+def compare(rank, arrange, by_plan, heard=None, steps=STEPS, config=None, evaluate_after=(0,), kept=False, **more):
+    """Stock and ours, after `arrange(rank)` has put something into DeepSpeed; it may return arguments for `train`.
+    `kept`: the stock order stays."""
     arranged = {**more, **(arrange(rank) or {})}
     log = Heard()
     stock = train(config or {}, None, steps, stages=2, evaluate_after=evaluate_after, **arranged)
@@ -40,8 +41,12 @@ def compare(rank, arrange, by_plan, heard=None, steps=STEPS, config=None, evalua
     for name in ("losses", "norms", "evaluations"):
         assert ours[name] == stock[name], name
     assert all(torch.equal(p, ours["parameters"][name]) for name, p in stock["parameters"].items())
-    told = [line for line in log.lines if "runs as in stock, without Adaptra" in line]
-    assert len(ours["status"]["sessions"]) == by_plan
+    text = "keeps the stock order" if kept else "runs as in stock, without Adaptra"
+    told = [line for line in log.lines if text in line]
+    sessions = ours["status"]["sessions"]
+    assert len(sessions) == (by_plan or kept)
+    assert all(session["level"] == ("stock-order" if kept else "full") for session in sessions)
+    assert not kept or {action[1] for action in ours["actions"]} == {"F", "B"}
     assert len(told) == (0 if by_plan or rank else 1) and all(heard in line for line in told), log.lines
     return ours["engine"]
 
@@ -262,6 +267,7 @@ def test_an_optimizer_that_steps_in_hooks_trains_as_in_stock():
     run(
         releasing,
         by_plan=False,
+        kept=True,
         config={"gradient_clipping": 0.0},
         heard="Released.release runs as soon as a gradient has been accumulated",
     )
@@ -276,7 +282,7 @@ def noted_by_one(rank):
 
 
 def test_a_reason_of_one_rank_is_one_for_all():
-    run(noted_by_one, by_plan=False, heard="may step there")
+    run(noted_by_one, by_plan=False, kept=True, heard="may step there")
 
 
 def replaced_later(rank):

@@ -71,7 +71,7 @@ def each_call_chooses(rank):
         assert deepspeed.PipelineEngine is stock_class and deepspeed.initialize is kept.initialize
         assert patches() == {"deepspeed.initialize": "applied", "deepspeed.engine": "per call"}
     with pytest.raises(UnsupportedError):
-        engine(**ENABLED, fp16={"enabled": True})
+        engine(**ENABLED, zero_optimization={"stage": 2})
     assert deepspeed.PipelineEngine is stock_class
     with pytest.raises(Exception, match="nonsense"):
         engine(**ENABLED, optimizer={"type": "nonsense"})

@@ -25,7 +25,7 @@ def both(rank, config, adaptra, steps, *, switches=(), **kwargs):
     during = plans_follow(adaptra, switches) if switches else None
     ours = train(config, adaptra, steps, during=during, **kwargs)
     assert_same(stock, ours)
-    return {"losses": ours["losses"], "status": ours["status"], "actions": ours["actions"]}
+    return {name: ours[name] for name in ("losses", "scales", "status", "actions")}
 
 
 @pytest.mark.parametrize("stages", [2, 4])

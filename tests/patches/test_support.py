@@ -1,4 +1,4 @@
-"""What is refused, what is accepted, and what follows the version or a flag of the engine."""
+"""What has all of Adaptra, what keeps the stock order, what is refused, and what follows the version or a flag of the engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 
 import adaptra_plugin
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.support import Level
 from tests.forked import import_deepspeed, run_ranks
-from tests.patches.models import BASE_CONFIG, HIDDEN, QUIET, batches, build, loss_fn
+from tests.patches.models import BASE_CONFIG, HIDDEN, QUIET, Block, assert_same, batches, build, loss_fn, train
 
 import_deepspeed()
 import deepspeed  # noqa: E402
@@ -34,8 +35,8 @@ from adaptra_plugin.patches import deepspeed_support as support  # noqa: E402
     ],
     ids=str,
 )
-def test_optimizers_that_are_not_offloaded_are_accepted(zero):
-    support.check_config({"zero_optimization": zero})
+def test_optimizers_that_are_not_offloaded_have_everything(zero):
+    assert support.reasons_of_config({"zero_optimization": zero}) == []
 
 
 @pytest.mark.parametrize(
@@ -48,9 +49,33 @@ def test_optimizers_that_are_not_offloaded_are_accepted(zero):
     ],
     ids=str,
 )
-def test_offloaded_optimizers_are_refused(zero):
-    with pytest.raises(UnsupportedError, match='remove "offload_optimizer"'):
-        support.check_config({"zero_optimization": {"stage": 1, **zero}})
+def test_offloaded_optimizers_keep_the_stock_order(zero):
+    (reason,) = support.reasons_of_config({"zero_optimization": {"stage": 1, **zero}})
+    assert reason.level is Level.STOCK_ORDER and 'without "offload_optimizer"' in reason.remedy
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 0.1}}}, "1-bit optimizers"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "partitioned, contiguous or offloaded"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "partitioned, contiguous or offloaded"),
+        ({"compile": {"deepcompile": True}}, "torch.compile"),
+        ({"amp": {"enabled": True}}, "amp"),
+        ({"eigenvalue": {"enabled": True}}, "eigenvalue"),
+        ({"sparse_gradients": True}, "sparse"),
+    ],
+    ids=str,
+)
+def test_what_keeps_the_stock_order(config, words):
+    (reason,) = support.reasons_of_config(config)
+    assert reason.level is Level.STOCK_ORDER and words in reason.why and reason.remedy.startswith("plans need")
+    support.check_config(config)  # it starts
+
+
+@pytest.mark.parametrize("config", [{}, {"fp16": {"enabled": True}}, {"bf16": {"enabled": True}}], ids=str)
+def test_what_has_everything(config):
+    assert support.reasons_of_config(config) == []
 
 
 class OnebitAdam(torch.optim.Adam):
@@ -61,20 +86,58 @@ class Mine(OnebitAdam):
     pass
 
 
-def one_bit_object(rank):
-    deepspeed.init_distributed()
-    for kind in (OnebitAdam, Mine):
-        model = build("tied", 2)
-        config = {key: value for key, value in BASE_CONFIG.items() if key != "optimizer"}
-        adaptra_plugin.activate()
-        with pytest.raises(UnsupportedError, match="1-bit optimizers compress"):
-            deepspeed.initialize(model=model, optimizer=kind(model.parameters()), config={**config, "adaptra": QUIET})
-        adaptra_plugin.deactivate()
+def kept_order(rank, case):
+    def prepare(engine):
+        if case == "engine.compile":
+            engine.compile(backend="eager")
+        elif case == "module.compile":
+            engine.module.compile(backend="eager")
+        elif case == "a layer":
+            next(layer for layer in engine.module.forward_funcs if isinstance(layer, Block)).compile(
+                backend="aot_eager"
+            )
+        elif case == "partitioned checkpoints":
+            deepspeed.checkpointing.configure(None, partition_activations=True)
+
+    more = {"optimizer": lambda parameters: Mine(parameters, lr=0.01)} if case == "1-bit" else {}
+    if case == "partitioned checkpoints":
+        more["model_kwargs"] = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
+    stock = train({}, None, [5, 8, 8], stages=2, evaluate_after=(1,), prepare=prepare, **more)
+    ours = train({}, {}, [5, 8, 8], stages=2, evaluate_after=(1,), prepare=prepare, **more)
+    assert_same(stock, ours)
+    return ours["status"]["sessions"][0], {action[1] for action in ours["actions"]}
+
+
+KEPT = {
+    "engine.compile": "torch.compile",
+    "module.compile": "torch.compile",
+    "a layer": "torch.compile",
+    "1-bit": "1-bit optimizers",
+    "partitioned checkpoints": "partitioned, contiguous or offloaded",
+}
 
 
 @pytest.mark.multiprocess
-def test_an_optimizer_object_of_a_one_bit_class_is_refused():
-    run_ranks(one_bit_object, 2)
+@pytest.mark.parametrize("case", KEPT)
+def test_the_stock_order_is_kept_with_the_results_of_stock(case):
+    for session, kinds in run_ranks(kept_order, 2, case):
+        assert session["level"] == "stock-order" and kinds == {"F", "B"} and session["split_layers"] == 0
+        assert KEPT[case] in session["reasons"][0]
+        assert session["iteration"] == 3 and session["transport"], "its transfers are Adaptra's"
+
+
+def compiled_later(rank):
+    def during(engine, step):
+        if step == 1:
+            engine.compile(backend="eager")
+
+    with pytest.raises(UnsupportedError, match="changed after training with plans had begun: torch"):
+        train({}, {}, [5, 8, 8], stages=2, during=during)
+
+
+@pytest.mark.multiprocess
+def test_what_is_compiled_after_plans_have_begun_is_refused():
+    run_ranks(compiled_later, 2)
 
 
 class OwnSchedule(TrainSchedule):

@@ -1,0 +1,90 @@
+"""Loss scaling (fp16) and tensor parallelism inside the pipeline: losses, norms, scales and parameters of stock, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.forked import import_deepspeed, run_ranks
+from tests.patches.test_parity import SLOW, SWITCHES, both
+
+import_deepspeed()
+pytestmark = pytest.mark.multiprocess
+
+STEPS = [5, 8, 5, 8, 8, 5, 8, 8]
+ZERO = {"zero_optimization": {"stage": 1}}
+SPREAD = {"kind": "tensor", "model_kwargs": {"tensor": 2}}
+
+
+def fp16(**more):
+    return {"fp16": {"enabled": True, **more}}
+
+
+DYNAMIC = fp16(initial_scale_power=10, loss_scale_window=2, hysteresis=1)
+"""Every second step twice the scale."""
+
+
+def overflowing(engine):
+    """The gradients of the fourth step overflow: it is skipped, and the scale halved."""
+    loss, calls = engine.module.loss_fn, []
+
+    def spiked(outputs, labels):
+        if not torch.is_grad_enabled():
+            return loss(outputs, labels)
+        calls.append(None)
+        return loss(outputs, labels) * (1e30 if sum(STEPS[:3]) < len(calls) <= sum(STEPS[:4]) else 1.0)
+
+    engine.module.loss_fn = spiked
+
+
+def check(results, stages, *, switched=2):
+    sessions = [result["status"]["sessions"][0] for result in results]
+    assert {session["level"] for session in sessions} == {"full"}
+    assert all(session["split_layers"] > 0 for session in sessions)
+    assert {session["plan_version"] for session in sessions} == {switched}, (
+        "all ranks of a tensor group switch together"
+    )
+    assert len({str(result["actions"]) for result in results}) == stages, "all ranks of a stage ran the same"
+
+
+@pytest.mark.parametrize(
+    "config", [fp16(loss_scale=128), DYNAMIC, {**fp16(loss_scale=64), **ZERO}, {**DYNAMIC, **ZERO}], ids=str
+)
+def test_loss_scaling(config):
+    more = {"prepare": overflowing, "evaluate_after": (1,), "switches": SWITCHES[:2]}
+    results = run_ranks(both, 2, config, SLOW, STEPS, stages=2, **more)
+    check(results, 2)
+    scales = [scale for scale, _ in results[0]["scales"]]
+    assert [skipped for _, skipped in results[0]["scales"]] == [0, 0, 0, 1, 1, 1, 1, 1], "one step, in the middle"
+    static = config["fp16"].get("loss_scale")
+    assert scales[:4] == ([static] * 4 if static else [1024, 1024, 2048, 1024])
+
+
+@pytest.mark.parametrize("config", [DYNAMIC, {**DYNAMIC, **ZERO}], ids=["zero-0", "zero-1"])
+def test_loss_scaling_at_four_stages(config):
+    check(run_ranks(both, 4, config, SLOW, STEPS, stages=4, switches=SWITCHES[:2]), 4)
+
+
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}, **ZERO}, "fp16": {**DYNAMIC, **ZERO}}
+UNPARTITIONED = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("config", [{}, UNPARTITIONED], ids=["partitioned", "whole"])
+def test_tensor_parallel_stages(precision, config):
+    config = {**PRECISIONS[precision], **config}
+    more = {"stages": 2, "switches": SWITCHES[:2], "evaluate_after": (1,), **SPREAD}
+    check(run_ranks(both, 4, config, SLOW, STEPS, **more), 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_pipeline_tensor_and_data_parallelism_together(precision):
+    """2 x 2 x 2 ranks."""
+    more = {"stages": 2, "switches": SWITCHES[:2], **SPREAD}
+    check(run_ranks(both, 8, PRECISIONS[precision], SLOW, STEPS[:7], **more), 2)
+
+
+def test_tensor_parallel_activation_checkpoints():
+    more = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["TensorBlock"]}
+    kwargs = {"kind": "tensor", "model_kwargs": {"tensor": 2, **more}}
+    check(run_ranks(both, 4, PRECISIONS["bf16"], SLOW, STEPS, stages=2, switches=SWITCHES[:2], **kwargs), 2)
