@@ -1,4 +1,4 @@
-"""The command ``adaptra``: plan, simulate, doctor, report. A further subcommand is one more function in COMMANDS."""
+"""The command ``adaptra``: plan, simulate, check, doctor, report. A further subcommand is one more function in COMMANDS."""
 
 from __future__ import annotations
 
@@ -80,6 +80,30 @@ def add_simulate(commands: Subparsers) -> None:
     parser.set_defaults(run=run_simulate)
 
 
+def add_check(commands: Subparsers) -> None:
+    """``adaptra check``."""
+    from adaptra_plugin.patches.hosts import HOSTS
+
+    parser = commands.add_parser(
+        "check", help="say what a job can have of Adaptra, and why; exit code 1 if it is refused"
+    )
+    for host in HOSTS.values():
+        if host.has_configuration:
+            parser.add_argument(
+                f"--{host.name}",
+                dest="config",
+                required=True,
+                metavar="CONFIG.json",
+                help=f"configuration of {host.title}",
+            )
+    parser.add_argument("--stages", type=int, default=2, metavar="N", help="of the pipeline; default: %(default)s")
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="ranks of a tensor group; default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="print {level, stages, tensor, reasons}")
+    parser.set_defaults(run=run_check)
+
+
 def add_doctor(commands: Subparsers) -> None:
     """``adaptra doctor``."""
     parser = commands.add_parser("doctor", help="examine whether this node is ready; exit code 1 if not")
@@ -109,7 +133,7 @@ def add_report(commands: Subparsers) -> None:
     parser.set_defaults(run=run_report)
 
 
-COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate, add_doctor, add_report]
+COMMANDS: list[Callable[[Subparsers], None]] = [add_plan, add_simulate, add_check, add_doctor, add_report]
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -191,6 +215,13 @@ def run_simulate(options: argparse.Namespace) -> int:
     _pictures(options, lambda: [(f"{loaded.name}, {options.link_model} links", timeline)], profile)
     print(json.dumps(timeline.to_json()))
     return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Says what a job can have."""
+    from adaptra_plugin.doctor.job import run
+
+    return run(options.config, options.stages, options.tensor, options.json)
 
 
 def run_doctor(options: argparse.Namespace) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, Protocol, cast
 
+from adaptra_plugin.support import Reason
+
 
 class Gate(Protocol):
     """A module that replaces the names of a host at which Adaptra is entered, and puts them back."""
@@ -54,9 +56,9 @@ class Host(Protocol):
     has_configuration: bool = False
     """The block lies in a configuration file of the host's own."""
 
-    def check_configuration(self, settings: Mapping[str, Any]) -> None:
-        """Refuses a configuration of the host's own that cannot run with Adaptra. Raises UnsupportedError."""
-        return None
+    def judge(self, settings: Mapping[str, Any]) -> list[Reason]:
+        """Why a configuration of the host's own has less than the full support, as far as it shows there."""
+        return []
 
     def version(self) -> str | None:
         """The installed version; None: it is not installed."""

@@ -1,4 +1,4 @@
-"""How much of Adaptra a job can have, with reasons: all of it, its transfers and reports in the stock order, or nothing."""
+"""How much of Adaptra a job can have, with reasons."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Level(str, Enum):
     """Plans with a split backward, which follow slow links."""
     STOCK_ORDER = "stock-order"
     """The stock order with an unsplit backward; transfers through the proxy, detection and reports all the same."""
+    STOCK = "stock"
+    """Nothing: the job runs as without the plug-in."""
     REFUSED = "refused"
     """The job does not start."""
 
@@ -36,7 +38,7 @@ class Reason:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.why} ({self.remedy})"
+        return f"{self.why}: {self.remedy}"
 
 
 Rule = tuple[Callable[[Any], bool], Reason]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptra_plugin.host import Host
+from adaptra_plugin.support import Reason
 
 
 class DeepSpeed(Host):
@@ -17,7 +18,7 @@ class DeepSpeed(Host):
     collectives = "deepspeed/comm/"
     has_configuration = True
 
-    def check_configuration(self, settings: Mapping[str, Any]) -> None:
-        from adaptra_plugin.patches.deepspeed_support import check_config
+    def judge(self, settings: Mapping[str, Any]) -> list[Reason]:
+        from adaptra_plugin.patches.deepspeed_support import reasons_of_config
 
-        check_config(settings)
+        return reasons_of_config(settings)

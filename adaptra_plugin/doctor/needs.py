@@ -12,6 +12,7 @@ from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.doctor.rows import Row, Status, gib
 from adaptra_plugin.errors import AdaptraError, ConfigError
 from adaptra_plugin.patches.hosts import HOSTS
+from adaptra_plugin.support import Level, level_of
 
 HOST = next(host for host in HOSTS.values() if host.has_configuration)
 """Whose configuration files are read: the first one that has the block in its own."""
@@ -93,7 +94,7 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
     in for it, so that the rest can be examined. Raises nothing."""
     check = "configuration"
     try:
-        settings = _load(path)
+        settings = load_settings(path)
         if "adaptra" not in settings:
             advice = 'add "adaptra": {"enabled": true} to it; the defaults were examined'
             return AdaptraConfig(), Row(
@@ -103,7 +104,7 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
         if not config.enabled:
             found = f"{path}: valid, but the plug-in is off (adaptra.enabled is false)"
             return config, Row(check, Status.WARN, found, "set adaptra.enabled to true")
-        HOST.check_configuration(settings)
+        reasons = HOST.judge(settings)
     except OSError as error:
         found = f"{path}: {error.strerror or error}"
         return AdaptraConfig(), Row(check, Status.FAIL, found, "give the file that the job is started with")
@@ -111,6 +112,12 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
         return AdaptraConfig(), Row(
             check, Status.FAIL, f"{path}: {error}", "correct it as said; the defaults were examined"
         )
+    if reasons:
+        refused = level_of(reasons) is Level.REFUSED
+        found = f"{path}: {'; '.join(it.why for it in reasons)}"
+        advice = "; ".join(it.remedy for it in reasons)
+        what = "the job will be refused" if refused else "valid, but the job keeps the stock order of microbatches"
+        return config, Row(check, Status.FAIL if refused else Status.WARN, f"{what}: {found}", advice)
     count = len(config.model_fields_set | config.transport.model_fields_set)
     transport = config.transport
     found = (
@@ -120,7 +127,7 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
     return config, Row(check, Status.OKAY, found)
 
 
-def _load(path: str) -> Mapping[str, Any]:
+def load_settings(path: str) -> Mapping[str, Any]:
     """JSON, or Hjson (comments) where DeepSpeed has brought its reader. Raises OSError, ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -15,7 +15,6 @@ import torch
 
 from adaptra_plugin import _activation
 from adaptra_plugin.config import AdaptraConfig
-from adaptra_plugin.errors import ConfigError
 from adaptra_plugin.report import Reporter, StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
@@ -28,14 +27,13 @@ from adaptra_plugin.runtime.messages import Abort, Commit, Departed, Lost, Prepa
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.routing import Router
 from adaptra_plugin.runtime.split import Split, SplitReport
+from adaptra_plugin.runtime.starting import check_links, first_book, limits_of
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
-from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.runtime.telemetry import Telemetry
 from adaptra_plugin.runtime.topology import COORDINATOR, Topology
 from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 from adaptra_plugin.schedule.names import SCHEDULES, stock_order
 from adaptra_plugin.schedule.prepare import prepare
-from adaptra_plugin.schedule.profile import Profile, StageProfile
 from adaptra_plugin.support import Level, Reason
 from adaptra_plugin.transport import Endpoint, PeerInfo
 
@@ -97,14 +95,11 @@ class Session:
         self._step_id = 0
         self._stopwatch = stopwatch_for(device)
         self._throttle = ComputeThrottle(config.simulate.compute)
-        self._limits = _limits(config, topology.stages)
-        _check_links(config, topology)
+        self._limits = limits_of(config, topology.stages)
+        check_links(config, topology)
         if SCHEDULES[config.schedule].adapts:
             prepare()
-        stages = tuple(StageProfile(1.0, 1.0, 1.0, limit) for limit in self._limits)
-        unknown = Profile(microbatches=1, stages=stages, virtual_stages=topology.chunks)
-        self._book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
-        self._book.plan_for(microbatches)
+        self._book = first_book(config, topology, microbatches)
         with ExitStack() as undo:
             try:
                 self._start(store, split, undo)
@@ -395,21 +390,3 @@ def told_by_all(told: Mapping[int, Sequence[str]], rank: int, text: str = STOCK_
         level = logging.WARNING if rank == COORDINATOR else logging.INFO
         logger.log(level, "%s (ranks %s): %s", text, ranks, "; ".join(found))
     return found
-
-
-def _limits(config: AdaptraConfig, stages: int) -> list[int | None]:
-    limits = config.max_activations
-    if limits is None or isinstance(limits, int):
-        return [limits] * stages
-    if len(limits) != stages:
-        raise ConfigError(f"adaptra.max_activations has {len(limits)} entries for {stages} stages: give one per stage")
-    return list(limits)
-
-
-def _check_links(config: AdaptraConfig, topology: Topology) -> None:
-    for name, links in (("links", config.simulate.links), ("faults", config.simulate.faults)):
-        for link in links:
-            if not topology.has_link(link.src, link.dst):
-                raise ConfigError(
-                    f"adaptra.simulate.{name}: {link.src}-{link.dst} is not a link between neighbours of {topology.length} stages"
-                )
