@@ -68,6 +68,7 @@ setup(
             "ninja==1.13.2",
             "mkdocs==1.6.1",
             "psutil==7.2.2",
+            "pyyaml==6.0.4",  # configurations of GPT-NeoX, which tests/compat reads
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",
             "hypothesis==6.170.15",
