@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import deepspeed
@@ -23,10 +23,12 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import PartitionedTensor
 
 from adaptra_plugin.errors import UnsupportedError
+from adaptra_plugin.patches import deepspeed_following as following
 from adaptra_plugin.patches import deepspeed_foreign as foreign
 from adaptra_plugin.patches import deepspeed_support as support
 from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.registry import Patch
+from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.split import SplitLinears
@@ -44,12 +46,13 @@ def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
     Raises:
         UnsupportedError: the model, or a combination of settings is refused.
     """
-    dual = getattr(deepspeed, "DualPipeVModule", None)
-    support.check_model(model, PipelineModule, dual)
+    support.check_model(model, PipelineModule)
     support.check_config(host_config)
+    dual = getattr(deepspeed, "DualPipeVModule", None)  # older versions have none
+    name = "DualPipeVEngine" if dual is not None and isinstance(model, dual) else "PipelineEngine"
     return Patch(
         id="deepspeed.engine",
-        target="deepspeed:PipelineEngine",
+        target=f"deepspeed:{name}",
         host=HOST.distribution,
         versions=HOST.versions,
         reason="runs slack-adaptive plans and moves activations and gradients through the proxy",
@@ -58,8 +61,7 @@ def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
 
 
 def engine_class(engine: Any) -> Any:
-    """The class to build instead of what `deepspeed.PipelineEngine` is now: Adaptra's, on top of a subclass that somebody has put
-    there."""
+    """The class to build instead of what is built now: Adaptra's, on top of a subclass that DeepSpeed or somebody else has put there."""
     if engine is PipelineEngine:
         return AdaptraPipelineEngine
     if isinstance(engine, type) and issubclass(engine, PipelineEngine):
@@ -187,23 +189,26 @@ class AdaptraPipelineEngine(PipelineEngine):
             super()._exec_schedule(pipe_schedule)
             return
         microbatches = pipe_schedule.micro_batches
-        training = type(pipe_schedule) is stock.TrainSchedule
+        training = torch.is_grad_enabled()
         iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
+        if isinstance(iteration, Following):
+            with (
+                self._instructions(following.instructions(iteration, self._INSTRUCTION_MAP)),
+                following.delegated(iteration),
+            ):
+                super()._exec_schedule(pipe_schedule)
+            session.end(iteration)
+            return
         # in the stock order, whoever steps inside a schedule steps where stock does
         watched = training and iteration.index < SCHEDULES and not session.kept
         self._unstepped = Unstepped(self.module.named_parameters()) if watched else None
         before_step = self._unstepped.check if self._unstepped is not None else nothing
         plan = PlanSchedule(iteration, microbatches, pipe_schedule.stages, pipe_schedule.stage_id, before_step)
         self._running = iteration
-        users = vars(self).get("_INSTRUCTION_MAP")  # somebody's, of this engine alone
-        self._stock_instructions = self._INSTRUCTION_MAP
-        self._INSTRUCTION_MAP = {**self._stock_instructions, **self._INSTRUCTIONS}
         try:
-            super()._exec_schedule(plan)
+            with self._instructions({**self._INSTRUCTION_MAP, **self._INSTRUCTIONS}):
+                super()._exec_schedule(plan)
         finally:
-            del self._INSTRUCTION_MAP
-            if users is not None:
-                self._INSTRUCTION_MAP = users
             self._running = None
             self._losses.clear()
             self.grad_layer = None
@@ -215,8 +220,21 @@ class AdaptraPipelineEngine(PipelineEngine):
             session.queue.clear()
         session.end(iteration)
 
+    @contextmanager
+    def _instructions(self, instructions: dict[type, Callable[..., None]]) -> Iterator[None]:
+        """Inside, they are this engine's."""
+        users = vars(self).get("_INSTRUCTION_MAP")  # somebody's, of this engine alone
+        self._stock_instructions = self._INSTRUCTION_MAP
+        self._INSTRUCTION_MAP = instructions
+        try:
+            yield
+        finally:
+            del self._INSTRUCTION_MAP
+            if users is not None:
+                self._INSTRUCTION_MAP = users
+
     def _session_for(self, schedule: Any) -> Session | None:
-        """The session, if it runs the schedule by a plan.
+        """The session, if it takes part in the schedule.
 
         Raises:
             UnsupportedError: something has been replaced after training had begun.
@@ -224,29 +242,24 @@ class AdaptraPipelineEngine(PipelineEngine):
         session = self.adaptra
         if session is None:
             return None
-        if type(schedule) not in (stock.TrainSchedule, stock.InferenceSchedule):
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s is no schedule that Adaptra knows: it runs as DeepSpeed runs it", type(schedule).__name__
-                )
-            return None
         base = next(cls for cls in type(self).__mro__ if issubclass(cls, PipelineEngine) and not _is_ours(cls))
-        found = foreign.reasons(self, base, schedule)
+        found = foreign.reasons_for_stock(self, base)
+        own_order = foreign.reasons_for_own_order(self, schedule)
         in_order = foreign.reasons_for_stock_order(self)
         if not self._decided:
             self._decided = True
-            return session if session.agrees(found, in_order) else None
+            return session if session.agrees(found, own_order, in_order) else None
         if found:
-            raise UnsupportedError(
-                f"replaced after training with Adaptra had begun: {'; '.join(found)}. Replace it before the first batch, and "
-                'the job runs as in stock; or set "adaptra": {"enabled": false}'
-            )
+            raise _too_late("replaced after training with Adaptra had begun", found, "runs as in stock")
+        if own_order and not session.follows:
+            if type(schedule) not in foreign.KNOWN:
+                if not self._warned:
+                    self._warned = True
+                    logger.warning("%s: it runs as DeepSpeed runs it", own_order[0])
+                return None
+            raise _too_late("replaced after training with Adaptra had begun", own_order, "keeps its own schedule")
         if in_order and not session.kept:
-            raise UnsupportedError(
-                f"changed after training with plans had begun: {'; '.join(map(str, in_order))}. Change it before the first batch, "
-                'and the job keeps the stock order; or set "adaptra": {"enabled": false}'
-            )
+            raise _too_late("changed after training with plans had begun", in_order, "keeps the stock order")
         return session
 
     # --- computations
@@ -354,6 +367,13 @@ class AdaptraPipelineEngine(PipelineEngine):
         stock.SendGrad: _adaptra_send_grads,
         stock.RecvGrad: _adaptra_receive_grads,
     }
+
+
+def _too_late(what: str, reasons: Sequence[object], then: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{what}: {'; '.join(map(str, reasons))}. Do it before the first batch, and the job {then}; "
+        'or set "adaptra": {"enabled": false}'
+    )
 
 
 def nothing() -> None:

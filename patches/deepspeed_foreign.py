@@ -24,25 +24,21 @@ from adaptra_plugin.support import Reason, in_stock_order
 CHECKPOINT_SWITCHES = ("PARTITION_ACTIVATIONS", "CONTIGUOUS_CHECKPOINTING", "CPU_CHECKPOINT")
 REPLACED = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad, stock.BackwardPass)
 """Instructions that a plan executes in its own way; of a backward, another function may look at gradients that come later here."""
+KNOWN = (stock.TrainSchedule, stock.InferenceSchedule)
 METHODS = ("_exec_schedule", "_send_tensor_meta", "_recv_tensor_meta")
 P2P = ("send", "recv")
 LAST = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
 
 
-def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
-    """Why a schedule runs as in stock, one line each; none: it runs by a plan.
+def reasons_for_stock(engine: Any, stock_class: type) -> list[str]:
+    """Why a schedule runs as in stock, one line each.
 
     Args:
-        engine: whose instructions are looked at.
-        stock_class: the class that the engine's own instructions and methods come from, after Adaptra's.
-        schedule: the stock schedule that is to be executed.
+        engine: whose methods are looked at.
+        stock_class: the class that the engine's own methods come from, after Adaptra's.
     """
     home = engine_module.__name__
-    found = [
-        f"the instruction {kind.__name__} is executed by {name_of(function)}"
-        for kind in REPLACED
-        if not is_genuine(function := engine._INSTRUCTION_MAP.get(kind), home)
-    ]
+    found = []
     for name in METHODS:
         method = vars(engine).get(name) or getattr(stock_class, name, None)
         if method is not None and not is_genuine(method, home):
@@ -50,10 +46,21 @@ def reasons(engine: Any, stock_class: type, schedule: Any) -> list[str]:
     for name in P2P:
         if not is_genuine(function := getattr(engine_module.p2p, name, None), p2p.__name__):
             found.append(f"deepspeed.runtime.pipe.p2p.{name} is {name_of(function)}")
+    return found
+
+
+def reasons_for_own_order(engine: Any, schedule: Any) -> list[str]:
+    """Why a schedule runs in the order that it has itself, with its own instructions; one line each."""
+    kind = type(schedule)
+    if kind not in KNOWN:
+        return [f"{kind.__name__} is no schedule that Adaptra knows"]
+    found = [
+        f"the instruction {kind.__name__} is executed by {name_of(function)}"
+        for kind in REPLACED
+        if not is_genuine(function := engine._INSTRUCTION_MAP.get(kind), engine_module.__name__)
+    ]
     if not _keeps_the_order(schedule):
-        found.append(
-            f"the steps of {type(schedule).__name__} are those of {name_of(type(schedule).steps)}, in another order"
-        )
+        found.append(f"the steps of {kind.__name__} are those of {name_of(kind.steps)}, in another order")
     return found
 
 

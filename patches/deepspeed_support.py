@@ -136,14 +136,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     refuse_what_must_be(reasons_of_config(config), OTHERWISE)
 
 
-def check_model(model: Any, pipeline_module: type, dual_pipe_module: type | None) -> None:
+def check_model(model: Any, pipeline_module: type) -> None:
     """Refuses a model that Adaptra cannot schedule.
 
     Raises:
-        UnsupportedError: not a `PipelineModule`, or DualPipeV.
+        UnsupportedError: not a `PipelineModule`.
     """
-    if dual_pipe_module is not None and isinstance(model, dual_pipe_module):
-        _refuse([("DualPipeV brings a schedule of its own", "build the model as a PipelineModule")])
     if not isinstance(model, pipeline_module):
         name = type(model).__name__
         _refuse([(f"the model is a {name}: there is no pipeline to schedule", "build it as a PipelineModule")])

@@ -125,12 +125,17 @@ class Iteration:
         """
         key = self._incoming(action)
         assert key is not None
+        message = self._take(key)
+        return message.tensors, bool(message.tag & TUPLE)
+
+    def _take(self, key: Key) -> Message:
+        """Waits for a message, and notes how long it has been on its way."""
         started = time.perf_counter()
         with self.presence.waiting():
             message: Message = self._posted.pop(key).wait()
         self.wait_ms += (time.perf_counter() - started) * 1e3
-        source = action.stage + (-1 if key.direction is Direction.ACTIVATION else 1)
-        ends = (source % self.topology.length, action.stage % self.topology.length)
+        source = key.stage + (-1 if key.direction is Direction.ACTIVATION else 1)
+        ends = (source % self.topology.length, key.stage % self.topology.length)
         self._delays.setdefault(ends, []).append((message.delay_ms, message.came_s))
         self._pauses[ends] = message.pauses
         self._sizes.setdefault(ends, []).append(sum(tensor.nbytes for tensor in message.tensors))
@@ -139,7 +144,7 @@ class Iteration:
                 f"iteration {self.index}: this rank ({self.topology.rank}) runs plan v{self.version}, "
                 f"its neighbour sent {key.direction.name.lower()} {key.microbatch} under plan v{message.tag >> 1}"
             )
-        return message.tensors, bool(message.tag & TUPLE)
+        return message
 
     def receives(self, action: Action) -> bool:
         """Whether an action takes something from a neighbour."""

@@ -21,6 +21,7 @@ from adaptra_plugin.report.reporter import new_run
 from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.coordinator import Coordinator
 from adaptra_plugin.runtime.dispatch import forward_only
+from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration, Links
 from adaptra_plugin.runtime.losses import Losses
 from adaptra_plugin.runtime.messages import Abort, Commit, Departed, Lost, Prepare, Rail, Report, Show, Vote
@@ -77,7 +78,9 @@ class Session:
         self.device = device
         self.queue = WeightGradStore()
         self.kept: tuple[str, ...] = ()
-        """Why the stock order stays; empty: it does not."""
+        """Why there are no plans; empty: there are."""
+        self.follows = False
+        """The host's schedule runs as it is; `begin` returns a `Following`."""
         self._wandb_rank = wandb_rank
         self._me = PeerInfo(rank=topology.rank, pp_rank=topology.position, host=socket.gethostname())
         self._losses = Losses(
@@ -220,11 +223,11 @@ class Session:
         else:
             version, actions = 0, forward_only(self.topology.own_stages, microbatches, self.topology.length)
         self._losses.check()
-        return Iteration(
+        return (Following if self.follows else Iteration)(
             index=self._iteration,
             step_id=self._step_id,
             version=version,
-            actions=tuple(actions),
+            actions=() if self.follows else tuple(actions),
             microbatches=microbatches,
             topology=self.topology,
             links=self._links,
@@ -268,34 +271,34 @@ class Session:
 
     # --- agreement
 
-    def agrees(self, reasons: Sequence[str], in_order: Sequence[Reason] = ()) -> bool:
-        """Before the first schedule, on every rank: whether Adaptra runs it at all. If a rank has a reason why not, all run as in
-        stock, and this session ends.
+    def agrees(self, reasons: Sequence[str], own_order: Sequence[str] = (), in_order: Sequence[Reason] = ()) -> bool:
+        """Before the first schedule, on every rank: whether Adaptra takes part in it at all. A reason of one rank is one for all.
 
         Args:
-            reasons: why not.
-            in_order: why the stock order has to stay. If a rank has one, all keep it, with an unsplit backward.
+            reasons: why not: all run as in stock, and this session ends.
+            own_order: why the host's schedule is followed as it is (`follows`).
+            in_order: why the stock order has to stay, with an unsplit backward.
 
         Raises:
             TransportError: a rank did not come to its first schedule.
         """
-        mine = {"stock": list(reasons), Level.STOCK_ORDER.value: [str(it) for it in in_order]}
+        mine = {"stock": list(reasons), "own": list(own_order), "order": [str(it) for it in in_order]}
         told = self._rendezvous.gather("reasons", mine, self.topology.world_size)
-        found = told_by_all({rank: said["stock"] for rank, said in told.items()}, self.topology.rank)
-        if found:
-            self._reporter.message("stock", reasons=found, ranks=[rank for rank in sorted(told) if told[rank]["stock"]])
-            self.close()
-            return False
-        ordered = {rank: said[Level.STOCK_ORDER.value] for rank, said in told.items()}
-        kept = told_by_all(ordered, self.topology.rank, STOCK_ORDER_TEXT)
-        if kept:
-            self._keep_stock_order(kept)
-            self._reporter.message(
-                Level.STOCK_ORDER.value, reasons=kept, ranks=[rank for rank in sorted(ordered) if ordered[rank]]
-            )
+        for name, text in (("stock", STOCK_TEXT), ("own", OWN_ORDER_TEXT), ("order", STOCK_ORDER_TEXT)):
+            found = told_by_all({rank: said[name] for rank, said in told.items()}, self.topology.rank, text)
+            if found:
+                level = Level.STOCK if name == "stock" else Level.STOCK_ORDER
+                ranks = [rank for rank in sorted(told) if told[rank][name]]
+                self._reporter.message(level.value, reasons=found, ranks=ranks)
+                if level is Level.STOCK:
+                    self.close()
+                    return False
+                self.follows = name == "own"
+                self._keep(found)
+                break
         return True
 
-    def _keep_stock_order(self, reasons: Sequence[str]) -> None:
+    def _keep(self, reasons: Sequence[str]) -> None:
         self.kept = tuple(reasons)
         schedule = stock_order(self.topology.chunks)
         self._book.keep(schedule)
@@ -376,6 +379,9 @@ class Session:
 
 
 STOCK_TEXT = "this job runs as in stock, without Adaptra"
+OWN_ORDER_TEXT = (
+    "this job keeps its own schedule, without plans and split backward; transfers, detection and reports are Adaptra's"
+)
 STOCK_ORDER_TEXT = (
     "this job keeps the stock order of microbatches, without plans and split backward; transfers, detection and reports "
     "are Adaptra's"

@@ -13,7 +13,7 @@ from adaptra_plugin.config import AdaptraConfig, Fault, PacedCompute, SlowLink, 
 from adaptra_plugin.detect.overview import overview
 from adaptra_plugin.detect.samples import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.report.event import StragglerEvent
-from tests.docs.pages import DOCS, page
+from tests.docs.pages import DOCS, ROOT, page
 
 CONFIGURATION = page("reference/configuration.md")
 RECORDS = page("reference/records.md")
@@ -100,3 +100,10 @@ def test_the_errors_page_lists_every_error():
     ]
     assert "PeerLostError" in names
     assert [name for name in names if f"| `{name}` | " not in text] == []
+
+
+def test_the_support_table_names_tests_that_exist():
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", page("reference/support.md"))
+    assert len(named) > 10
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"

@@ -211,22 +211,6 @@ def test_unsupported_combinations_are_refused_with_reason_and_remedy():
         assert '"enabled": false' in seen[name], "the message says how to run without Adaptra"
 
 
-def dual_pipe(rank):
-    deepspeed.init_distributed()
-    from deepspeed.pipe import LayerSpec
-
-    from tests.patches.models import Block
-
-    model = deepspeed.DualPipeVModule(layers=[LayerSpec(Block) for _ in range(4)], num_stages=1)
-    with pytest.raises(UnsupportedError, match="DualPipeV brings a schedule of its own"):
-        initialize(model)
-
-
-@pytest.mark.multiprocess
-def test_dual_pipe_is_refused():
-    run_ranks(dual_pipe, 1)
-
-
 def test_an_unsupported_version_is_refused(monkeypatch):
     from adaptra_plugin.patches import registry
 

@@ -31,9 +31,9 @@ class Heard(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def compare(rank, arrange, by_plan, heard=None, steps=STEPS, config=None, evaluate_after=(0,), kept=False, **more):
+def compare(rank, arrange, by_plan, heard=None, steps=STEPS, config=None, evaluate_after=(0,), kept="", **more):
     """Stock and ours, after `arrange(rank)` has put something into DeepSpeed; it may return arguments for `train`.
-    `kept`: the stock order stays."""
+    `kept`: the "stock order" stays, or its "own schedule"."""
     arranged = {**more, **(arrange(rank) or {})}
     log = Heard()
     stock = train(config or {}, None, steps, stages=2, evaluate_after=evaluate_after, **arranged)
@@ -41,10 +41,14 @@ def compare(rank, arrange, by_plan, heard=None, steps=STEPS, config=None, evalua
     for name in ("losses", "norms", "evaluations"):
         assert ours[name] == stock[name], name
     assert all(torch.equal(p, ours["parameters"][name]) for name, p in stock["parameters"].items())
-    text = "keeps the stock order" if kept else "runs as in stock, without Adaptra"
+    text = {
+        "": "runs as in stock, without",
+        "stock order": "keeps the stock order",
+        "own schedule": "keeps its own schedule",
+    }[kept]
     told = [line for line in log.lines if text in line]
     sessions = ours["status"]["sessions"]
-    assert len(sessions) == (by_plan or kept)
+    assert len(sessions) == (by_plan or bool(kept))
     assert all(session["level"] == ("stock-order" if kept else "full") for session in sessions)
     assert not kept or {action[1] for action in ours["actions"]} == {"F", "B"}
     assert len(told) == (0 if by_plan or rank else 1) and all(heard in line for line in told), log.lines
@@ -154,7 +158,7 @@ def other_order(rank):
 
 
 def test_a_schedule_in_another_order_runs_as_it_is():
-    run(other_order, by_plan=False, heard="the steps of TrainSchedule are those of", steps=[5, 8])
+    run(other_order, by_plan=False, kept="own schedule", heard="the steps of TrainSchedule are those of", steps=[5, 8])
 
 
 def halved_gradients(self, buffer_id):
@@ -172,7 +176,7 @@ def other_transfer(rank):
 
 
 def test_a_replaced_transfer_runs_as_it_is():
-    run(other_transfer, by_plan=False, heard="the instruction SendGrad is executed by")
+    run(other_transfer, by_plan=False, kept="own schedule", heard="the instruction SendGrad is executed by")
 
 
 def other_p2p(rank):
@@ -267,7 +271,7 @@ def test_an_optimizer_that_steps_in_hooks_trains_as_in_stock():
     run(
         releasing,
         by_plan=False,
-        kept=True,
+        kept="stock order",
         config={"gradient_clipping": 0.0},
         heard="Released.release runs as soon as a gradient has been accumulated",
     )
@@ -282,7 +286,7 @@ def noted_by_one(rank):
 
 
 def test_a_reason_of_one_rank_is_one_for_all():
-    run(noted_by_one, by_plan=False, kept=True, heard="may step there")
+    run(noted_by_one, by_plan=False, kept="stock order", heard="may step there")
 
 
 def replaced_later(rank):
@@ -326,7 +330,7 @@ def other_backward(rank):
 
 
 def test_a_replaced_backward_runs_as_it_is():
-    run(other_backward, by_plan=False, heard="the instruction BackwardPass is executed by")
+    run(other_backward, by_plan=False, kept="own schedule", heard="the instruction BackwardPass is executed by")
 
 
 def of_this_engine(rank):
@@ -337,7 +341,7 @@ def of_this_engine(rank):
 
 
 def test_instructions_of_one_engine_are_looked_at():
-    run(of_this_engine, by_plan=False, heard="the instruction SendGrad is executed by")
+    run(of_this_engine, by_plan=False, kept="own schedule", heard="the instruction SendGrad is executed by")
 
 
 class ForwardPass(stock_schedule.BufferOpInstruction):
@@ -355,4 +359,4 @@ def named_alike(rank):
 
 
 def test_an_instruction_of_the_same_name_is_another_one():
-    run(named_alike, by_plan=False, heard="the steps of TrainSchedule are those of")
+    run(named_alike, by_plan=False, kept="own schedule", heard="the steps of TrainSchedule are those of")

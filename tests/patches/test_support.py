@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +12,11 @@ import adaptra_plugin
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.support import Level
 from tests.forked import import_deepspeed, run_ranks
-from tests.patches.models import BASE_CONFIG, HIDDEN, QUIET, Block, assert_same, batches, build, loss_fn, train
+from tests.patches.models import BASE_CONFIG, HIDDEN, QUIET, batches, loss_fn
 
 import_deepspeed()
 import deepspeed  # noqa: E402
 from deepspeed.pipe import LayerSpec, PipelineModule  # noqa: E402
-from deepspeed.runtime.pipe.schedule import TrainSchedule  # noqa: E402
 
 from adaptra_plugin.patches import deepspeed_support as support  # noqa: E402
 
@@ -76,100 +74,6 @@ def test_what_keeps_the_stock_order(config, words):
 @pytest.mark.parametrize("config", [{}, {"fp16": {"enabled": True}}, {"bf16": {"enabled": True}}], ids=str)
 def test_what_has_everything(config):
     assert support.reasons_of_config(config) == []
-
-
-class OnebitAdam(torch.optim.Adam):
-    """Has the name of DeepSpeed's class, which cannot be built without its communication backend."""
-
-
-class Mine(OnebitAdam):
-    pass
-
-
-def kept_order(rank, case):
-    def prepare(engine):
-        if case == "engine.compile":
-            engine.compile(backend="eager")
-        elif case == "module.compile":
-            engine.module.compile(backend="eager")
-        elif case == "a layer":
-            next(layer for layer in engine.module.forward_funcs if isinstance(layer, Block)).compile(
-                backend="aot_eager"
-            )
-        elif case == "partitioned checkpoints":
-            deepspeed.checkpointing.configure(None, partition_activations=True)
-
-    more = {"optimizer": lambda parameters: Mine(parameters, lr=0.01)} if case == "1-bit" else {}
-    if case == "partitioned checkpoints":
-        more["model_kwargs"] = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
-    stock = train({}, None, [5, 8, 8], stages=2, evaluate_after=(1,), prepare=prepare, **more)
-    ours = train({}, {}, [5, 8, 8], stages=2, evaluate_after=(1,), prepare=prepare, **more)
-    assert_same(stock, ours)
-    return ours["status"]["sessions"][0], {action[1] for action in ours["actions"]}
-
-
-KEPT = {
-    "engine.compile": "torch.compile",
-    "module.compile": "torch.compile",
-    "a layer": "torch.compile",
-    "1-bit": "1-bit optimizers",
-    "partitioned checkpoints": "partitioned, contiguous or offloaded",
-}
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("case", KEPT)
-def test_the_stock_order_is_kept_with_the_results_of_stock(case):
-    for session, kinds in run_ranks(kept_order, 2, case):
-        assert session["level"] == "stock-order" and kinds == {"F", "B"} and session["split_layers"] == 0
-        assert KEPT[case] in session["reasons"][0]
-        assert session["iteration"] == 3 and session["transport"], "its transfers are Adaptra's"
-
-
-def compiled_later(rank):
-    def during(engine, step):
-        if step == 1:
-            engine.compile(backend="eager")
-
-    with pytest.raises(UnsupportedError, match="changed after training with plans had begun: torch"):
-        train({}, {}, [5, 8, 8], stages=2, during=during)
-
-
-@pytest.mark.multiprocess
-def test_what_is_compiled_after_plans_have_begun_is_refused():
-    run_ranks(compiled_later, 2)
-
-
-class OwnSchedule(TrainSchedule):
-    pass
-
-
-def own_schedule(rank):
-    seen, handler = [], logging.Handler()
-    handler.emit = lambda record: seen.append(record.getMessage())
-    logging.getLogger("adaptra").addHandler(handler)
-    results = []
-    for adaptra in ({}, {"adaptra": QUIET}):
-        adaptra_plugin.activate()
-        deepspeed.init_distributed()
-        model = build("tied", 2)
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config={**BASE_CONFIG, **adaptra}
-        )
-        engine._train_schedule = lambda engine=engine: OwnSchedule(
-            engine.micro_batches, engine.num_stages, engine.stage_id
-        )
-        torch.manual_seed(0)
-        results.append([engine.train_batch(iter(batches(8, 2, seed=step))).item() for step in range(2)])
-        adaptra_plugin.deactivate()
-    assert type(engine).__name__ == "AdaptraPipelineEngine"
-    return results[0] == results[1], [text for text in seen if "OwnSchedule is no schedule that Adaptra knows" in text]
-
-
-@pytest.mark.multiprocess
-def test_an_unknown_schedule_runs_as_it_is_with_one_warning():
-    for same, warnings in run_ranks(own_schedule, 2):
-        assert same and len(warnings) == 1
 
 
 class Masked(nn.Module):

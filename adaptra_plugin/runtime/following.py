@@ -1,0 +1,84 @@
+"""A schedule that is not Adaptra's: its transfers are delegated and its computations timed, in whatever order it has them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.runtime.iteration import Iteration
+from adaptra_plugin.schedule.actions import Action, Kind
+from adaptra_plugin.transport import Direction, Key
+
+
+@dataclass
+class Following(Iteration):
+    """One executed schedule of somebody else's on one rank. `actions` is empty.
+
+    Messages between two neighbours are numbered in each direction: the n-th that one sends is the n-th that the other receives, as between
+    processes that send and receive by themselves. A schedule that does not deadlock if every send waits for its receive does
+    not here, where sends return before.
+    """
+
+    _sent: Counter[Direction] = field(default_factory=Counter)
+    _asked: Counter[Direction] = field(default_factory=Counter)
+    _computed: Counter[Kind] = field(default_factory=Counter)
+
+    def timed(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, as a computation of that kind."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            action = Action(self.topology.position, kind, self._computed[kind])
+            self._computed[kind] += 1
+            with self.compute(action):
+                return function(*args, **kwargs)
+
+        return run
+
+    def send_to(self, position: int, tensor: Tensor) -> None:
+        """Sends the next message to a neighbour in the pipeline. The tensor may be overwritten at once."""
+        direction = self._direction(self.topology.position, position)
+        key = self._key(direction, position, self._sent[direction])
+        self._sent[direction] += 1
+        # on a device it is read later, and nobody knows what the schedule does with it until then
+        given = tensor.detach() if tensor.device.type == "cpu" else tensor.detach().clone()
+        with self.presence.waiting():
+            self._channel(direction, receiving=False).send(key, [given], self.version << 1)
+
+    def receive_from(self, position: int, tensor: Tensor) -> None:
+        """Waits for the next message of a neighbour and fills the tensor with it."""
+        self.fill([(self.expect(position), tensor)])
+
+    def expect(self, position: int) -> Key:
+        """Posts a receive of the next message of a neighbour; `fill` waits for it."""
+        direction = self._direction(position, self.topology.position)
+        key = self._key(direction, self.topology.position, self._asked[direction])
+        self._asked[direction] += 1
+        self._posted[key] = self._channel(direction, receiving=True).recv(key, self.device)
+        return key
+
+    def fill(self, expected: Sequence[tuple[Key, Tensor]]) -> None:
+        """Waits for messages, in this order, and fills the tensors with them.
+
+        Raises:
+            TransportError: a message has another shape or type than its tensor.
+        """
+        for key, tensor in expected:
+            (received,) = self._take(key).tensors
+            if (received.shape, received.dtype) != (tensor.shape, tensor.dtype):
+                raise TransportError(
+                    f"message {key.microbatch} ({key.direction.name.lower()}) is {received.dtype} of {tuple(received.shape)}, "
+                    f"{tensor.dtype} of {tuple(tensor.shape)} is expected: the two stages do not agree on their transfers"
+                )
+            with torch.no_grad():
+                tensor.detach().copy_(received)
+
+    def _direction(self, source: int, target: int) -> Direction:
+        if abs(target - source) != 1:
+            raise TransportError(f"a transfer from stage {source} to {target}, which are no neighbours")
+        return Direction.ACTIVATION if target > source else Direction.GRADIENT
