@@ -56,12 +56,12 @@ def _homes(module: nn.Module) -> list[ModuleType]:
 
 
 def _is_home(home: ModuleType) -> bool:
-    function: Any = getattr(home, NAME, None)
+    function = getattr(home, NAME, None)
     return (
         isinstance(function, type)
         and issubclass(function, torch.autograd.Function)
         and function.__module__ == home.__name__
-        and tuple(inspect.signature(function.forward).parameters)[1:] == ARGUMENTS
+        and tuple(inspect.signature(getattr(home, NAME).forward).parameters)[1:] == ARGUMENTS
         and callable(getattr(home, "get_tensor_model_parallel_group", None))
     )
 
