@@ -51,7 +51,9 @@ def test_a_stock_transfer_over_a_slow_link_blocks_the_sender(monkeypatch: pytest
     for iteration, command in ((2, schedule.SendActivation), (3, schedule.SendActivation), (3, schedule.SendGrad)):
         simulation.set_iteration(iteration)
         engine._INSTRUCTION_MAP[command](engine)
-    assert done == ["SendActivation", 0.04, "SendActivation", "SendGrad"], "only over the slow link, from the iteration on"
+    assert done == ["SendActivation", 0.04, "SendActivation", "SendGrad"], (
+        "only over the slow link, from the iteration on"
+    )
 
 
 def test_a_stage_computes_for_at_most_a_quarter_of_what_the_demo_paces_it_to():
