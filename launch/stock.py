@@ -20,29 +20,36 @@ class StockSimulation:
     """Slow links and paced compute on one stock `PipelineEngine`."""
 
     def __init__(self, engine: Any, config: SimulateConfig) -> None:
-        from deepspeed.runtime.pipe import p2p, schedule
+        from deepspeed.runtime.pipe import schedule
 
         self._links = config.links
         self._stage = engine.stage_id
         self._iteration = 0
-        self._stock_send = p2p.send
-        p2p.send = self._send
         throttle = ComputeThrottle(config.compute)
+        instructions = dict(engine._INSTRUCTION_MAP)
         kinds = {schedule.ForwardPass: Kind.FORWARD, schedule.BackwardPass: Kind.FULL_BACKWARD}
-        engine._INSTRUCTION_MAP = {
-            command: _paced(function, throttle, kinds[command]) if command in kinds else function
-            for command, function in engine._INSTRUCTION_MAP.items()
-        }
+        peers = {schedule.SendActivation: self._stage + 1, schedule.SendGrad: self._stage - 1}
+        for command, kind in kinds.items():
+            instructions[command] = _paced(instructions[command], throttle, kind)
+        for command, peer in peers.items():
+            instructions[command] = self._over(peer, instructions[command])
+        engine._INSTRUCTION_MAP = instructions
 
     def set_iteration(self, iteration: int) -> None:
         self._iteration = iteration
 
-    def _send(self, tensor: Any, dest_stage: int, async_op: bool = False) -> Any:
-        ends = {self._stage, dest_stage}
-        for link in self._links:
-            if {link.src, link.dst} == ends and link.active(self._iteration):
-                time.sleep(link.latency_ms / 1e3)
-        return self._stock_send(tensor, dest_stage, async_op)
+    def _over(self, peer: int, send: Callable[..., None]) -> Callable[..., None]:
+        """The delay counts once for a transfer, whatever number of tensors it has."""
+        ends = {self._stage, peer}
+
+        @functools.wraps(send)
+        def instruction(engine: Any, **kwargs: Any) -> None:
+            for link in self._links:
+                if {link.src, link.dst} == ends and link.active(self._iteration):
+                    time.sleep(link.latency_ms / 1e3)
+            send(engine, **kwargs)
+
+        return instruction
 
 
 def _paced(function: Callable[..., None], throttle: ComputeThrottle, kind: Kind) -> Callable[..., None]:

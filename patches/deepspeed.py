@@ -26,12 +26,12 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import deepspeed_following as following
 from adaptra_plugin.patches import deepspeed_foreign as foreign
 from adaptra_plugin.patches import deepspeed_support as support
+from adaptra_plugin.patches.deepspeed_split import PipelineSplit
 from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.registry import Patch
 from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
-from adaptra_plugin.runtime.split import SplitLinears
 from adaptra_plugin.runtime.stepping import SCHEDULES, Unstepped
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
@@ -147,7 +147,7 @@ class AdaptraPipelineEngine(PipelineEngine):
             config,
             Topology.of(self.global_rank, self._pipelines()),
             store,
-            functools.partial(SplitLinears, self.module),
+            functools.partial(PipelineSplit, self.module),
             torch.device(self.device),
             self.micro_batches,
             wandb_rank=HOST.wandb_rank,

@@ -21,7 +21,7 @@ from adaptra_plugin.patches.genuine import is_genuine, name_of
 from adaptra_plugin.runtime.stepping import foreign_hooks
 from adaptra_plugin.support import Reason, in_stock_order
 
-CHECKPOINT_SWITCHES = ("PARTITION_ACTIVATIONS", "CONTIGUOUS_CHECKPOINTING", "CPU_CHECKPOINT")
+CHECKPOINT_SWITCHES = ("CONTIGUOUS_CHECKPOINTING", "CPU_CHECKPOINT")
 REPLACED = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad, stock.BackwardPass)
 """Instructions that a plan executes in its own way; of a backward, another function may look at gradients that come later here."""
 KNOWN = (stock.TrainSchedule, stock.InferenceSchedule)

@@ -57,10 +57,10 @@ ONE_BIT_REASON = in_stock_order(
     "1-bit optimizers compress gradients inside their own step and replace the engine's gradient reduction",
     'plans need "Adam", "AdamW" or "Lamb"',
 )
-_CHECKPOINTS = ("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing")
+_CHECKPOINTS = ("contiguous_memory_optimization", "cpu_checkpointing")
 CHECKPOINTS_REASON = in_stock_order(
-    "partitioned, contiguous or offloaded activation checkpoints keep buffers that count on the stock order of microbatches",
-    f"plans need all of {', '.join(_CHECKPOINTS)} switched off",
+    "contiguous or offloaded activation checkpoints keep buffers that count on the stock order of microbatches",
+    f"plans need {' and '.join(_CHECKPOINTS)} switched off",
 )
 COMPILED_REASON = in_stock_order(
     "torch.compile traces the linear layers whole, so their backward cannot be split",

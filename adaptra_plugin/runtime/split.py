@@ -379,9 +379,9 @@ class SplitLayers:
 
 
 class SplitLinears(SplitLayers):
-    """Layers that call `torch.nn.functional.linear` with a parameter of `module`."""
+    """Layers that call `torch.nn.functional.linear` with a parameter of `module`; those of `kinds` can be expected to."""
 
-    def __init__(self, module: nn.Module, queue: WeightGradStore) -> None:
+    def __init__(self, module: nn.Module, queue: WeightGradStore, kinds: Any = nn.Linear) -> None:
         uses: dict[int, int] = {}
         for owner in module.modules():
             for parameter in owner._parameters.values():
@@ -390,7 +390,7 @@ class SplitLinears(SplitLayers):
         def likely(layer: nn.Module) -> bool:
             weight = layer._parameters.get("weight")
             return (
-                isinstance(layer, nn.Linear)
+                isinstance(layer, kinds)
                 and weight is not None
                 and weight.requires_grad
                 and uses.get(id(weight), 1) == 1

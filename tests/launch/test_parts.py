@@ -37,21 +37,23 @@ def test_windows_leave_torchs_generator_alone():
 
 
 def test_a_stock_transfer_over_a_slow_link_blocks_the_sender(monkeypatch: pytest.MonkeyPatch):
-    from deepspeed.runtime.pipe import p2p
+    from deepspeed.runtime.pipe import schedule
 
     from adaptra_plugin.launch.stock import StockSimulation
 
-    sent: list[tuple[object, int]] = []
-    monkeypatch.setattr(p2p, "send", lambda tensor, stage, async_op: sent.append((tensor, stage)))
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    done: list[object] = []
+    monkeypatch.setattr(time, "sleep", done.append)
     config = SimulateConfig.model_validate({"links": [{"src": 1, "dst": 2, "latency_ms": 40, "from_iteration": 3}]})
-    simulation = StockSimulation(SimpleNamespace(stage_id=1, _INSTRUCTION_MAP={}), config)
-    for iteration, stage in ((2, 2), (3, 2), (3, 0)):
+    commands = (schedule.ForwardPass, schedule.BackwardPass, schedule.SendActivation, schedule.SendGrad)
+    stock = {command: lambda engine, it=command.__name__: done.append(it) for command in commands}
+    engine = SimpleNamespace(stage_id=1, _INSTRUCTION_MAP=stock)
+    simulation = StockSimulation(engine, config)
+    for iteration, command in ((2, schedule.SendActivation), (3, schedule.SendActivation), (3, schedule.SendGrad)):
         simulation.set_iteration(iteration)
-        p2p.send("x", stage)
-    assert slept == [0.04], "only over the slow link, and only from the iteration on"
-    assert sent == [("x", 2), ("x", 2), ("x", 0)]
+        engine._INSTRUCTION_MAP[command](engine)
+    assert done == ["SendActivation", 0.04, "SendActivation", "SendGrad"], (
+        "only over the slow link, from the iteration on"
+    )
 
 
 def test_a_stage_computes_for_at_most_a_quarter_of_what_the_demo_paces_it_to():

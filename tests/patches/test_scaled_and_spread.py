@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from tests.forked import import_deepspeed, run_ranks
 from tests.patches.test_parity import SLOW, SWITCHES, both
 
 import_deepspeed()
+import deepspeed  # noqa: E402
+
 pytestmark = pytest.mark.multiprocess
 
 STEPS = [5, 8, 5, 8, 8, 5, 8, 8]
@@ -84,7 +88,19 @@ def test_pipeline_tensor_and_data_parallelism_together(precision):
     check(run_ranks(both, 8, PRECISIONS[precision], SLOW, STEPS[:7], **more), 2)
 
 
-def test_tensor_parallel_activation_checkpoints():
+def partitioning(engine):
+    """Each rank of a tensor group keeps its part of a checkpoint."""
+    grid = engine.grid
+    group = {
+        "get_model_parallel_rank": grid.get_slice_parallel_rank,
+        "get_model_parallel_world_size": grid.get_slice_parallel_world_size,
+        "get_model_parallel_group": grid.get_slice_parallel_group,
+    }
+    deepspeed.checkpointing.configure(SimpleNamespace(**group), partition_activations=True)
+
+
+@pytest.mark.parametrize("prepare", [None, partitioning], ids=["whole", "partitioned"])
+def test_tensor_parallel_activation_checkpoints(prepare):
     more = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["TensorBlock"]}
-    kwargs = {"kind": "tensor", "model_kwargs": {"tensor": 2, **more}}
+    kwargs = {"kind": "tensor", "model_kwargs": {"tensor": 2, **more}, "prepare": prepare}
     check(run_ranks(both, 4, PRECISIONS["bf16"], SLOW, STEPS, stages=2, switches=SWITCHES[:2], **kwargs), 2)

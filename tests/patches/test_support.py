@@ -56,8 +56,8 @@ def test_offloaded_optimizers_keep_the_stock_order(zero):
     ("config", "words"),
     [
         ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 0.1}}}, "1-bit optimizers"),
-        ({"activation_checkpointing": {"partition_activations": True}}, "partitioned, contiguous or offloaded"),
-        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "partitioned, contiguous or offloaded"),
+        ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, "contiguous or offloaded"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "contiguous or offloaded"),
         ({"compile": {"deepcompile": True}}, "torch.compile"),
         ({"amp": {"enabled": True}}, "amp"),
         ({"eigenvalue": {"enabled": True}}, "eigenvalue"),
@@ -71,7 +71,16 @@ def test_what_keeps_the_stock_order(config, words):
     support.check_config(config)  # it starts
 
 
-@pytest.mark.parametrize("config", [{}, {"fp16": {"enabled": True}}, {"bf16": {"enabled": True}}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"fp16": {"enabled": True}},
+        {"bf16": {"enabled": True}},
+        {"activation_checkpointing": {"partition_activations": True}},
+    ],
+    ids=str,
+)
 def test_what_has_everything(config):
     assert support.reasons_of_config(config) == []
 
