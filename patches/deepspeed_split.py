@@ -109,7 +109,7 @@ class _Calls:
             weight.detach().requires_grad_(),
             bias,
             (taker.queue, weight, self.home.get_tensor_model_parallel_group()),
-            taker.anchor(weight.device),
+            taker.anchor(weight),
             allreduce,
             sequence_parallel,
         )

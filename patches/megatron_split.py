@@ -81,7 +81,7 @@ class _Calls:
             # it requires grad, as in stock: at::matmul goes another way, to other last bits, where nothing does
             weight.detach().requires_grad_(),
             (taker.queue, weight, gradient),
-            taker.anchor(weight.device),
+            taker.anchor(weight),
             allreduce_dgrad,
             sequence_parallel,
             tp_group,

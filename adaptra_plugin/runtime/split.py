@@ -118,20 +118,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _LINEAR(input, weight, bias)
     taker = _REBINDING.taker
-    if (
-        taker is None
-        or (state := taker.census.state(weight)) in (None, State.FUSED)
-        or not _is_plain(input, weight, bias)
-    ):
+    if taker is None or (state := taker.census.state(weight)) in (None, State.FUSED) or not _is_plain(input, bias):
         return _LINEAR(input, weight, bias)
     if state is State.SPLIT:
         call = _Call(taker.queue, weight)
         if _is_product(input, weight, bias):
-            return _product(input, bias, taker.anchor(weight.device), call)
-        y = _SplitLinear.apply(input, bias, taker.anchor(weight.device), call)
+            return _product(input, bias, taker.anchor(weight), call)
+        y = _SplitLinear.apply(input, bias, taker.anchor(weight), call)
         return y if call.shape is None else y.view(call.shape)
     y = _LINEAR(input, weight, bias)
-    taker.census.observe(weight, input, y)
+    if _is_ordinary(weight):
+        taker.census.observe(weight, input, y)
     return y
 
 
@@ -142,27 +139,33 @@ def _names_of_linear() -> list[tuple[ModuleType, str]]:
 _REBINDING = Rebinding(_LINEAR, _linear, _names_of_linear)
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call does what it does for ordinary tensors, with nobody else in between."""
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in (Tensor, nn.Parameter)
-            or tensor.layout != torch.strided
-            or tensor.is_nested
-            or tensor.is_inference()
-        ):
-            return False
-    x = tensors[0]
-    assert x is not None
-    return not (
-        torch.is_autocast_enabled(x.device.type)  # casts are kept for the whole forward, and shared between layers
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-        or not torch._C._autograd._saved_tensors_hooks_is_enabled()
-        or (
-            torch._C._len_torch_function_stack() > 0
-            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+_autocasts = torch._C._is_any_autocast_enabled  # asking by x.device would take longer than all the rest
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not tensor.is_inference()
+    )
+
+
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call does what it does for ordinary tensors, with nobody else in between. Its weight is observed before it is split."""
+    return (
+        (bias is None or _is_ordinary(bias))
+        and _is_ordinary(x)
+        and not (
+            _autocasts()  # casts are kept for the whole forward, and shared between layers
+            or torch._C._are_functorch_transforms_active()
+            or torch.jit.is_tracing()
+            or forward_ad._current_level >= 0
+            or not torch._C._autograd._saved_tensors_hooks_is_enabled()
+            or (
+                torch._C._len_torch_function_stack() > 0
+                and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+            )
         )
     )
 
@@ -188,7 +191,7 @@ def _is_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_contiguous()
         and weight.is_contiguous()
         and x.is_floating_point()
-        and x.device.type in ("cpu", "cuda")
+        and (x.is_cpu or x.is_cuda)
         and (x.dim() in (2, 3) if bias is not None else x.dim() >= 2)
         and min(weight.shape) > 1
         and x.numel() > x.shape[-1]  # of a single row or column torch does not know whether it is laid out by rows
@@ -325,14 +328,15 @@ class SplitLayers:
         self._rebinding = rebinding
         self._likely = likely
         self._hooked = False
-        self._anchors: dict[torch.device, Tensor] = {}
+        self._anchors: dict[int, Tensor] = {}
         rebinding.look()
 
-    def anchor(self, device: torch.device) -> Tensor:
-        """A leaf that requires grad."""
-        if device not in self._anchors:
-            self._anchors[device] = torch.zeros(1, device=device, requires_grad=True)
-        return self._anchors[device]
+    def anchor(self, weight: Tensor) -> Tensor:
+        """A leaf that requires grad, on the device of the weight."""
+        index = weight.get_device()
+        if index not in self._anchors:
+            self._anchors[index] = torch.zeros(1, device=weight.device, requires_grad=True)
+        return self._anchors[index]
 
     def begin(self) -> None:
         """An iteration begins. Hooks on the backward of modules may look at gradients, or change them: with such hooks no backward
@@ -389,11 +393,7 @@ class SplitLinears(SplitLayers):
 
         def likely(layer: nn.Module) -> bool:
             weight = layer._parameters.get("weight")
-            return (
-                isinstance(layer, kinds)
-                and weight is not None
-                and weight.requires_grad
-                and uses.get(id(weight), 1) == 1
-            )
+            known = isinstance(layer, kinds) and weight is not None
+            return known and weight.requires_grad and uses.get(id(weight), 1) == 1
 
         super().__init__(module.modules(), queue, _REBINDING, likely)
