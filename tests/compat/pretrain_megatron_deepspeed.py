@@ -4,7 +4,8 @@
 
 CHECKOUT: a work tree of Megatron-DeepSpeed (tried: 4efb479), which builds its `megatron/data/helpers` there: g++, make and
 pybind11 are needed. ARGUMENTs are added to those of `BASE`. A microbatch is one sequence, because the attention without fused kernels
-takes no more there. Stock does not run with `--sequence-parallel` in a pipeline.
+takes no more there. Stock does not run with `--sequence-parallel` in a pipeline. `--enable-zbh1-pipeline` needs an older DeepSpeed
+(tried: 0.16.9, with `PYTHONPATH`), and keeps the order of that schedule.
 """
 
 from __future__ import annotations

@@ -58,12 +58,14 @@ PRECISION: dict[str, dict[str, Any]] = {
     },
     "bf16": {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp32"}},
 }
+FUSED = "apex.optimizers"
+"""Of NVIDIA's apex, which need not be there. PyPI's apex is another product."""
 
 
 def load() -> None:
     import torch
 
-    apex: Any = importlib.import_module("apex.optimizers")  # one of those that need not be there
+    apex: Any = importlib.import_module(FUSED)
     apex.FusedAdam = torch.optim.Adam
     pretend(torch.cuda)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]

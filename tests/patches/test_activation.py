@@ -222,6 +222,20 @@ def test_an_unsupported_version_is_refused(monkeypatch):
     assert patches.describe()[0]["state"] == "skipped"
 
 
+@pytest.mark.parametrize("version", ["0.16.5+unknown", "0.16.5+91d1c55b"])
+def test_the_version_of_deeperspeed_is_supported(monkeypatch, version):
+    """GPT-NeoX's DeepSpeed is the distribution `deepspeed`, too, installed from its repository."""
+    from adaptra_plugin.patches import registry
+    from adaptra_plugin.patches.hosts import HOSTS
+
+    host = HOSTS["deepspeed"]
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    patches = registry.PatchSet()
+    patches.apply(registry.Patch("x", "deepspeed:initialize", host.distribution, host.versions, "because", lambda o: o))
+    assert patches.describe()[0]["state"] == "applied"
+    patches.restore()
+
+
 def test_a_missing_target_names_the_version_it_expected():
     from adaptra_plugin.patches.registry import Patch, PatchSet
 
