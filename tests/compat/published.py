@@ -39,7 +39,9 @@ COMMANDS = {
     **dict.fromkeys(("ds_ssh", "ssh", "wget", "curl", "sudo", "pip", "sleep"), NOTHING),
 }
 OWN_PIPELINE = Reason(
-    Level.STOCK, "the script brings a zero-bubble pipeline of its own", "leave out --enable-zbh1-pipeline"
+    Level.STOCK_ORDER,
+    "the script brings a zero-bubble pipeline of its own",
+    "plans need it without --enable-zbh1-pipeline",
 )
 
 
