@@ -31,14 +31,16 @@ SELECT ?=
 
 install: $(VENV)/.installed
 
-# torch first and alone: a looser requirement of another package would bring several GB of CUDA libraries.
+# torch first and alone: a looser requirement of another package would bring several GB of CUDA libraries. Python compiles the few
+# modules that are imported, when they are.
 # What the first run would compile, for a minute, is compiled now: the planner's kernels, DeepSpeed's all-reduce over shared memory.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "torch==2.13.0"
-	$(PIP) install -e ".[dev]"
-	$(BIN)/python -c "from adaptra_plugin.schedule.prepare import prepare; prepare()"
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op as b; b()" >/dev/null
+	$(PIP) install --no-compile "torch==2.13.0"
+	$(PIP) install --no-compile -e ".[dev]"
+	$(BIN)/python -c "from adaptra_plugin.schedule.prepare import prepare; prepare()" & kernels=$$!; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
+			$(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op as b; b()" >/dev/null && wait $$kernels
 	touch $@
 
 demo: install
