@@ -1,6 +1,7 @@
 """What a fresh clone is checked with: stages of `make`, several at a time, with their times at the end.
 
-Each stage's output is printed when it ends. A stage that fails fails the whole, and the others are still run.
+Each stage's output is printed when it ends. A stage that fails fails the whole, and the others are still run. A test that has
+passed in the stage `fast` is left out by the parts that it belongs to.
 """
 
 from __future__ import annotations
@@ -9,32 +10,42 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# each with an environment of its own
+FIRST = ("install", "fast")
 # longest first; two at a time, because tests wait about as much as they compute
 TOGETHER = (
-    *("deepspeed", "wheel", "megatron", "transport", "demo", "schedule", "runtime", "versions", "proxy"),
-    *("pythons", "fast", "report", "lint", "docs", "whole", "doctor", "detect"),
+    *("megatron", "wheel", "deepspeed", "demo", "versions", "transport", "proxy", "runtime", "schedule"),
+    *("pythons", "report", "detect"),
 )
-# at the end, beside nothing that keeps both cores busy: the guest kernel has one, what measures time the other
-QUIET = ("rdma", "timing")
+# at the end, beside nothing that keeps both cores busy: the guest kernel has one, what measures time the other, and after it
+# what is one process at a time
+QUIET = ("rdma", "timing", "doctor", "whole", "lint", "docs")
+PASSED = "ADAPTRA_PASSED"
+"""Variable with a file for the tests that have passed, see `tests/conftest.py`."""
+ONCE = ("fast", "schedule", "detect", "report", "whole")
+"""Stages that share tests."""
 DEADLINE_S = 1800
 """Longest time of a stage."""
 
 
-def stage(name: str) -> tuple[str, int, float]:
-    """Runs one stage; its name, exit code and seconds."""
+def stage(name: str, passed: Path) -> tuple[str, int, float]:
+    """Runs one stage; its name, exit code and seconds. `passed`: where tests are noted."""
     target = name if name in ("install", "lint") else f"test-{name}"
     command = ["make", "--no-print-directory", target]
-    if name in TOGETHER:
+    if name not in ("rdma", "timing"):
         command.append('SELECT=-m "not timing"')
+    environment = {**os.environ, PASSED: str(passed)} if name in ONCE else None
     began = time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=ROOT,
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -52,9 +63,18 @@ def stage(name: str) -> tuple[str, int, float]:
     return name, code, seconds
 
 
-def together(names: tuple[str, ...], workers: int) -> list[tuple[str, int, float]]:
+def together(names: tuple[str, ...], workers: int, passed: Path) -> list[tuple[str, int, float]]:
     with ThreadPoolExecutor(workers) as pool:
-        return [future.result() for future in as_completed([pool.submit(stage, name) for name in names])]
+        return [future.result() for future in as_completed([pool.submit(stage, name, passed) for name in names])]
+
+
+def everything(passed: Path) -> list[tuple[str, int, float]]:
+    results = together(FIRST, 2, passed)
+    if all(code == 0 for name, code, _ in results if name == "install"):
+        # a kernel that has to be built first takes both cores
+        quiet = 2 if "ADAPTRA_GUEST_KERNEL" in os.environ else 1
+        results += together(TOGETHER, 2, passed) + together(QUIET, quiet, passed)
+    return results
 
 
 def main() -> int:
@@ -63,10 +83,8 @@ def main() -> int:
     if beside.is_file():
         os.environ.setdefault("ADAPTRA_GUEST_KERNEL", str(beside))
     began = time.monotonic()
-    results = [stage("install")]
-    if results[0][1] == 0:
-        # a kernel that has to be built first takes both cores
-        results += together(TOGETHER, 2) + together(QUIET, 2 if "ADAPTRA_GUEST_KERNEL" in os.environ else 1)
+    with tempfile.TemporaryDirectory() as folder:
+        results = everything(Path(folder) / "passed")
     print(f"\n{'stage':<12} seconds")
     for name, code, seconds in results:
         print(f"{name:<12} {seconds:7.0f}  {'ok' if code == 0 else f'FAILED with exit code {code}'}")

@@ -8,12 +8,16 @@ from types import ModuleType
 from typing import Any
 
 
-def names_bound_to(value: Any) -> Iterator[tuple[ModuleType, str]]:
-    """Module and name of every global that is `value` itself, outside of Adaptra."""
+def names_bound_to(*values: Any) -> Iterator[tuple[ModuleType, str, Any]]:
+    """Module, name and value of every global that is one of `values` itself, outside of Adaptra."""
+    wanted = {id(value) for value in values}
     for module in list(sys.modules.values()):
         # `vars` and not `getattr`: reading an attribute of a lazy module would import it
         if not isinstance(module, ModuleType) or (module.__name__ or "").startswith("adaptra_plugin"):
             continue
+        # a host brings thousands of modules with a hundred thousand names: nearly all are passed by without a loop in Python
+        if wanted.isdisjoint(map(id, list(vars(module).values()))):
+            continue
         for name, bound in list(vars(module).items()):
-            if bound is value:
-                yield module, name
+            if id(bound) in wanted:
+                yield module, name, bound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -74,10 +74,13 @@ class PatchSet:
         if patch.id in self._applied:
             return  # importing the target, or reading it, has run a hook that applied the very same patch
         replacement = patch.replace(original)
-        own_names = {(owner.__name__, key) for owner, key in names_bound_to(replacement)}
+        bound = list(names_bound_to(original, replacement))  # in one go: it looks at all that has been imported
+        own_names = {(owner.__name__, key) for owner, key, value in bound if value is replacement}
         setattr(module, name, replacement)
         if patch.sweep:
-            _rebind(original, replacement)
+            for owner, key, value in bound:
+                if value is original:
+                    setattr(owner, key, replacement)
         self._applied[patch.id] = _Applied(patch, original, replacement, own_names)
         self._skipped.pop(patch.id, None)
 
@@ -107,7 +110,9 @@ class PatchSet:
             module, name, current = _resolve(applied.patch)
             if current is applied.replacement:
                 setattr(module, name, applied.original)
-            _rebind(applied.replacement, applied.original, but=applied.own_names)
+            for owner, key, _ in list(names_bound_to(applied.replacement)):
+                if (owner.__name__, key) not in applied.own_names:
+                    setattr(owner, key, applied.original)
             if why is not None:
                 self._skipped[key] = (applied.patch, why)
         if patch_id is None:
@@ -155,13 +160,6 @@ def _resolve(patch: Patch) -> tuple[ModuleType, str, Any]:
         raise UnsupportedError(
             f"{patch.id}: {patch.target} does not exist in this {patch.host} ({error}); expected a version {patch.versions}"
         ) from None
-
-
-def _rebind(old: Any, new: Any, but: Collection[tuple[str, str]] = ()) -> None:
-    """Names in other modules that are bound to `old` (`from host import name`) are bound to `new`."""
-    for module, name in list(names_bound_to(old)):
-        if (module.__name__, name) not in but:
-            setattr(module, name, new)
 
 
 PATCHES = PatchSet()

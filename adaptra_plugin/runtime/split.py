@@ -133,7 +133,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _names_of_linear() -> list[tuple[ModuleType, str]]:
-    return [(module, name) for module, name in names_bound_to(_LINEAR) if not module.__name__.startswith("torch._C")]
+    return [(module, name) for module, name, _ in names_bound_to(_LINEAR) if not module.__name__.startswith("torch._C")]
 
 
 _REBINDING = Rebinding(_LINEAR, _linear, _names_of_linear)

@@ -102,3 +102,12 @@ def tails(rows: Ints, cost: Ints, after: Ints, lag: Ints, order: Ints, tail: Int
         if a >= 0 and tail[a] + lag[a] > longest:
             longest = tail[a] + lag[a]
         tail[n] = longest + cost[n]
+
+
+@compiled
+def overwrite(rows: Ints, other: Ints) -> None:
+    """``rows [:] = other`` for equal shapes, by loops: numba takes seconds to compile the assignment of one array to another, with
+    the text of the error for shapes that differ."""
+    for r in range(rows.shape[0]):
+        for k in range(rows.shape[1]):
+            rows[r, k] = other[r, k]

@@ -86,16 +86,19 @@ def trim_memory(
     place = np.empty(len(cost), np.int64)
     old, new = np.empty(length, np.int64), np.empty(length, np.int64)
     peak = peaks(rows, microbatches)
+    most = 0
+    for r in range(ranks):
+        most = max(most, peak[r])
     step = 1
-    while 2 * step < peak.max():
+    while 2 * step < most:
         step *= 2
     while step > 0 and tries > 0:
         for r in range(ranks):
             while peak[r] > step and tries > 0:
                 if not within(rows, r, peak[r] - step, microbatches, place, new):
                     break
-                old[:] = rows[r]
-                rows[r, :] = new
+                for k in range(length):
+                    old[k], rows[r, k] = rows[r, k], new[k]
                 tries -= 1
                 value = heads(rows, rank_of, cost, before, after, lag, head, order)
                 good = 0 <= value <= goal
@@ -103,7 +106,8 @@ def trim_memory(
                     tries -= 1
                     good = heads(rows, rank_of, cost, before, after, stressed, head, order) <= stressed_goal
                 if not good:
-                    rows[r, :] = old
+                    for k in range(length):
+                        rows[r, k] = old[k]
                     break
                 peak[r] -= step
         step //= 2

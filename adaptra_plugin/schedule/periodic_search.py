@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from adaptra_plugin.schedule.compiled import compiled
-from adaptra_plugin.schedule.graph import heads
+from adaptra_plugin.schedule.graph import heads, overwrite
 from adaptra_plugin.schedule.tables import Ints
 
 
@@ -114,15 +114,16 @@ def periodic_search(
         mode = (state // 4) % 4
         if exchange(rows, r, k, step, mode, microbatches, cap[r], after, new) == 0:
             continue
-        old[:] = rows[r]
-        rows[r, :] = new
+        for k in range(length):
+            old[k], rows[r, k] = rows[r, k], new[k]
         value = heads(rows, rank_of, cost, before, after, lag, head, order)
         if value < 0 or value > now + heat * (rounds - turn) // rounds:
-            rows[r, :] = old
+            for k in range(length):
+                rows[r, k] = old[k]
             continue
         now = value
         if value < best:
             best = value
-            best_rows[:] = rows
-    rows[:] = best_rows
+            overwrite(best_rows, rows)
+    overwrite(rows, best_rows)
     return best

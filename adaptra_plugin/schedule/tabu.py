@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from adaptra_plugin.schedule.compiled import compiled
-from adaptra_plugin.schedule.graph import heads, tails
+from adaptra_plugin.schedule.graph import heads, overwrite, tails
 from adaptra_plugin.schedule.tables import Ints
 
 REACH = 10
@@ -216,6 +216,6 @@ def tabu_search(
         if makespan < best:
             best = makespan
             stale = 0
-            best_rows[:] = rows
-    rows[:] = best_rows
+            overwrite(best_rows, rows)
+    overwrite(rows, best_rows)
     return best

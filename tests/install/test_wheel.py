@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adaptra_plugin.launch.ports import free_port
-from tests.install.environments import ROOT, Environment, build_wheel, commands, installed, torch_alone
+from tests.install.environments import ROOT, Environment, build_wheel, commands, compiler, installed
 
 pytestmark = pytest.mark.timeout(1200)
 HOSTS = ("deepspeed", "megatron-core")
@@ -31,11 +33,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environments(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[dict[str, Environment]]:
     folder = tmp_path_factory.mktemp("environments")
-    base = torch_alone(folder / "torch")
     found = {host: command.replace('".[', f'"{wheel}[') for host, command in commands().items()}
     assert tuple(found) == HOSTS
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda host: installed(base, folder / host, found[host]), HOSTS)
+        made = pool.map(lambda host: installed(folder / host, found[host]), HOSTS)
         yield dict(zip(HOSTS, made, strict=True))
     shutil.rmtree(folder)  # gigabytes
 
@@ -122,12 +123,17 @@ def test_deepspeed_trains_two_ranks(environments, tmp_path):
     }
     (tmp_path / "ds.json").write_text(json.dumps(config))
     script = environment.packages / "adaptra_plugin" / "launch" / "train_gpt.py"
+    versions = 'python -c \'from importlib import metadata as m; print(m.version("torch"), m.version("deepspeed"))\''
+    same = environment.run(versions, tmp_path).split() == [metadata.version("torch"), metadata.version("deepspeed")]
+    kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR", ROOT / ".cache" / "torch_extensions")) / "deepspeed_shm_comm"
+    more = {"CXX": str(compiler(tmp_path / "compiler", kept))} if same else {}
     command = f"deepspeed --num_gpus 2 --master_port {free_port()} {script} --deepspeed_config ds.json"
     said = environment.run(
         f"{command} --stages 2 --iterations {ITERATIONS} --result result",
         tmp_path,
-        # compiled anew: for another path of DeepSpeed what `make install` has compiled would be replaced, for all who use it
+        # a folder of its own: for another path of DeepSpeed what `make install` has linked would be replaced, for all who use it
         TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
+        **more,
     )
     check(tmp_path, said)
     for rank in range(2):
