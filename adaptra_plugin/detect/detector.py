@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from adaptra_plugin.config import DetectorConfig
 from adaptra_plugin.detect.monitor import Finding, Key, Margin, Monitor
 from adaptra_plugin.detect.samples import IterationReport
-from adaptra_plugin.detect.window import Window, low_medians_of_others
+from adaptra_plugin.detect.window import Window, low_median, low_medians_of_others
 from adaptra_plugin.detect.work import Work
 
 MIN_PEERS = 3
@@ -214,7 +214,9 @@ def _readings(state: _Replica, report: IterationReport) -> list[float]:
     monitor, total = state.stages[report.pp_rank], report.times.total_ms
     key = (report.pp_rank, report.pp_rank)
     window, slow = monitor.baseline.get(key), monitor.current(key) if monitor.slow else None
-    return [total / share for share in (window.median if window else None, slow) if share] if total > 0 else []
+    # of two iterations the mean would be half an outlier, if one of them is: then everything that follows looks like less work
+    usual = (low_median(window) if len(window) == 2 else window.median) if window else None
+    return [total / share for share in (usual, slow) if share] if total > 0 else []
 
 
 def links_of(ranks: int, *, wraparound: bool) -> list[Key]:

@@ -390,3 +390,18 @@ def test_replay_of_a_published_injection_trace(seed: int) -> None:
     found = findings(1030, stages=8, forward_ms=9.0, seed=seed, noise_ms=0.3, extra=extra)
     assert sorted((finding.since_iteration, finding.name, finding.state) for finding in found) == expected
     assert max(finding.found_iteration - finding.since_iteration for finding in found) <= 2
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("where", range(3, 9))
+@pytest.mark.parametrize("outlier", [0.3, 0.5, 1.8, 2.0, 4.0])
+def test_one_odd_iteration_while_history_is_short_is_nobodys_fault(stages: int, where: int, outlier: float) -> None:
+    for seed in range(3):
+        found = findings(
+            40,
+            stages=stages,
+            seed=seed,
+            noise_compute=0.05,
+            factor=lambda s, i: outlier if i == where and s == 0 else 1.0,
+        )
+        assert found == []
