@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -26,6 +27,7 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import deepspeed_following as following
 from adaptra_plugin.patches import deepspeed_foreign as foreign
 from adaptra_plugin.patches import deepspeed_support as support
+from adaptra_plugin.patches.deepspeed_schedule import BackwardInput, BackwardWeight, PlanSchedule
 from adaptra_plugin.patches.deepspeed_split import PipelineSplit
 from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.registry import Patch
@@ -34,10 +36,12 @@ from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.session import Session
 from adaptra_plugin.runtime.stepping import SCHEDULES, Unstepped
 from adaptra_plugin.runtime.topology import Topology
-from adaptra_plugin.schedule.actions import Action, Kind
+from adaptra_plugin.schedule.actions import Action
 
 logger = logging.getLogger("adaptra")
 HOST = HOSTS["deepspeed"]
+DEPTH = "_backward_active_depth"
+"""By which optimizers of newer versions know whether a backward is running."""
 
 
 def engine_patch(model: Any, host_config: Mapping[str, Any]) -> Patch:
@@ -68,58 +72,6 @@ def engine_class(engine: Any) -> Any:
         return type(f"Adaptra{engine.__name__}", (AdaptraPipelineEngine, engine), {})
     logger.warning("deepspeed.PipelineEngine is %s, which is no subclass of it: this job runs as in stock", engine)
     return engine
-
-
-class BackwardInput(stock.BufferOpInstruction):
-    """The backward pass with respect to the stage's input (action I)."""
-
-
-class BackwardWeight(stock.BufferOpInstruction):
-    """The deferred weight gradients of a microbatch (action W)."""
-
-
-class PlanSchedule(stock.PipeSchedule):
-    """DeepSpeed's view of a plan: each action becomes one step of instructions."""
-
-    def __init__(
-        self, iteration: Iteration, micro_batches: int, stages: int, stage_id: int, before_step: Callable[[], None]
-    ) -> None:
-        super().__init__(micro_batches=micro_batches, stages=stages, stage_id=stage_id)
-        self.iteration = iteration
-        self.before_step = before_step
-
-    def num_pipe_buffers(self) -> int:
-        return self.iteration.buffers
-
-    def steps(self) -> Iterator[list[stock.PipeInstruction]]:
-        for action in self.iteration.dispatch():
-            yield self._instructions(action)
-        if self.iteration.training:
-            self.before_step()
-            yield [stock.ReduceTiedGrads(), stock.ReduceGrads(), stock.OptimizerStep()]
-
-    def _instructions(self, action: Action) -> list[stock.PipeInstruction]:
-        at = {"buffer_id": action.microbatch % self.num_pipe_buffers(), "action": action}
-        commands: list[stock.PipeInstruction] = []
-        if action.kind is Kind.BACKWARD_WEIGHT:
-            return [BackwardWeight(**at)]
-        if action.kind is Kind.FORWARD:
-            # data first, as users' schedules and DeepSpeed's own for evaluation have it: loading may talk to the other end
-            # of the pipeline, which would wait for an activation meanwhile
-            if self.is_first_stage or self.is_last_stage:
-                commands.append(stock.LoadMicroBatch(at["buffer_id"]))
-            if not self.is_first_stage:
-                commands.append(stock.RecvActivation(**at))
-            commands.append(stock.ForwardPass(**at))
-            if not self.is_last_stage:
-                commands.append(stock.SendActivation(**at))
-            return commands
-        if not self.is_last_stage:
-            commands.append(stock.RecvGrad(**at))
-        commands.append(BackwardInput(**at) if action.kind is Kind.BACKWARD_INPUT else stock.BackwardPass(**at))
-        if not self.is_first_stage:
-            commands.append(stock.SendGrad(**at))
-        return commands
 
 
 class AdaptraPipelineEngine(PipelineEngine):
@@ -188,7 +140,8 @@ class AdaptraPipelineEngine(PipelineEngine):
         if session is None:
             super()._exec_schedule(pipe_schedule)
             return
-        microbatches = pipe_schedule.micro_batches
+        # a schedule of somebody else's may be no PipeSchedule
+        microbatches = int(getattr(pipe_schedule, "micro_batches", None) or self.micro_batches)
         training = torch.is_grad_enabled()
         iteration = session.begin(microbatches) if training else session.begin_evaluation(microbatches)
         if isinstance(iteration, Following):
@@ -197,6 +150,8 @@ class AdaptraPipelineEngine(PipelineEngine):
                 following.delegated(iteration),
             ):
                 super()._exec_schedule(pipe_schedule)
+            if iteration.flushed:
+                self._let_go()
             session.end(iteration)
             return
         # in the stock order, whoever steps inside a schedule steps where stock does
@@ -211,14 +166,17 @@ class AdaptraPipelineEngine(PipelineEngine):
         finally:
             self._running = None
             self._losses.clear()
-            self.grad_layer = None
-            if isinstance(self.loss, torch.Tensor):
-                # its graph holds DeepSpeed's hooks, and they the engine: it would never go
-                self.loss = self.loss.detach()
-            for slots in self.pipe_buffers.values():
-                slots[:] = [None] * len(slots)  # another plan may have fewer: nothing must stay alive in the others
+            self._let_go()
             session.queue.clear()
         session.end(iteration)
+
+    def _let_go(self) -> None:
+        """Nothing of a schedule stays alive: graphs hold DeepSpeed's hooks, and they the engine, which would never go."""
+        self.grad_layer = None
+        if isinstance(self.loss, torch.Tensor):
+            self.loss = self.loss.detach()
+        for slots in self.pipe_buffers.values():
+            slots[:] = [None] * len(slots)  # another plan may have fewer slots
 
     @contextmanager
     def _instructions(self, instructions: dict[type, Callable[..., None]]) -> Iterator[None]:
@@ -247,8 +205,11 @@ class AdaptraPipelineEngine(PipelineEngine):
         own_order = foreign.reasons_for_own_order(self, schedule)
         in_order = foreign.reasons_for_stock_order(self)
         if not self._decided:
+            if type(schedule) not in foreign.KNOWN and not torch.is_grad_enabled():
+                return None  # an evaluation: what training has is not known yet
+            takes_part = session.agrees(found, own_order, in_order)
             self._decided = True
-            return session if session.agrees(found, own_order, in_order) else None
+            return session if takes_part else None
         if found:
             raise _too_late("replaced after training with Adaptra had begun", found, "runs as in stock")
         if own_order and not session.follows:
@@ -296,18 +257,20 @@ class AdaptraPipelineEngine(PipelineEngine):
         assert iteration is not None and session is not None
         with iteration.compute(action):
             # BF16_Optimizer adds low-precision gradients to its fp32 copies after each backward of the engine; W is
-            # one more. With immediate_grad_update hooks on the parameters do it.
-            manual = self.using_bf16_optimizer and not support.immediate_grad_update(self._config)
-            if manual:
+            # one more. With immediate_grad_update hooks on the parameters add them, and older versions leave them there.
+            if self.using_bf16_optimizer:
                 self.optimizer.clear_lp_grads()
             before = getattr(self, "_running_engine_backward", False)
+            depth = getattr(self.optimizer, DEPTH, None)
             self._running_engine_backward = True  # tells DeepSpeed's hooks that this is no stray tensor.backward()
             try:
                 session.queue.run(action.microbatch)
             finally:
                 self._running_engine_backward = before
-            if manual:
-                self.optimizer.update_hp_grads(clear_lp_grads=False)
+                if depth is not None:
+                    setattr(self.optimizer, DEPTH, depth)  # hooks have begun a backward, and nobody ends it
+            if self.using_bf16_optimizer:
+                self.optimizer.update_hp_grads(clear_lp_grads=False)  # does nothing where hooks do it
 
     # --- transfers
 
@@ -346,6 +309,12 @@ class AdaptraPipelineEngine(PipelineEngine):
 
     def _adaptra_receive_grads(self, buffer_id: int, action: Action) -> None:
         tensors, is_tuple = self._receive(action)
+        if self.is_pipe_partitioned and not self.is_grad_partitioned:
+            # as in stock: the backward of a whole gradient finds the whole output, in place of its part
+            meta, part, *others = self.pipe_buffers["outputs"][buffer_id]
+            whole = PartitionedTensor.from_meta(meta, part, self.grid.get_slice_parallel_group()).full()
+            self.pipe_buffers["outputs"][buffer_id] = (whole, *others)
+            is_tuple = True
         self.grad_layer = list(tensors) if is_tuple else tensors[0]
 
     def _send(self, action: Action, value: Any) -> None:
@@ -378,6 +347,11 @@ def _too_late(what: str, reasons: Sequence[object], then: str) -> UnsupportedErr
 
 def nothing() -> None:
     pass
+
+
+if hasattr(DeepSpeedEngine, "curriculum_enabled_legacy"):
+    # versions that pass the length of a sequence to `forward`, but for a class of this name
+    AdaptraPipelineEngine.__name__ = PipelineEngine.__name__
 
 
 def _is_ours(cls: type) -> bool:

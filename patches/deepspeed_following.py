@@ -35,15 +35,19 @@ def instructions(
 
 @contextmanager
 def delegated(iteration: Following) -> Iterator[None]:
-    """Inside, DeepSpeed's transfers between stages are the iteration's."""
-
-    def send(tensor: torch.Tensor, dest_stage: int, async_op: bool = False) -> None:
-        iteration.send_to(dest_stage, tensor)
-
-    def recv(tensor: torch.Tensor, src_stage: int, async_op: bool = False) -> None:
-        iteration.receive_from(src_stage, tensor)
-
+    """Inside, DeepSpeed's transfers between neighbours are the iteration's."""
     before = p2p.send, p2p.recv
+
+    def send(tensor: torch.Tensor, dest_stage: int, async_op: bool = False) -> Any:
+        if iteration.is_neighbour(dest_stage):
+            return iteration.send_to(dest_stage, tensor)
+        return before[0](tensor, dest_stage, async_op)
+
+    def recv(tensor: torch.Tensor, src_stage: int, async_op: bool = False) -> Any:
+        if iteration.is_neighbour(src_stage):
+            return iteration.receive_from(src_stage, tensor)
+        return before[1](tensor, src_stage, async_op)
+
     p2p.send, p2p.recv = send, recv
     try:
         yield

@@ -147,15 +147,6 @@ def check_model(model: Any, pipeline_module: type) -> None:
         _refuse([(f"the model is a {name}: there is no pipeline to schedule", "build it as a PipelineModule")])
 
 
-def immediate_grad_update(config: Any) -> bool:
-    """Whether BF16_Optimizer takes over gradients in hooks on the parameters (`bf16.immediate_grad_update`).
-
-    Older versions of DeepSpeed (0.16, 0.17) keep the switch beside the bf16 section of their configuration object, later ones in it.
-    """
-    flat = getattr(config, "bfloat16_immediate_grad_update", None)
-    return bool(config.bfloat16_config.immediate_grad_update if flat is None else flat)
-
-
 def with_bool_mask(received: tuple[Any, ...], training: bool) -> tuple[Any, ...]:
     """What a stage receives with `has_attention_mask` or `has_bool_tensors`: DeepSpeed turns the last tensor into bool.
 

@@ -29,6 +29,11 @@ class Following(Iteration):
     _asked: Counter[Direction] = field(default_factory=Counter)
     _computed: Counter[Kind] = field(default_factory=Counter)
 
+    @property
+    def flushed(self) -> bool:
+        """Whether every forward has had its backward, so that nothing is in flight."""
+        return not self.training or self._computed[Kind.FORWARD] == self._computed[Kind.FULL_BACKWARD]
+
     def timed(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, as a computation of that kind."""
 
@@ -66,19 +71,20 @@ class Following(Iteration):
         """Waits for messages, in this order, and fills the tensors with them.
 
         Raises:
-            TransportError: a message has another shape or type than its tensor.
+            TransportError: a message has another number or type of elements than its tensor.
         """
         for key, tensor in expected:
             (received,) = self._take(key).tensors
-            if (received.shape, received.dtype) != (tensor.shape, tensor.dtype):
+            if (received.numel(), received.dtype) != (tensor.numel(), tensor.dtype):
                 raise TransportError(
                     f"message {key.microbatch} ({key.direction.name.lower()}) is {received.dtype} of {tuple(received.shape)}, "
                     f"{tensor.dtype} of {tuple(tensor.shape)} is expected: the two stages do not agree on their transfers"
                 )
             with torch.no_grad():
-                tensor.detach().copy_(received)
+                tensor.detach().copy_(received.view(tensor.shape))
+
+    def is_neighbour(self, position: int) -> bool:
+        return abs(position - self.topology.position) == 1
 
     def _direction(self, source: int, target: int) -> Direction:
-        if abs(target - source) != 1:
-            raise TransportError(f"a transfer from stage {source} to {target}, which are no neighbours")
         return Direction.ACTIVATION if target > source else Direction.GRADIENT

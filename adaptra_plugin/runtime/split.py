@@ -327,7 +327,7 @@ class SplitLayers:
         self._modules = [weakref.ref(module) for module in found]
         self._rebinding = rebinding
         self._likely = likely
-        self._hooked = False
+        self._hooked = self._observed = False
         self._anchors: dict[int, Tensor] = {}
         rebinding.look()
 
@@ -365,7 +365,8 @@ class SplitLayers:
             if not self.counts(module):
                 continue
             states = [self.census.state(p) for p in module._parameters.values() if p is not None]
-            if State.SPLIT in states or (State.FUSED not in states and self._likely(module)):
+            expected = not self._observed and State.FUSED not in states and self._likely(module)
+            if State.SPLIT in states or expected:
                 split += 1
             elif states:
                 name = type(module).__name__
@@ -374,6 +375,7 @@ class SplitLayers:
 
     def finalize(self) -> None:
         """An iteration has ended: what has been observed in it decides about the next."""
+        self._observed = True
         if self.census.finalize():
             self._rebinding.look()  # modules that have been imported since
 

@@ -8,6 +8,18 @@ from typing import Any
 
 from tests.compat.hosts import pretend_triton
 
+CURRICULUM = {
+    "curriculum_learning": {
+        "enabled": True,
+        "curriculum_type": "seqlen",
+        "min_difficulty": 8,
+        "max_difficulty": 64,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 40, "difficulty_step": 8},
+    }
+}
+"""Of sequence lengths: older versions pass them to `forward`, but not in a pipeline."""
+
 
 def deepspeed() -> None:
     from tests.forked import import_deepspeed, run_ranks
@@ -17,10 +29,21 @@ def deepspeed() -> None:
 
 
 def _deepspeed_rank(rank: int) -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
     from tests.patches.models import assert_same, train
 
     slow: dict[str, Any] = {"simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 10, "from_iteration": 1}]}}
-    for config in ({}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}):
+    bf16 = {"bf16": {"enabled": True}}
+    configs: tuple[dict[str, Any], ...] = (
+        {},
+        {**bf16, "zero_optimization": {"stage": 1}},
+        bf16,  # BF16_Optimizer; older versions update immediately if nothing else is said
+        {"bf16": {"enabled": True, "immediate_grad_update": True}},
+        {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+        *([CURRICULUM] if hasattr(DeepSpeedEngine, "curriculum_enabled_legacy") else []),
+    )
+    for config in configs:
         stock = train(config, None, [4, 4, 4], stages=2, evaluate_after=(1,))
         assert_same(stock, train(config, slow, [4, 4, 4], stages=2, evaluate_after=(1,)))
 

@@ -198,7 +198,7 @@ def train(
         "scales": scales,
         "evaluations": evaluations,
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
-        "engine": type(engine).__name__,
+        "engine": type(engine).__qualname__,
         "actions": actions,
         "status": adaptra_plugin.status() if adaptra is not None else None,
     }

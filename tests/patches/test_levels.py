@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from torch import nn
 import adaptra_plugin
 from adaptra_plugin.errors import UnsupportedError
 from tests.forked import import_deepspeed, run_ranks
-from tests.patches.models import BASE_CONFIG, HIDDEN, QUIET, Block, assert_same, batches, loss_fn, train
+from tests.patches.models import BASE_CONFIG, HIDDEN, QUIET, Block, assert_same, batches, build, loss_fn, train
 from tests.switching import CAUSED, plans_follow
 
 import_deepspeed()
 import deepspeed  # noqa: E402
 from deepspeed.pipe import LayerSpec  # noqa: E402
-from deepspeed.runtime.pipe.schedule import TrainSchedule  # noqa: E402
+from deepspeed.runtime.pipe import p2p  # noqa: E402
+from deepspeed.runtime.pipe.schedule import PipeInstruction, TrainSchedule  # noqa: E402
 
 pytestmark = pytest.mark.multiprocess
 
@@ -198,3 +201,66 @@ def test_a_slow_link_is_found_without_plans(prepare, tmp_path):
     assert event["action"] == "none: schedule 1f1b does not adapt"
     assert [record["reasons"] for record in records if record["type"] == "stock-order"] == [sessions[0]["reasons"]]
     assert sum(record["type"] == "iteration" for record in records) == 9
+
+
+class Greet(PipeInstruction):
+    pass
+
+
+class Greeting(TrainSchedule):
+    """Begins with transfers that DeepSpeed has not."""
+
+    def steps(self):
+        yield [Greet()]
+        yield from super().steps()
+
+
+def greet(engine):
+    """From the last stage to the first one, which are no neighbours; and to a neighbour, which receives in another shape."""
+    if engine.stage_id == 2:
+        p2p.send(torch.arange(3.0), 0)
+    elif engine.stage_id == 0:
+        p2p.send(torch.arange(6.0), 1)
+        around = torch.empty(3)
+        p2p.recv(around, 2)
+        assert around.tolist() == [0.0, 1.0, 2.0]
+    else:
+        shaped = torch.empty(2, 3)
+        p2p.recv(shaped, 0)
+        assert shaped.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+def greeting(engine):
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, Greet: greet}
+    engine._train_schedule = lambda: Greeting(engine.micro_batches, engine.num_stages, engine.stage_id)
+
+
+def unusual(rank):
+    stock = train({}, None, [5, 8], stages=3, prepare=greeting)
+    ours = train({}, {}, [5, 8], stages=3, prepare=greeting)
+    assert_same(stock, ours)
+    return ours["status"]["sessions"][0]["level"]
+
+
+def test_unusual_transfers_of_a_schedule_are_its_own():
+    assert run_ranks(unusual, 3) == ["stock-order"] * 3
+
+
+def gone(rank):
+    adaptra_plugin.activate()
+    deepspeed.init_distributed()
+    model = build("tied", 2)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config={**BASE_CONFIG, "adaptra": QUIET}
+    )
+    of_its_own(engine)
+    engine.train_batch(iter(batches(8, 2, seed=1)))
+    session, seen = engine.adaptra, weakref.ref(engine)
+    assert session.follows and not session.closed
+    del engine, model
+    gc.collect()
+    return seen() is None, session.closed
+
+
+def test_a_followed_engine_goes_with_its_last_reference():
+    assert run_ranks(gone, 2) == [(True, True)] * 2

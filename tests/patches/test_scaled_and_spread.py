@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.forked import import_deepspeed, run_ranks
+from tests.patches.models import assert_same, train
 from tests.patches.test_parity import SLOW, SWITCHES, both
 
 import_deepspeed()
@@ -104,3 +105,22 @@ def test_tensor_parallel_activation_checkpoints(prepare):
     more = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["TensorBlock"]}
     kwargs = {"kind": "tensor", "model_kwargs": {"tensor": 2, **more}, "prepare": prepare}
     check(run_ranks(both, 4, PRECISIONS["bf16"], SLOW, STEPS, stages=2, switches=SWITCHES[:2], **kwargs), 2)
+
+
+def whole_gradients(rank, pipeline):
+    """DeepSpeed itself fails with them on CPUs, where its copy of what describes a part is no copy."""
+    stock = train(UNPARTITIONED, None, STEPS[:4], stages=2, **SPREAD)
+    ours = train({"pipeline": pipeline}, SLOW, STEPS[:4], stages=2, **SPREAD)
+    assert_same(stock, ours)
+
+
+def test_partitioned_activations_with_whole_gradients():
+    run_ranks(whole_gradients, 4, {"pipe_partitioned": True, "grad_partitioned": False})
+
+
+def test_autocast():
+    """Layers that autocast casts for are not split, and not said to be."""
+    config = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    for result in run_ranks(both, 2, config, SLOW, STEPS[:7], stages=2, switches=SWITCHES[:2]):
+        (session,) = result["status"]["sessions"]
+        assert session["level"] == "full" and session["split_layers"] == 0

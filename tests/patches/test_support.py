@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -135,10 +133,3 @@ def test_a_floating_point_mask_is_refused_in_training():
     with pytest.raises(UnsupportedError, match=r"mask .* is torch\.float32.*return it as bool"):
         support.with_bool_mask((x, mask), training=True)
     assert support.with_bool_mask((x, mask), training=False)[1].dtype is torch.bool
-
-
-@pytest.mark.parametrize("value", [True, False])
-def test_both_spellings_of_the_bf16_switch(value):
-    assert support.immediate_grad_update(SimpleNamespace(bfloat16_immediate_grad_update=value)) is value
-    section = SimpleNamespace(immediate_grad_update=value)
-    assert support.immediate_grad_update(SimpleNamespace(bfloat16_config=section)) is value
