@@ -21,7 +21,7 @@ from adaptra_plugin.patches.genuine import is_genuine, name_of
 from adaptra_plugin.runtime.stepping import foreign_hooks
 from adaptra_plugin.support import Reason, in_stock_order
 
-CHECKPOINT_SWITCHES = ("CONTIGUOUS_CHECKPOINTING", "CPU_CHECKPOINT")
+CHECKPOINT_SWITCHES = ("CONTIGUOUS_CHECKPOINTING", "CPU_CHECKPOINT", "PARTITION_ACTIVATIONS")
 REPLACED = (stock.SendActivation, stock.RecvActivation, stock.SendGrad, stock.RecvGrad, stock.BackwardPass)
 """Instructions that a plan executes in its own way; of a backward, another function may look at gradients that come later here."""
 KNOWN = (stock.TrainSchedule, stock.InferenceSchedule)
@@ -75,7 +75,7 @@ def reasons_for_stock_order(engine: Any) -> list[Reason]:
     if bases & set(support.ONE_BIT):
         found.append(support.ONE_BIT_REASON)
     # they can be switched on without the configuration, too (`deepspeed.checkpointing.configure`)
-    if any(getattr(checkpointing, name, False) for name in CHECKPOINT_SWITCHES):
+    if support.checkpoints_keep_the_order(*(getattr(checkpointing, name, False) for name in CHECKPOINT_SWITCHES)):
         found.append(support.CHECKPOINTS_REASON)
     if hooks := foreign_hooks(engine.module.parameters()):
         why = f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there"

@@ -365,8 +365,7 @@ class SplitLayers:
             if not self.counts(module):
                 continue
             states = [self.census.state(p) for p in module._parameters.values() if p is not None]
-            expected = not self._observed and State.FUSED not in states and self._likely(module)
-            if State.SPLIT in states or expected:
+            if State.SPLIT in states or (not (self._observed or State.FUSED in states) and self._likely(module)):
                 split += 1
             elif states:
                 name = type(module).__name__

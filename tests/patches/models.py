@@ -30,19 +30,30 @@ class Embed(nn.Module):
 class Block(nn.Module):
     """Attention, convolution, dropout, layer norm: split and fused layers mixed."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(HIDDEN)
         self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
         self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
-        self.drop = nn.Dropout(0.2)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop(self.out(mixed))
         return x + self.conv(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+class Head(nn.Module):
+    """Of models whose ends are not tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(HIDDEN, VOCABULARY)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x)
 
 
 class WithMask(nn.Module):
@@ -72,10 +83,15 @@ def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, width).float(), labels.reshape(-1) % width)
 
 
-def build(kind: str, stages: int, **kwargs: Any) -> Any:
+def build(kind: Any, stages: int, **kwargs: Any) -> Any:
+    """A pipeline of one of the models here, or of the layers that `kind(stages)` returns."""
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-    if kind == "tied":
+    if "tensor" in kwargs:
+        kwargs["topology"] = topology(stages, kwargs.pop("tensor"))
+    if callable(kind):
+        layers = kind(stages)
+    elif kind == "tied":
         blocks = [LayerSpec(Block) for _ in range(max(4, 2 * stages - 2))]
         layers = [
             TiedLayerSpec("embed", Embed, tied_weight_attr="weight"),
@@ -86,7 +102,6 @@ def build(kind: str, stages: int, **kwargs: Any) -> Any:
         count = 2 * stages
         layers = [LayerSpec(WithMask, first=i == 0, last=i == count - 1) for i in range(count)]
     elif kind == "tensor":
-        kwargs["topology"] = topology(stages, kwargs.pop("tensor"))
         layers = [
             TiedLayerSpec("embed", Embed, tied_weight_attr="weight"),
             *(LayerSpec(TensorBlock) for _ in range(2 * stages)),
@@ -116,6 +131,23 @@ def batches(count: int, micro: int, seed: int, sequence: int = SEQUENCE) -> list
     ]
 
 
+def overflowing(steps: list[int], step: int) -> Any:
+    """What makes the gradients of one step overflow, to be given as `prepare`: it is skipped, and a dynamic scale halved."""
+
+    def prepare(engine: Any) -> None:
+        loss, calls = engine.module.loss_fn, []
+
+        def spiked(outputs: Any, labels: Any) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return loss(outputs, labels)
+            calls.append(None)
+            return loss(outputs, labels) * (1e30 if sum(steps[:step]) < len(calls) <= sum(steps[: step + 1]) else 1.0)
+
+        engine.module.loss_fn = spiked
+
+    return prepare
+
+
 BASE_CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 8,
@@ -133,17 +165,19 @@ def train(
     steps: list[int],
     *,
     stages: int,
-    kind: str = "tied",
+    kind: Any = "tied",
     evaluate_after: tuple[int, ...] = (),
     model_kwargs: dict[str, Any] | None = None,
     during: Any = None,
     load: tuple[str, int] | None = None,
     optimizer: Any = None,
+    adapt: Any = None,
     prepare: Any = None,
     iterate: Any = lambda engine, batches: iter(batches),
 ) -> dict[str, Any]:
     """Trains one engine. `steps`: microbatches of each `train_batch`; `load`: folder of a checkpoint and the steps it has
-    behind it; `optimizer(parameters)`: instead of the configured one; `prepare(engine)`: before the first batch;
+    behind it; `optimizer(parameters)`: instead of the configured one; `adapt(model)`: before the engine is built, may return
+    groups of parameters; `prepare(engine)`: before the first batch;
     `iterate(engine, batches)`: what feeds it. Returns losses, parameters, and what Adaptra says of it."""
     import deepspeed
 
@@ -157,7 +191,7 @@ def train(
         adaptra_plugin.activate()
     deepspeed.init_distributed()
     model = build(kind, stages, **(model_kwargs or {}))
-    parameters = [p for p in model.parameters()]
+    parameters = (adapt(model) if adapt is not None else None) or list(model.parameters())
     if optimizer is not None:
         del config["optimizer"]
         optimizer = optimizer(parameters)

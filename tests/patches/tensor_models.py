@@ -82,12 +82,12 @@ class Row(nn.Module):
 class TensorBlock(nn.Module):
     """Attention and a perceptron, both spread over the tensor group; dropout that all of its ranks draw alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(2))
         self.qkv, self.out = Column(3 * HIDDEN), Row(HIDDEN)
         self.up, self.down = Column(2 * HIDDEN), Row(2 * HIDDEN)
-        self.drop = nn.Dropout(0.1)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(self.norms[0](x)).chunk(3, -1)

@@ -65,7 +65,7 @@ KEPT = {
     "module.compile": "torch.compile",
     "a layer": "torch.compile",
     "1-bit": "1-bit optimizers",
-    "contiguous checkpoints": "contiguous or offloaded",
+    "contiguous checkpoints": "contiguous activation checkpoints",
 }
 
 

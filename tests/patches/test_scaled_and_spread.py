@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tests.forked import import_deepspeed, run_ranks
-from tests.patches.models import assert_same, train
+from tests.patches.models import assert_same, overflowing, train
 from tests.patches.test_parity import SLOW, SWITCHES, both
 
 import_deepspeed()
@@ -29,19 +28,6 @@ DYNAMIC = fp16(initial_scale_power=10, loss_scale_window=2, hysteresis=1)
 """Every second step twice the scale."""
 
 
-def overflowing(engine):
-    """The gradients of the fourth step overflow: it is skipped, and the scale halved."""
-    loss, calls = engine.module.loss_fn, []
-
-    def spiked(outputs, labels):
-        if not torch.is_grad_enabled():
-            return loss(outputs, labels)
-        calls.append(None)
-        return loss(outputs, labels) * (1e30 if sum(STEPS[:3]) < len(calls) <= sum(STEPS[:4]) else 1.0)
-
-    engine.module.loss_fn = spiked
-
-
 def check(results, stages, *, switched=2):
     sessions = [result["status"]["sessions"][0] for result in results]
     assert {session["level"] for session in sessions} == {"full"}
@@ -56,7 +42,7 @@ def check(results, stages, *, switched=2):
     "config", [fp16(loss_scale=128), DYNAMIC, {**fp16(loss_scale=64), **ZERO}, {**DYNAMIC, **ZERO}], ids=str
 )
 def test_loss_scaling(config):
-    more = {"prepare": overflowing, "evaluate_after": (1,), "switches": SWITCHES[:2]}
+    more = {"prepare": overflowing(STEPS, 3), "evaluate_after": (1,), "switches": SWITCHES[:2]}
     results = run_ranks(both, 2, config, SLOW, STEPS, stages=2, **more)
     check(results, 2)
     scales = [scale for scale, _ in results[0]["scales"]]
@@ -90,14 +76,14 @@ def test_pipeline_tensor_and_data_parallelism_together(precision):
 
 
 def partitioning(engine):
-    """Each rank of a tensor group keeps its part of a checkpoint."""
+    """Each rank of a tensor group keeps its part of a checkpoint, on the host."""
     grid = engine.grid
     group = {
         "get_model_parallel_rank": grid.get_slice_parallel_rank,
         "get_model_parallel_world_size": grid.get_slice_parallel_world_size,
         "get_model_parallel_group": grid.get_slice_parallel_group,
     }
-    deepspeed.checkpointing.configure(SimpleNamespace(**group), partition_activations=True)
+    deepspeed.checkpointing.configure(SimpleNamespace(**group), partition_activations=True, checkpoint_in_cpu=True)
 
 
 @pytest.mark.parametrize("prepare", [None, partitioning], ids=["whole", "partitioned"])

@@ -25,37 +25,36 @@ from adaptra_plugin.patches import deepspeed_support as support  # noqa: E402
         {"stage": 1, "offload_optimizer": {"device": "none"}},
         {"stage": 1, "offload_optimizer": {}},
         {"stage": 1, "offload_optimizer": None},
-        {"stage": 1, "cpu_offload": False},
+        {"stage": 1, "cpu_offload": True},  # the old form of `offload_optimizer`
+        {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         True,  # the old form of stage 1
         {"stage": "auto"},  # not for us to judge
     ],
     ids=str,
 )
-def test_optimizers_that_are_not_offloaded_have_everything(zero):
+def test_optimizers_that_are_not_offloaded_or_on_the_cpu_have_everything(zero):
     assert support.reasons_of_config({"zero_optimization": zero}) == []
 
 
 @pytest.mark.parametrize(
     "zero",
     [
-        {"offload_optimizer": {"device": "cpu"}},
         {"offload_optimizer": {"device": "nvme", "nvme_path": "/local"}},
-        {"cpu_offload": True},
         {"zenflow": {"topk_ratio": 0.1}},
     ],
     ids=str,
 )
-def test_offloaded_optimizers_keep_the_stock_order(zero):
+def test_optimizers_offloaded_otherwise_keep_the_stock_order(zero):
     (reason,) = support.reasons_of_config({"zero_optimization": {"stage": 1, **zero}})
-    assert reason.level is Level.STOCK_ORDER and 'without "offload_optimizer"' in reason.remedy
+    assert reason.level is Level.STOCK_ORDER and 'without "zenflow"' in reason.remedy
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 0.1}}}, "1-bit optimizers"),
-        ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, "contiguous or offloaded"),
-        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "contiguous or offloaded"),
+        ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, "contiguous activation checkpoints"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "offloaded whole"),
         ({"compile": {"deepcompile": True}}, "torch.compile"),
         ({"amp": {"enabled": True}}, "amp"),
         ({"eigenvalue": {"enabled": True}}, "eigenvalue"),
@@ -75,7 +74,7 @@ def test_what_keeps_the_stock_order(config, words):
         {},
         {"fp16": {"enabled": True}},
         {"bf16": {"enabled": True}},
-        {"activation_checkpointing": {"partition_activations": True}},
+        {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}},
     ],
     ids=str,
 )

@@ -1,0 +1,18 @@
+"""Combinations of settings that were drawn at random, the cheap ones (`benchmarks/combos.py` runs as many as wanted)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.forked import import_deepspeed
+from tests.patches.combos import Combo, compare
+
+import_deepspeed()
+pytestmark = pytest.mark.multiprocess
+
+SEEDS = (5, 14, 28, 43, 46, 60)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_combination(seed):
+    compare(Combo.draw(seed))
