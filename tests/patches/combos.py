@@ -30,7 +30,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.01, "torch_adam": True},
     "AdamW": {"lr": 0.003, "torch_adam": True, "weight_decay": 0.1},
-    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "SGD": {"lr": 0.01, "momentum": 0.9},
     "Adagrad": {"lr": 0.02},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -150,9 +150,9 @@ class Combo:
     @property
     def switches(self) -> tuple[int, ...]:
         """Iterations after which another plan has to be agreed on."""
-        if self.settings != "slack-adaptive":
+        # a limit may leave no other plan than stock's order, or none other for a slow link
+        if self.settings != "slack-adaptive" or (self.max_activations or self.stages + 1) <= self.stages:
             return ()
-        # a limit may leave a single plan for a slow link and a healthy one
         edges = [edge for window in WINDOWS for edge in window] if self.slow and self.max_activations is None else []
         return (FIRST, *(edge for edge in edges if edge + 2 < len(self.steps)))
 
@@ -247,8 +247,8 @@ def _both(rank: int, combo: Combo) -> dict[str, Any]:
 def check(combo: Combo, results: list[dict[str, Any]]) -> None:
     """What ran is what was asked for."""
     assert {result["level"] for result in results} == {"full"}
-    if combo.settings in ("1f1b", "unsplit"):
-        assert all(result["kinds"] == {"F", "B"} for result in results)
+    if combo.settings == "1f1b":
+        assert all(result["kinds"] <= {"F", "B"} for result in results)
     (version,) = {result["plan_version"] for result in results}
     assert version >= len([after for after in combo.switches if after + 2 < len(combo.steps)])
     if combo.overflow:
