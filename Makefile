@@ -27,7 +27,7 @@ FILES_fast := tests/schedule tests/detect tests/report $(addprefix tests/test_,c
 # more options of pytest for a part, such as SELECT="-k heal"
 SELECT ?=
 
-.PHONY: install demo test test-fast test-timing $(PARTS:%=test-%) test-pythons test-wheel test-rdma lint docs clean
+.PHONY: install demo test test-fast test-timing test-matrix $(PARTS:%=test-%) test-pythons test-wheel test-rdma lint docs clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,10 @@ $(PARTS:%=test-%): test-%: install
 # those that measure real time, which other work on the machine disturbs (they are among the parts, too)
 test-timing: install
 	$(BIN)/python -m pytest -m timing $(FILES_timing)
+
+# more combinations of what the other tests compare, which .ci/run leaves out (they are among the parts, too)
+test-matrix: install
+	$(BIN)/python -m pytest -m matrix tests/patches
 
 # pure packages, reports and configuration: no torch, no host, no network; under 90 s from a clone
 test-fast: $(FAST)/.installed

@@ -51,7 +51,9 @@ def test_loss_scaling(config):
     assert scales[:4] == ([static] * 4 if static else [1024, 1024, 2048, 1024])
 
 
-@pytest.mark.parametrize("config", [DYNAMIC, {**DYNAMIC, **ZERO}], ids=["zero-0", "zero-1"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(DYNAMIC, marks=pytest.mark.matrix), {**DYNAMIC, **ZERO}], ids=["zero-0", "zero-1"]
+)
 def test_loss_scaling_at_four_stages(config):
     check(run_ranks(both, 4, config, SLOW, STEPS, stages=4, switches=SWITCHES[:2]), 4)
 
@@ -60,15 +62,17 @@ PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}, **ZERO}, "fp16": {
 UNPARTITIONED = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("config", [{}, UNPARTITIONED], ids=["partitioned", "whole"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.matrix), "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "config", [{}, pytest.param(UNPARTITIONED, marks=pytest.mark.matrix)], ids=["partitioned", "whole"]
+)
 def test_tensor_parallel_stages(precision, config):
     config = {**PRECISIONS[precision], **config}
     more = {"stages": 2, "switches": SWITCHES[:2], "evaluate_after": (1,), **SPREAD}
     check(run_ranks(both, 4, config, SLOW, STEPS, **more), 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.matrix), "fp16"])
 def test_pipeline_tensor_and_data_parallelism_together(precision):
     """2 x 2 x 2 ranks."""
     more = {"stages": 2, "switches": SWITCHES[:2], **SPREAD}
@@ -86,7 +90,9 @@ def partitioning(engine):
     deepspeed.checkpointing.configure(SimpleNamespace(**group), partition_activations=True, checkpoint_in_cpu=True)
 
 
-@pytest.mark.parametrize("prepare", [None, partitioning], ids=["whole", "partitioned"])
+@pytest.mark.parametrize(
+    "prepare", [pytest.param(None, marks=pytest.mark.matrix), partitioning], ids=["whole", "partitioned"]
+)
 def test_tensor_parallel_activation_checkpoints(prepare):
     more = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["TensorBlock"]}
     kwargs = {"kind": "tensor", "model_kwargs": {"tensor": 2, **more}, "prepare": prepare}
