@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 HERE = Path(__file__).parent
 collect_ignore = [] if find_spec("wandb") else ["report/test_wandb_own.py", "report/test_wandb_real.py"]
@@ -22,6 +23,10 @@ MARKERS = {
 
 
 PASSED = Path(os.environ["ADAPTRA_PASSED"]) if os.environ.get("ADAPTRA_PASSED") else None
+
+
+settings.register_profile("steady", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
