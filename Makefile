@@ -32,13 +32,14 @@ SELECT ?=
 install: $(VENV)/.installed
 
 # torch first and alone: a looser requirement of another package would bring several GB of CUDA libraries. Python compiles the few
-# modules that are imported, when they are.
+# modules that are imported, when they are: here, and not in several processes of a test at once.
 # What the first run would compile, for a minute, is compiled now: the planner's kernels, DeepSpeed's all-reduce over shared memory.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-compile "torch==2.13.0"
 	$(PIP) install --no-compile -e ".[dev]"
-	$(BIN)/python -c "from adaptra_plugin.schedule.prepare import prepare; prepare()" & kernels=$$!; \
+	$(BIN)/python -W ignore -c "import torch._dynamo, megatron.core.pipeline_parallel.schedules, wandb, matplotlib.pyplot; \
+		from adaptra_plugin.schedule.prepare import prepare; prepare()" >/dev/null & kernels=$$!; \
 		PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
 			$(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op as b; b()" >/dev/null && wait $$kernels
 	touch $@

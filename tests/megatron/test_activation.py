@@ -85,6 +85,7 @@ def test_activation_is_repeatable_and_a_disabled_block_changes_nothing():
     assert changed(once) == set()
 
 
+@pytest.mark.timeout(240)  # three processes import everything, on whatever else leaves of the machine
 def test_the_environment_activates_and_its_file_is_checked(monkeypatch, tmp_path):
     path = tmp_path / "adaptra.json"
     path.write_text(json.dumps({"adaptra": QUIET}))
@@ -106,7 +107,7 @@ def test_the_environment_activates_and_its_file_is_checked(monkeypatch, tmp_path
         )
         for environment in cases
     ]
-    found = [process.communicate(timeout=100) for process in started]
+    found = [process.communicate(timeout=200) for process in started]
     assert [output.split()[-1:] for output, _ in found] == [["False"], ["True"], []]
     assert "max_activation" in found[2][1] and "ConfigError" in found[2][1].splitlines()[-2]
     path = wrong
