@@ -30,7 +30,7 @@ PASSED = "ADAPTRA_PASSED"
 """Variable with a file for the tests that have passed, see `tests/conftest.py`."""
 ONCE = ("fast", "schedule", "detect", "report", "whole")
 """Stages that share tests."""
-DEADLINE_S = 1800
+DEADLINE_S = 2700
 """Longest time of a stage."""
 
 
