@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("install", "fast")
 # longest first; two at a time, because tests wait about as much as they compute
 TOGETHER = (
-    *("megatron", "wheel", "deepspeed", "demo", "versions", "transport", "proxy", "runtime", "schedule"),
+    *("megatron", "wheel", "deepspeed", "versions", "transport", "proxy", "runtime", "schedule"),
     *("pythons", "report", "detect"),
 )
 # at the end, beside nothing that keeps both cores busy: the guest kernel has one, what measures time the other, and after it
 # what is one process at a time
-QUIET = ("rdma", "timing", "doctor", "whole", "lint", "docs")
+QUIET = ("rdma", "timing", "demo", "doctor", "whole", "lint", "docs")
 PASSED = "ADAPTRA_PASSED"
 """Variable with a file for the tests that have passed, see `tests/conftest.py`."""
 ONCE = ("fast", "schedule", "detect", "report", "whole")

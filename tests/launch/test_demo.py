@@ -38,14 +38,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=700,
     )
     logs = "".join(log.read_text()[-3000:] for log in folder.glob("out/*/log.txt"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     return folder / "out", done.stdout
 
 
-@pytest.mark.timeout(420)  # the first run on a machine compiles DeepSpeed's shared-memory all-reduce
+@pytest.mark.timeout(800)  # the first run on a machine compiles DeepSpeed's shared-memory all-reduce
 @pytest.mark.multiprocess
 def test_the_main_job(demo: tuple[Path, str]) -> None:
     out, printed = demo
