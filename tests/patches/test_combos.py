@@ -10,7 +10,7 @@ from tests.patches.combos import Combo, compare
 import_deepspeed()
 pytestmark = pytest.mark.multiprocess
 
-SEEDS = (5, 14, 28, 43, 46, 60)
+SEEDS = (28, 14, 43, 46, 60, 5)
 
 
 @pytest.mark.parametrize("seed", [*SEEDS[:2], *(pytest.param(seed, marks=pytest.mark.matrix) for seed in SEEDS[2:])])
