@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from adaptra_plugin.doctor.job import judge
-from adaptra_plugin.patches.deepspeed_support import CHECKPOINTS_REASON
+from adaptra_plugin.patches.deepspeed_support import CHECKPOINTS_REASON, checkpoints_keep_the_order
 from adaptra_plugin.support import Level, Reason, level_of
 
 STAGES = re.compile(r"^\s*(?:export )?(?:pp_size|PP_SIZE|PP)=(\d+)", re.MULTILINE)
@@ -67,7 +67,10 @@ def configurations_of(checkout: Path) -> Iterator[Job]:
     for path in sorted((checkout / "configs").rglob("*.yml")):
         settings = {str(key).replace("-", "_"): value for key, value in yaml.safe_load(path.read_text()).items()}
         if (stages := int(settings.get("pipe_parallel_size", 0))) > 1:
-            more = [CHECKPOINTS_REASON] if settings.get("partition_activations") else []
+            # the spelling of one of them is GPT-NeoX's
+            names = ("contigious_checkpointing", "checkpoint_in_cpu", "partition_activations")
+            kept = checkpoints_keep_the_order(*(bool(settings.get(name)) for name in names))
+            more = [CHECKPOINTS_REASON] if kept else []
             yield str(path.relative_to(checkout)), settings, stages, int(settings["model_parallel_size"]), more
 
 
