@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adaptra_plugin.runtime import session
+from adaptra_plugin.runtime import starting
 from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.schedule.profile import LinkProfile
 from tests.forked import import_deepspeed, run_ranks
@@ -33,7 +33,7 @@ def planned_for_a_slow_link(profile: Any, *args: Any) -> PlanBook:
 
 
 def both(rank: int, config: dict[str, Any], steps: list[int]) -> dict[str, Any]:
-    session.PlanBook = planned_for_a_slow_link
+    starting.PlanBook = planned_for_a_slow_link
     stats: list[dict[str, Any]] = []
 
     def during(engine: Any, step: int) -> None:
