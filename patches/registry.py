@@ -103,16 +103,17 @@ class PatchSet:
 
     def restore(self, patch_id: str | None = None, *, why: str | None = None) -> None:
         """Puts back the originals of one patch, or of all. `why`: for `describe`, which lists a single patch as skipped."""
-        for key in [patch_id] if patch_id else list(reversed(self._applied)):
-            applied = self._applied.pop(key, None)
-            if applied is None:
-                continue
+        keys = [key for key in ([patch_id] if patch_id else reversed(self._applied)) if key in self._applied]
+        taken = {key: self._applied.pop(key) for key in keys}
+        bound = list(names_bound_to(*(applied.replacement for applied in taken.values()))) if taken else []
+        for key, applied in taken.items():
             module, name, current = _resolve(applied.patch)
             if current is applied.replacement:
                 setattr(module, name, applied.original)
-            for owner, key, _ in list(names_bound_to(applied.replacement)):
-                if (owner.__name__, key) not in applied.own_names:
-                    setattr(owner, key, applied.original)
+            for at, (owner, bound_as, value) in enumerate(bound):
+                if value is applied.replacement and (owner.__name__, bound_as) not in applied.own_names:
+                    setattr(owner, bound_as, applied.original)
+                    bound[at] = owner, bound_as, applied.original  # which an earlier patch may have put there
             if why is not None:
                 self._skipped[key] = (applied.patch, why)
         if patch_id is None:

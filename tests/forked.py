@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -30,6 +32,20 @@ def import_what_optimizers_import() -> None:
     import torch._dynamo  # noqa: F401
 
 
+def spare_the_ranks() -> None:
+    """In the parent, when all is imported, what would take every rank seconds.
+
+    Objects of the parent are no work for a rank's garbage collector. Without a GPU torch keeps the text of the whole stack for
+    every `manual_seed` and kind of device, in case that one is used later; DeepSpeed seeds before every layer.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.random._manual_seed_impl = lambda seed: torch.default_generator.manual_seed(int(seed))
+    gc.collect()
+    gc.freeze()
+
+
 def import_deepspeed() -> None:
     """In the parent, before ranks are forked: what every rank imports, and the planner's compiled parts.
 
@@ -39,12 +55,16 @@ def import_deepspeed() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import deepspeed  # noqa: F401
 
+    with contextlib.suppress(ImportError):  # older versions have none
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - every BF16 optimizer does, with torch.compile
+
     import adaptra_plugin.patches.deepspeed  # noqa: F401
     from adaptra_plugin.schedule.prepare import prepare
 
     import_what_optimizers_import()
     prepare()
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    spare_the_ranks()
 
 
 def start_ranks(function: Callable[..., Any], world: int, *args: Any, **kwargs: Any) -> list[Any]:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 import adaptra_plugin
 from adaptra_plugin.launch.megatron_cpu import install
 from adaptra_plugin.launch.megatron_gpt import VOCABULARY, GptJob, GptTrainer
-from tests.forked import import_what_optimizers_import, run_ranks
+from tests.forked import import_what_optimizers_import, run_ranks, spare_the_ranks
 from tests.switching import plans_follow
 
 import_what_optimizers_import()
+spare_the_ranks()
 QUIET = {"report": {"directory": None, "wandb": "off"}, "transport": {"bind": "127.0.0.1"}}
 STEPS = (8, 8, 6, 8)
 """Microbatches of each iteration."""
