@@ -6,6 +6,8 @@ channels. They carry their shapes with them, so that variable sequence lengths a
 
 Gradients are reduced after the last action: while the schedule runs, buckets of data-parallel gradients only accumulate
 (`no_sync`), because a plan that changes would change the order in which they become ready.
+
+A job that cannot bear another order has the stock schedule as it is, with its transfers delegated (`megatron_following`).
 """
 
 from __future__ import annotations
@@ -16,14 +18,11 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, process_groups_config
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import get_model_config, get_model_type
+from megatron.core.utils import get_model_type
 from torch import Tensor, nn
 
 from adaptra_plugin.config import AdaptraConfig
@@ -31,102 +30,27 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_foreign as foreign
 from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.hosts import HOSTS
+from adaptra_plugin.patches.megatron_call import Call
+from adaptra_plugin.patches.megatron_following import delegated
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
+from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.session import Session, told_by_all
 from adaptra_plugin.runtime.stepping import SCHEDULES
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.actions import Action, Kind
+from adaptra_plugin.support import Level, refuse_what_must_be
 
 logger = logging.getLogger("adaptra")
 HOST = HOSTS["megatron"]
 _numbers = itertools.count()
 
-GROUPS = ("pg_collection", "grad_finalize_pgs")
-"""What the process groups of a call are called in newer versions, and in 0.14."""
-KNOWN = (
-    "forward_step_func",
-    "data_iterator",
-    "model",
-    "num_microbatches",
-    "seq_length",
-    "micro_batch_size",
-    "decoder_seq_length",
-    "forward_only",
-    "collect_non_loss_data",
-    "first_val_step",
-    "adjust_tensor_shapes_fn",
-    "p2p_communicator",
-    "force_all_reduce",
-    *GROUPS,
-)
-"""Arguments of the schedules, over all supported versions."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a schedule."""
-
-    arguments: Mapping[str, Any]
-    chunks: list[nn.Module]
-    iterators: list[Any]
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Call:
-        """Raises UnsupportedError for what Adaptra cannot run."""
-        model, iterators = arguments["model"], arguments["data_iterator"]
-        chunks = list(model) if isinstance(model, list | tuple) else [model]
-        support.check_call(arguments, KNOWN, len(chunks))
-        if not isinstance(iterators, list | tuple):
-            iterators = [iterators] * len(chunks)
-        if len(iterators) != len(chunks):
-            raise UnsupportedError(
-                f"{len(iterators)} data iterators came for {len(chunks)} model chunks: give one for each chunk"
-            )
-        return cls(arguments, chunks, list(iterators))
-
-    def __getattr__(self, name: str) -> Any:
-        if name in KNOWN:
-            return self.arguments.get(name)
-        raise AttributeError(name)
-
-    @property
-    def config(self) -> Any:
-        """Megatron's, of the model. Not to be kept: it leads to the model."""
-        return get_model_config(self.chunks[0])
-
-    @property
-    def training(self) -> bool:
-        return not self.arguments.get("forward_only")
-
-    @property
-    def groups_name(self) -> str:
-        """What the installed version calls the argument with the process groups."""
-        return GROUPS[0] if hasattr(process_groups_config, "ProcessGroupCollection") else GROUPS[1]
-
-    def groups(self) -> Any:
-        """The process groups of the call, or those of `parallel_state`."""
-        given = self.arguments.get(self.groups_name)
-        return _default_groups() if given is None else given
-
-    def pipeline_group(self) -> Any:
-        communicator = self.p2p_communicator
-        if communicator is not None:
-            return communicator.pp_group
-        return parallel_state.get_pipeline_model_parallel_group()
-
 
 class Pipeline:
-    """A model whose schedules run through an Adaptra session.
-
-    Raises:
-        UnsupportedError: the job cannot run with Adaptra; one line per reason.
-    """
+    """A model whose schedules run through an Adaptra session."""
 
     def __init__(self, config: AdaptraConfig, call: Call, meeting: Rendezvous) -> None:
-        support.check_config(call.config, len(call.chunks))
-        support.check_model(call.chunks, call.config)
         store = torch.distributed.distributed_c10d._get_default_store()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
@@ -142,6 +66,18 @@ class Pipeline:
             wandb_rank=HOST.wandb_rank % world_size,
         )
         weakref.finalize(call.chunks[0], self.session.close)
+
+    def follow(self, call: Call, stock: Callable[..., Any]) -> Any:
+        """Runs the stock schedule as it is, with its transfers delegated."""
+        session = self.session
+        with session.inside():
+            begin = session.begin if call.training else session.begin_evaluation
+            iteration = begin(call.num_microbatches)
+            assert isinstance(iteration, Following)
+            with delegated(iteration, call.pipeline_group(), call.chunks):
+                results = stock(**call.arguments)
+            session.end(iteration)
+        return results
 
     def run(self, call: Call) -> list[Any]:
         """What the stock schedule does and returns."""
@@ -327,37 +263,6 @@ def _backward_step(tensor: Any, output: Any, gradient: Any, call: Call) -> Any:
     return schedules.backward_step(tensor, output, gradient, *more)
 
 
-def _default_groups() -> Any:
-    """The process groups of `parallel_state`, as the stock schedules collect them."""
-    if hasattr(schedules, "_build_default_pg_collection"):
-        return schedules._build_default_pg_collection()
-    kind = getattr(process_groups_config, "ProcessGroupCollection", None)
-    groups = (process_groups_config.GradFinalizeProcessGroups if kind is None else kind)()
-    groups.tp = parallel_state.get_tensor_model_parallel_group()
-    groups.pp = parallel_state.get_pipeline_model_parallel_group()
-    groups.cp = parallel_state.get_context_parallel_group()
-    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
-    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
-    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
-    return groups
-
-
-def _check_shapes(call: Call) -> None:
-    if call.adjust_tensor_shapes_fn is None:
-        return
-    groups = call.groups()
-    shapes = partial(
-        schedules.get_tensor_shapes,
-        seq_length=call.seq_length,
-        micro_batch_size=call.micro_batch_size,
-        decoder_seq_length=call.decoder_seq_length,
-        config=call.config,
-        tp_group=groups.tp,
-        cp_group=groups.cp,
-    )
-    support.check_shapes(*call.adjust_tensor_shapes_fn(shapes(), shapes()))
-
-
 def _device_of(chunks: list[nn.Module]) -> torch.device:
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -377,29 +282,53 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
     """
     call = Call.of(arguments)
     if call.pipeline_group().size() == 1:
-        support.check_alone(call.config)
+        refuse_what_must_be(support.reasons_alone(call.config), support.OTHERWISE)
         return stock(**arguments)
-    _check_shapes(call)
     model = call.chunks[0]
-    found = foreign.reasons(stock, call.chunks, call.p2p_communicator)
+    found = foreign.reasons_for_stock(call.p2p_communicator, call.arguments.get(call.groups_name))
+    found += [str(it) for it in support.reasons_of_config(call.config, len(call.chunks)) if it.level is Level.STOCK]
+    own_order = foreign.reasons_for_own_order(stock, call.chunks)
     pipeline = _pipelines.get(model)
     if model not in _pipelines or (pipeline is not None and pipeline.session.closed):
-        pipeline = _pipelines[model] = _start(config, call, found)
-    elif pipeline is not None and found:
+        pipeline = _pipelines[model] = _start(config, call, found, own_order)
+    elif pipeline is not None and (late := found or (own_order if not pipeline.session.follows else [])):
         raise UnsupportedError(
-            f"replaced after training with Adaptra had begun: {'; '.join(found)}. Replace it before the first iteration, and "
-            "the job runs as without Adaptra"
+            f"replaced after training with Adaptra had begun: {'; '.join(late)}. Replace it before the first iteration, and "
+            "the job runs with it"
         )
-    return stock(**arguments) if pipeline is None else pipeline.run(call)
+    if pipeline is None:
+        return stock(**arguments)
+    if pipeline.session.follows:
+        return pipeline.follow(call, stock)
+    if changed := call.reasons():
+        raise UnsupportedError(
+            f"changed after training with plans had begun: {'; '.join(map(str, changed))}. With the first call already like "
+            "that, the job keeps the stock order"
+        )
+    return pipeline.run(call)
 
 
-def _start(config: AdaptraConfig, call: Call, found: list[str]) -> Pipeline | None:
-    """The pipeline of a model; None if a rank has found a reason why plans must not run it. All ranks decide alike."""
+def _start(config: AdaptraConfig, call: Call, found: list[str], own_order: list[str]) -> Pipeline | None:
+    """The pipeline of a model; None if a rank has found a reason why Adaptra must not touch it. All ranks decide alike.
+
+    Raises:
+        UnsupportedError: the job would be computed wrongly; one line per reason.
+    """
     store = torch.distributed.distributed_c10d._get_default_store()
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     meeting = Rendezvous(store, f"megatron-{next(_numbers)}", rank, patience_s(config.transport.connect_deadline_s))
-    told = told_by_all(meeting.gather("reasons", found, world_size), rank)
-    return None if told else Pipeline(config, call, meeting)
+    if told_by_all(meeting.gather("reasons", found, world_size), rank):
+        return None
+    reasons = [
+        *support.reasons_of_config(call.config, len(call.chunks)),
+        *support.reasons_of_model(call.chunks, call.config),
+        *call.reasons(),
+    ]
+    refuse_what_must_be(reasons, support.OTHERWISE)
+    pipeline = Pipeline(config, call, meeting)
+    # the stock schedule itself runs what cannot bear another order, with whatever else belongs to it
+    pipeline.session.agrees((), [*own_order, *map(str, reasons)])
+    return pipeline
 
 
 def forget() -> None:

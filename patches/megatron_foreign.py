@@ -17,13 +17,12 @@ STEPS = ("forward_step", "backward_step", "custom_backward")
 """What the stock schedules compute with. Another backward may look at gradients that come later in a plan."""
 
 
-def reasons(stock: Callable[..., Any], chunks: Sequence[nn.Module], communicator: Any = None) -> list[str]:
-    """Why a model runs without plans, one line each; none: it runs by plans.
+def reasons_for_own_order(stock: Callable[..., Any], chunks: Sequence[nn.Module]) -> list[str]:
+    """Why a schedule is followed as it is, one line each; none: plans may replace it.
 
     Args:
         stock: the schedule that has been replaced by Adaptra's.
         chunks: the model.
-        communicator: that the caller has given, if any.
     """
     found = [
         f"schedules.{name} is {name_of(getattr(schedules, name))}"
@@ -32,6 +31,22 @@ def reasons(stock: Callable[..., Any], chunks: Sequence[nn.Module], communicator
     ]
     if not is_genuine(stock, schedules.__name__):
         found.append(f"the schedule is {name_of(stock)}")
+    hooks = foreign_hooks(parameter for chunk in chunks for parameter in chunk.parameters())
+    if hooks:
+        found.append(f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there")
+    return found
+
+
+def reasons_for_stock(communicator: Any = None, groups: Any = None) -> list[str]:
+    """Why transfers cannot be delegated, one line each.
+
+    Args:
+        communicator: that the caller has given, if any.
+        groups: process groups that the caller has given, if any.
+    """
+    if any("MultiModule" in type(given).__name__ for given in (communicator, groups)):
+        return ["several modules share one pipeline"]
+    found = []
     kind = getattr(p2p_communication, "P2PCommunicator", None)
     if getattr(schedules, "P2PCommunicator", kind) is not kind or (
         communicator is not None and type(communicator) is not kind
@@ -46,9 +61,6 @@ def reasons(stock: Callable[..., Any], chunks: Sequence[nn.Module], communicator
         for name, part in parts.items()
         if part is not None and not is_genuine(part, p2p_communication.__name__)
     ]
-    hooks = foreign_hooks(parameter for chunk in chunks for parameter in chunk.parameters())
-    if hooks:
-        found.append(f"{', '.join(hooks)} runs as soon as a gradient has been accumulated, and may step there")
     return found
 
 

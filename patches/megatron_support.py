@@ -1,135 +1,205 @@
-"""What Megatron jobs Adaptra refuses, each with a reason and a remedy."""
+"""How much of Adaptra a Megatron job can have, with reasons.
+
+What a plan cannot bear, the stock schedule runs as it is, with its transfers through the proxy: that is right whatever the
+feature computes. Refused is only what Megatron itself would compute wrongly, or refuses.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.nn.modules.dropout import _DropoutNd
 
-from adaptra_plugin.errors import refuse
 from adaptra_plugin.patches.megatron_split import delays
+from adaptra_plugin.support import Level, Reason, Rule, in_stock_order, judge, refused
 
-_refuse = functools.partial(refuse, otherwise="adaptra_plugin.deactivate() runs the stock schedule")
-Check = tuple[Callable[[Any], bool], str, str]
-
-
-def _on(name: str) -> Callable[[Any], bool]:
-    return lambda config: bool(getattr(config, name, None))
+OTHERWISE = "adaptra_plugin.deactivate() runs the stock schedule"
+ORDERLESS_FP8 = ("tensorwise", "blockwise", "mxfp8")
+"""Recipes of fp8 that compute a scale from each tensor alone."""
 
 
-def _graphs(config: Any) -> bool:
-    return getattr(config, "cuda_graph_impl", "none") not in ("none", None) or any(
-        getattr(config, name, False) for name in ("enable_cuda_graph", "external_cuda_graph")
+@dataclass(frozen=True)
+class Settings:
+    """What is judged. `config`: Megatron's `TransformerConfig`, or what has its fields. `chunks`: model chunks of a rank."""
+
+    config: Any
+    chunks: int = 1
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self.config, name, default)
+
+
+def _on(*names: str) -> Callable[[Settings], bool]:
+    return lambda job: any(bool(job.get(name)) for name in names)
+
+
+def _graphs(job: Settings) -> bool:
+    return job.get("cuda_graph_impl", "none") not in ("none", None) or _on("enable_cuda_graph", "external_cuda_graph")(
+        job
     )
 
 
-REFUSED: tuple[Check, ...] = (
+def whole_graph(config: Any) -> bool:
+    """Whether one CUDA graph replays whole iterations, transfers included."""
+    scopes = getattr(config, "cuda_graph_scope", None)
+    each = scopes if isinstance(scopes, list | tuple | set) else str(scopes).split(",")
+    graphs = _graphs(Settings(config))
+    return graphs and any(str(getattr(scope, "name", scope)).endswith("full_iteration") for scope in each)
+
+
+def _dropouts(job: Settings) -> list[str]:
+    return [name for name in ("hidden_dropout", "attention_dropout") if job.get(name, 0.0)]
+
+
+def _fp8_with_history(job: Settings) -> bool:
+    recipe = job.get("fp8_recipe") or "delayed"
+    return bool(job.get("fp8")) and str(getattr(recipe, "value", recipe)) not in ORDERLESS_FP8
+
+
+RULES: tuple[Rule, ...] = (
+    (
+        lambda job: whole_graph(job.config),
+        Reason(
+            Level.STOCK,
+            "a CUDA graph of whole iterations (full_iteration) replays the transfers without asking the host",
+            "plans and delegated transfers need another cuda_graph_scope",
+        ),
+    ),
+    (
+        lambda job: _graphs(job) and not whole_graph(job.config),
+        in_stock_order(
+            "CUDA graphs replay the order of microbatches in which they were captured", "plans need them switched off"
+        ),
+    ),
     (
         _on("overlap_moe_expert_parallel_comm"),
-        "overlap_moe_expert_parallel_comm runs forwards and backwards merged into each other",
-        "set it to False",
+        in_stock_order(
+            "overlap_moe_expert_parallel_comm runs forwards and backwards merged into each other",
+            "plans need it switched off",
+        ),
     ),
-    (_on("num_moe_experts"), "mixture of experts has not been verified with a split backward", "use a dense model"),
-    (_on("mtp_num_layers"), "multi-token prediction has not been verified with plans", "set mtp_num_layers to None"),
-    (_graphs, "CUDA graphs replay the order of microbatches in which they were captured", "switch them off"),
-    (_on("fp8"), "fp8 keeps scaling factors that are updated in the stock order of microbatches", "train in bf16"),
-    (_on("fp4"), "fp4 keeps scaling factors that are updated in the stock order of microbatches", "train in bf16"),
+    (
+        _fp8_with_history,
+        in_stock_order(
+            "fp8 with delayed scaling keeps scaling factors that are updated in the stock order of microbatches",
+            f"plans need fp8_recipe to be one of {', '.join(ORDERLESS_FP8)}",
+        ),
+    ),
+    (
+        _on("fp4"),
+        in_stock_order("fp4 rounds at random, in the stock order of microbatches", "plans need fp8 or bf16"),
+    ),
     (
         _on("defer_embedding_wgrad_compute"),
-        "defer_embedding_wgrad_compute defers the weight gradients of the output layer to the end, Adaptra to when there is time",
-        "set it to False",
+        in_stock_order(
+            "defer_embedding_wgrad_compute defers the weight gradients of the output layer to the end, plans to when there is time",
+            "plans need it switched off",
+        ),
     ),
     (
-        lambda config: getattr(config, "num_microbatches_with_partial_activation_checkpoints", None) is not None,
-        "num_microbatches_with_partial_activation_checkpoints counts on the warm-ups of the stock schedule",
-        "set it to None",
+        lambda job: job.get("num_microbatches_with_partial_activation_checkpoints") is not None,
+        in_stock_order(
+            "num_microbatches_with_partial_activation_checkpoints counts on the warm-ups of the stock schedule",
+            "plans need it to be None",
+        ),
     ),
     (
-        _on("cpu_offloading"),
-        "cpu_offloading fetches activations back in the stock order of microbatches",
-        "set it to False, and max_activations to what a stage can hold",
+        lambda job: _on("cpu_offloading", "fine_grained_activation_offloading")(job),
+        in_stock_order(
+            "offloaded activations (cpu_offloading, fine_grained_activation_offloading) are fetched back in the stock order of "
+            "microbatches",
+            "plans need them switched off, and max_activations to be what a stage can hold",
+        ),
     ),
-    (
-        _on("fine_grained_activation_offloading"),
-        "fine_grained_activation_offloading fetches activations back in the stock order of microbatches",
-        "set it to False, and max_activations to what a stage can hold",
-    ),
-    (_on("hybrid_context_parallel"), "hybrid context parallelism brings a schedule of its own", "set it to False"),
     (
         _on("moe_paged_stash"),
-        "moe_paged_stash stores activations in the stock order of microbatches",
-        "set it to False",
+        in_stock_order("moe_paged_stash stores activations in the stock order of microbatches", "plans need it off"),
     ),
     (
-        lambda config: any(
-            (getattr(config, name, 1) or 1) > 1 for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+        _on("hybrid_context_parallel"),
+        in_stock_order("hybrid context parallelism brings a schedule of its own", "plans need it off"),
+    ),
+    (
+        lambda job: any(
+            (job.get(name, 1) or 1) > 1 for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
         ),
-        "weights that are spread and gathered anew in each pass (gtp_weight_remat_size) count on the stock order",
-        "set it to 1",
+        in_stock_order(
+            "weights that are spread and gathered anew in each pass (gtp_weight_remat_size) count on the stock order",
+            "plans need it to be 1",
+        ),
     ),
-    (_on("use_kitchen"), "the quantisation of Kitchen has not been verified with plans", "set use_kitchen to False"),
-    (_on("quant_recipe"), "a quant_recipe has not been verified with plans", "set it to None"),
     (
-        lambda config: bool(getattr(config, "overlap_p2p_comm", False) and getattr(config, "batch_p2p_comm", False)),
-        "overlap_p2p_comm and batch_p2p_comm exclude each other (Megatron refuses them too)",
-        "set one of them to False",
+        _on("use_kitchen", "quant_recipe"),
+        in_stock_order(
+            "the quantisation of Kitchen (use_kitchen) and a quant_recipe have not been verified with plans",
+            "plans need them switched off",
+        ),
+    ),
+    (
+        lambda job: job.chunks > 1 and bool(_dropouts(job)),
+        in_stock_order(
+            "with several model chunks a rank, the masks of hidden_dropout and attention_dropout would depend on the plan: a rank "
+            "draws them in the order in which its chunks run",
+            "plans need both to be 0",
+        ),
+    ),
+    (
+        _on("use_megatron_fsdp", "use_torch_fsdp2"),
+        in_stock_order("fully sharded data parallelism gathers weights anew in each pass", "plans need it off"),
+    ),
+    (
+        lambda job: bool(job.get("overlap_p2p_comm") and job.get("batch_p2p_comm")),
+        refused(
+            "overlap_p2p_comm and batch_p2p_comm exclude each other (Megatron refuses them too)",
+            "set one of them to False",
+        ),
     ),
 )
-"""(predicate on Megatron's configuration, reason, remedy)."""
+"""What follows from Megatron's configuration."""
 
 
-def check_config(config: Any, chunks: int) -> None:
-    """Refuses a model configuration that cannot run with Adaptra.
+def reasons_of_config(config: Any, chunks: int) -> list[Reason]:
+    """Why a model configuration has less than the full support.
 
     Args:
-        config: Megatron's (a `TransformerConfig`).
+        config: Megatron's (a `TransformerConfig`), or anything with its fields.
         chunks: model chunks of a rank.
-
-    Raises:
-        UnsupportedError: one line per reason, each with its remedy.
     """
-    found = [(reason, remedy) for predicate, reason, remedy in REFUSED if predicate(config)]
-    dropout = [name for name in ("hidden_dropout", "attention_dropout") if getattr(config, name, 0.0)]
-    if chunks > 1 and dropout:
-        found.append(
-            (
-                f"with {chunks} model chunks a rank, the masks of {' and '.join(dropout)} would depend on the plan: a rank "
-                "draws them in the order in which its chunks run",
-                f"set {' and '.join(dropout)} to 0",
-            )
-        )
-    _refuse(found)
+    return judge(RULES, Settings(config, chunks))
 
 
-def check_model(chunks: Sequence[Any], config: Any) -> None:
-    """Refuses wrappers of the model whose gradients are reduced in ways that count on the stock schedule.
-
-    Raises:
-        UnsupportedError: fully sharded data parallelism, or overlapped reduction without `no_sync_func`.
+def reasons_of_model(chunks: Sequence[Any], config: Any) -> list[Reason]:
+    """Why a model has less than the full support: wrappers that reduce gradients in ways that count on the stock schedule, and layers
+    that draw random numbers.
     """
-    found = []
+    found: list[Reason] = []
     names = {base.__name__ for chunk in chunks for base in type(chunk).__mro__}
     if sharded := sorted(name for name in names if "FullyShardedDataParallel" in name or "FSDP" in name):
-        found.append((f"{sharded[0]} shards weights per backward pass", "use DistributedDataParallel"))
+        found.append(
+            in_stock_order(f"{sharded[0]} gathers weights anew in each pass", "plans need DistributedDataParallel")
+        )
     if config.no_sync_func is None and any(overlaps(chunk) for chunk in chunks):
         found.append(
-            ("overlap_grad_reduce is on and the configuration has no no_sync_func", "set no_sync_func to model.no_sync")
+            in_stock_order(
+                "overlap_grad_reduce is on and the configuration has no no_sync_func",
+                "plans need no_sync_func to be model.no_sync",
+            )
         )
     for chunk in chunks:
         settings = getattr(chunk, "ddp_config", None)
-        if settings is None and config.no_sync_func is not None and config.grad_sync_func is None:
+        if settings is None and not sharded and config.no_sync_func is not None and config.grad_sync_func is None:
             found.append(
-                (
+                in_stock_order(
                     f"{type(chunk).__name__} reduces gradients in its last backward pass, which is not known while plans may change",
-                    "use Megatron's DistributedDataParallel, or set grad_sync_func",
+                    "plans need Megatron's DistributedDataParallel, or a grad_sync_func",
                 )
             )
         delayed = any(delays(layer) for layer in chunk.modules()) and not config.gradient_accumulation_fusion
         if delayed and not getattr(settings, "delay_wgrad_compute", False):
             found.append(
-                (
+                refused(
                     "layers of Transformer Engine delay weight gradients, and nothing adds up those of several microbatches",
                     "set delay_wgrad_compute in the DistributedDataParallelConfig too, or gradient_accumulation_fusion",
                 )
@@ -137,22 +207,61 @@ def check_model(chunks: Sequence[Any], config: Any) -> None:
         random = {type(layer).__name__ for layer in chunk.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
         if len(chunks) > 1 and random:
             found.append(
-                (
+                in_stock_order(
                     f"with {len(chunks)} model chunks a rank, the masks of {', '.join(sorted(random))} layers would depend on the plan",
-                    "set their p to 0",
+                    "plans need their p to be 0",
                 )
             )
-    _refuse(list(dict.fromkeys(found)))
+    return list(dict.fromkeys(found))
 
 
-def check_alone(config: Any) -> None:
-    """Refuses what Megatron's schedule without a pipeline, which runs as it is, would compute wrongly.
+def reasons_of_call(arguments: Mapping[str, Any], known: Sequence[str], chunks: int) -> list[Reason]:
+    """Why a call of the schedule is left to the stock schedule.
 
-    Raises:
-        UnsupportedError: weight gradients are delayed, and that schedule never asks for them.
+    Args:
+        arguments: by name.
+        known: names of arguments that Adaptra's own loop understands.
+        chunks: model chunks of this rank.
     """
+    found = []
+    if other := sorted(name for name, value in arguments.items() if name not in known and value is not None):
+        found.append(
+            in_stock_order(f"the arguments {', '.join(other)} are not known", "plans need a supported megatron-core")
+        )
+    iterators = arguments["data_iterator"]
+    if chunks > 1:
+        each = iterators if isinstance(iterators, list | tuple) else [iterators] * chunks
+        own = [id(iterator) for iterator in each if iterator is not None]
+        if len(set(own)) < len(own):
+            found.append(
+                in_stock_order(
+                    "two model chunks share a data iterator, so what they read would depend on the plan",
+                    "plans need one for each",
+                )
+            )
+    return found
+
+
+def reasons_of_shapes(received: Sequence[Any], sent: Sequence[Any]) -> list[Reason]:
+    """... because of what `adjust_tensor_shapes_fn` has made of the shapes: in a plan one tensor travels between two stages."""
+    if (most := max(len(received), len(sent))) <= 1:
+        return []
+    return [
+        in_stock_order(
+            f"adjust_tensor_shapes_fn asks for {most} tensors between two stages",
+            "plans need one, for example by concatenating them",
+        )
+    ]
+
+
+def reasons_alone(config: Any) -> list[Reason]:
+    """What Megatron's schedule without a pipeline, which runs as it is, would compute wrongly: it never asks for weight gradients
+    that are delayed."""
     if getattr(config, "delay_wgrad_compute", False) and not getattr(config, "overlap_moe_expert_parallel_comm", False):
-        _refuse([("delay_wgrad_compute is on, and nothing runs what is delayed without a pipeline", "set it to False")])
+        return [
+            refused("delay_wgrad_compute is on, and nothing runs what is delayed without a pipeline", "set it to False")
+        ]
+    return []
 
 
 def finalizing_starts(chunk: Any) -> bool:
@@ -167,46 +276,3 @@ def finalizing_starts(chunk: Any) -> bool:
 def overlaps(chunk: Any) -> bool:
     """Whether a model chunk reduces gradients beside its backward passes."""
     return bool(getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False))
-
-
-def check_call(arguments: Mapping[str, Any], known: Sequence[str], chunks: int) -> None:
-    """Refuses a call of the schedule that Adaptra cannot answer.
-
-    Raises:
-        UnsupportedError: arguments of a version that is not known, several modules in one pipeline, or shared data iterators.
-    """
-    found = []
-    if other := sorted(name for name, value in arguments.items() if name not in known and value is not None):
-        found.append((f"the arguments {', '.join(other)} are not known", "use a supported version of megatron-core"))
-    for name in ("pg_collection", "p2p_communicator"):
-        if "MultiModule" in type(arguments.get(name)).__name__:
-            found.append(("several modules share one pipeline", "use one model a pipeline"))
-    iterators = arguments["data_iterator"]
-    if chunks > 1:
-        each = iterators if isinstance(iterators, list | tuple) else [iterators] * chunks
-        own = [id(iterator) for iterator in each if iterator is not None]
-        if len(set(own)) < len(own):
-            found.append(
-                (
-                    "two model chunks share a data iterator, so what they read would depend on the plan",
-                    "give each its own",
-                )
-            )
-    _refuse(found)
-
-
-def check_shapes(received: Sequence[Any], sent: Sequence[Any]) -> None:
-    """Refuses what `adjust_tensor_shapes_fn` has made of the shapes, if more than one tensor travels between two stages.
-
-    Raises:
-        UnsupportedError: so it is.
-    """
-    if max(len(received), len(sent)) > 1:
-        _refuse(
-            [
-                (
-                    f"adjust_tensor_shapes_fn asks for {max(len(received), len(sent))} tensors between two stages",
-                    "send one, for example by concatenating them",
-                )
-            ]
-        )

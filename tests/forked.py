@@ -53,7 +53,7 @@ def import_deepspeed() -> None:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import deepspeed  # noqa: F401
+    import deepspeed
 
     with contextlib.suppress(ImportError):  # older versions have none
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - every BF16 optimizer does, with torch.compile

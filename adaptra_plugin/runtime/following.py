@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.schedule.actions import Action, Kind
-from adaptra_plugin.transport import Direction, Key
+from adaptra_plugin.transport import Direction, Key, Message
+
+STEP = {Direction.ACTIVATION: 1, Direction.GRADIENT: -1}
+"""To the position that a message goes to."""
 
 
 @dataclass
@@ -28,6 +32,10 @@ class Following(Iteration):
     _sent: Counter[Direction] = field(default_factory=Counter)
     _asked: Counter[Direction] = field(default_factory=Counter)
     _computed: Counter[Kind] = field(default_factory=Counter)
+    _inside: Action | None = None
+    """The computation that is running."""
+    _began: int = 0
+    """Mark at which it began, or went on after it had waited."""
 
     @property
     def flushed(self) -> bool:
@@ -35,19 +43,35 @@ class Following(Iteration):
         return not self.training or self._computed[Kind.FORWARD] == self._computed[Kind.FULL_BACKWARD]
 
     def timed(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, as a computation of that kind."""
+        """The function, as a computation of that kind of this rank's first stage."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            action = Action(self.topology.position, kind, self._computed[kind])
-            self._computed[kind] += 1
-            with self.compute(action):
+            with self.computing(kind):
                 return function(*args, **kwargs)
 
         return run
 
+    @contextmanager
+    def computing(self, kind: Kind, chunk: int = 0) -> Iterator[None]:
+        """Brackets the next computation of that kind. Waiting for a neighbour inside does not count."""
+        action = Action(self.topology.own_stages[chunk], kind, self._computed[kind])
+        self._computed[kind] += 1
+        self._inside = action
+        try:
+            with self.throttle.pace(kind):
+                self._began = self.stopwatch.mark()
+                yield
+            self._marks.append((action, self._began, self.stopwatch.mark()))
+        finally:
+            self._inside = None
+
     def send_to(self, position: int, tensor: Tensor) -> None:
         """Sends the next message to a neighbour in the pipeline. The tensor may be overwritten at once."""
-        direction = self._direction(self.topology.position, position)
+        self.send_along(self._direction(self.topology.position, position), tensor)
+
+    def send_along(self, direction: Direction, tensor: Tensor) -> None:
+        """... to the next rank (activations) or the one before (gradients); the last rank's next one is the first."""
+        position = (self.topology.position + STEP[direction]) % self.topology.length
         key = self._key(direction, position, self._sent[direction])
         self._sent[direction] += 1
         # on a device it is read later, and nobody knows what the schedule does with it until then
@@ -61,7 +85,10 @@ class Following(Iteration):
 
     def expect(self, position: int) -> Key:
         """Posts a receive of the next message of a neighbour; `fill` waits for it."""
-        direction = self._direction(position, self.topology.position)
+        return self.expect_along(self._direction(position, self.topology.position))
+
+    def expect_along(self, direction: Direction) -> Key:
+        """... of the rank before (activations) or the next one (gradients)."""
         key = self._key(direction, self.topology.position, self._asked[direction])
         self._asked[direction] += 1
         self._posted[key] = self._channel(direction, receiving=True).recv(key, self.device)
@@ -74,7 +101,7 @@ class Following(Iteration):
             TransportError: a message has another number or type of elements than its tensor.
         """
         for key, tensor in expected:
-            (received,) = self._take(key).tensors
+            (received,) = self._take_aside(key).tensors
             if (received.numel(), received.dtype) != (tensor.numel(), tensor.dtype):
                 raise TransportError(
                     f"message {key.microbatch} ({key.direction.name.lower()}) is {received.dtype} of {tuple(received.shape)}, "
@@ -82,6 +109,15 @@ class Following(Iteration):
                 )
             with torch.no_grad():
                 tensor.detach().copy_(received.view(tensor.shape))
+
+    def _take_aside(self, key: Key) -> Message:
+        """Waits, with the clock of a computation stopped."""
+        if self._inside is None:
+            return self._take(key)
+        self._marks.append((self._inside, self._began, self.stopwatch.mark()))
+        message = self._take(key)
+        self._began = self.stopwatch.mark()
+        return message
 
     def is_neighbour(self, position: int) -> bool:
         return abs(position - self.topology.position) == 1

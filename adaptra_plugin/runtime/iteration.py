@@ -188,10 +188,12 @@ class Iteration:
 
     def stage_times(self) -> tuple[StageTimes, ...]:
         """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input."""
-        durations: dict[tuple[int, Kind], list[float]] = {}
+        parts: dict[Action, float] = {}  # a computation may have waited in the middle
         for action, start, end in self._marks:
+            parts[action] = parts.get(action, 0.0) + self.mark_times_ms[end] - self.mark_times_ms[start]
+        durations: dict[tuple[int, Kind], list[float]] = {}
+        for action, duration in parts.items():
             kind = Kind.BACKWARD_INPUT if action.kind is Kind.FULL_BACKWARD else action.kind
-            duration = self.mark_times_ms[end] - self.mark_times_ms[start]
             durations.setdefault((action.stage, kind), []).append(duration)
 
         def median(stage: int, kind: Kind) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -205,39 +206,57 @@ def test_a_function_that_somebody_keeps_is_stock_after_deactivate():
     assert [r[2] for r in ours] == [[True, False, False]] * 2
 
 
-REFUSALS = {
-    "num_microbatches_with_partial_activation_checkpoints counts on the warm-ups": {
-        "num_microbatches_with_partial_activation_checkpoints": 1
-    },
-    "CUDA graphs replay": {"cuda_graph_impl": "local"},
-    "defer_embedding_wgrad_compute defers": {"defer_embedding_wgrad_compute": True},
-    "fp8 keeps scaling factors": {"fp8": "hybrid"},
-    "mixture of experts has not been verified": {"num_moe_experts": 2},
-    "multi-token prediction": {"mtp_num_layers": 1},
-    "cpu_offloading fetches": {"cpu_offloading": True},
-    "gtp_weight_remat_size": {"gtp_weight_remat_size": 2},
-    "quant_recipe": {"quant_recipe": object()},
-    "overlap_p2p_comm and batch_p2p_comm exclude": {"overlap_p2p_comm": True, "batch_p2p_comm": True},
+LEVELS = {
+    "num_microbatches_with_partial_activation_checkpoints counts on the warm-ups": (
+        "stock-order",
+        {"num_microbatches_with_partial_activation_checkpoints": 1},
+    ),
+    "CUDA graphs replay": ("stock-order", {"cuda_graph_impl": "local"}),
+    "CUDA graph of whole iterations": ("stock", {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}),
+    "overlap_moe_expert_parallel_comm runs": ("stock-order", {"overlap_moe_expert_parallel_comm": True}),
+    "defer_embedding_wgrad_compute defers": ("stock-order", {"defer_embedding_wgrad_compute": True}),
+    "fp8 with delayed scaling": ("stock-order", {"fp8": "hybrid"}),
+    "fp4 rounds": ("stock-order", {"fp4": "e2m1"}),
+    "cpu_offloading": ("stock-order", {"cpu_offloading": True}),
+    "fine_grained_activation_offloading": ("stock-order", {"fine_grained_activation_offloading": True}),
+    "moe_paged_stash": ("stock-order", {"moe_paged_stash": True}),
+    "hybrid context": ("stock-order", {"hybrid_context_parallel": True}),
+    "gtp_weight_remat_size": ("stock-order", {"gtp_weight_remat_size": 2}),
+    "quant_recipe": ("stock-order", {"quant_recipe": object()}),
+    "sharded": ("stock-order", {"use_megatron_fsdp": True}),
+    "overlap_p2p_comm and batch_p2p_comm exclude": ("refused", {"overlap_p2p_comm": True, "batch_p2p_comm": True}),
 }
 
 
-@pytest.mark.parametrize("message", REFUSALS)
-def test_refuses_settings_with_a_reason_and_a_remedy(message):
-    from adaptra_plugin.patches.megatron_support import check_config
+@pytest.mark.parametrize("message", LEVELS)
+def test_settings_have_a_level_with_a_reason_and_a_remedy(message):
+    from adaptra_plugin.patches.megatron_support import reasons_of_config
 
-    config = type("Config", (), REFUSALS[message])
-    with pytest.raises(UnsupportedError, match=rf"{message}.*: "):
-        check_config(config, 1)
-    check_config(type("Config", (), dict.fromkeys(REFUSALS[message])), 1)
+    level, fields = LEVELS[message]
+    (reason,) = reasons_of_config(type("Config", (), fields), 1)
+    assert reason.level.value == level and message in reason.why and reason.remedy
+    assert reasons_of_config(type("Config", (), dict.fromkeys(fields)), 1) == []
 
 
-def test_refuses_dropout_with_several_chunks_only():
-    from adaptra_plugin.patches.megatron_support import check_config
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8", "delayed", "custom", None])
+def test_recipes_of_fp8_that_keep_a_history_have_the_stock_order(recipe):
+    from adaptra_plugin.patches.megatron_support import reasons_of_config
+
+    found = reasons_of_config(type("Config", (), {"fp8": "hybrid", "fp8_recipe": recipe}), 1)
+    assert [reason.level.value for reason in found] == ["stock-order"] * (recipe in ("delayed", "custom", None))
+
+
+def test_dropout_has_the_stock_order_with_several_chunks_only():
+    from adaptra_plugin.patches.megatron_support import reasons_of_config
 
     config = type("Config", (), {"hidden_dropout": 0.1, "attention_dropout": 0.0})
-    check_config(config, 1)
-    with pytest.raises(UnsupportedError, match="2 model chunks a rank, the masks of hidden_dropout would depend"):
-        check_config(config, 2)
+    assert reasons_of_config(config, 1) == []
+    (reason,) = reasons_of_config(config, 2)
+    assert reason.level.value == "stock-order" and "the masks of hidden_dropout" in reason.why
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """Has the name."""
 
 
 class Wrapped(torch.nn.Module):
@@ -251,40 +270,53 @@ class Wrapped(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("chunks", "config", "message"),
+    ("chunks", "config", "level", "message"),
     [
-        ([Wrapped(linear(True), overlap_grad_reduce=False)], {}, "nothing adds up those of several microbatches"),
-        ([Wrapped(torch.nn.Linear(1, 1))], {"no_sync_func": print}, "Wrapped reduces gradients in its last backward"),
-        ([torch.nn.Dropout(0.1)] * 2, {}, "the masks of Dropout layers would depend on the plan"),
+        (
+            [Wrapped(linear(True), overlap_grad_reduce=False)],
+            {},
+            "refused",
+            "nothing adds up those of several microbatches",
+        ),
+        ([Wrapped(torch.nn.Linear(1, 1))], {"no_sync_func": print}, "stock-order", "in its last backward"),
+        (
+            [Wrapped(torch.nn.Linear(1, 1), overlap_grad_reduce=True)],
+            {},
+            "stock-order",
+            "the configuration has no no_sync_func",
+        ),
+        ([FullyShardedDataParallel()], {}, "stock-order", "FullyShardedDataParallel gathers weights anew"),
+        ([torch.nn.Dropout(0.1)] * 2, {}, "stock-order", "the masks of Dropout layers would depend on the plan"),
     ],
-    ids=["delayed", "unknown wrapper", "dropout"],
+    ids=["delayed", "unknown wrapper", "overlapped", "sharded", "dropout"],
 )
-def test_refuses_models_that_it_would_train_otherwise(chunks, config, message):
-    from adaptra_plugin.patches.megatron_support import check_model
+def test_models_that_plans_would_train_otherwise(chunks, config, level, message):
+    from adaptra_plugin.patches.megatron_support import reasons_of_model
 
     defaults = {"no_sync_func": None, "grad_sync_func": None, "gradient_accumulation_fusion": False}
-    with pytest.raises(UnsupportedError, match=message):
-        check_model(chunks, type("Config", (), {**defaults, **config}))
+    (reason,) = reasons_of_model(chunks, type("Config", (), {**defaults, **config}))
+    assert reason.level.value == level and message in reason.why and reason.remedy
 
 
 def test_takes_models_that_are_like_them_but_right():
-    from adaptra_plugin.patches.megatron_support import check_model
+    from adaptra_plugin.patches.megatron_support import reasons_of_model
 
     config = type("Config", (), {"no_sync_func": print, "grad_sync_func": None, "gradient_accumulation_fusion": False})
-    check_model([Wrapped(linear(True), delay_wgrad_compute=True)], config)
-    check_model([Wrapped(torch.nn.Dropout(0.0), delay_wgrad_compute=False)] * 2, config)
-    check_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)], config)
+    assert reasons_of_model([Wrapped(linear(True), delay_wgrad_compute=True)], config) == []
+    assert reasons_of_model([Wrapped(torch.nn.Dropout(0.0), delay_wgrad_compute=False)] * 2, config) == []
+    assert reasons_of_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)], config) == []
     config.gradient_accumulation_fusion, config.no_sync_func = True, None
-    check_model([Wrapped(linear(True))], config)
+    assert reasons_of_model([Wrapped(linear(True))], config) == []
 
 
 def test_delayed_gradients_that_nothing_would_run_are_refused_without_a_pipeline():
-    from adaptra_plugin.patches.megatron_support import check_alone
+    from adaptra_plugin.patches.megatron_support import reasons_alone
 
-    check_alone(type("Config", (), {}))
-    check_alone(type("Config", (), {"delay_wgrad_compute": True, "overlap_moe_expert_parallel_comm": True}))
-    with pytest.raises(UnsupportedError, match="without a pipeline"):
-        check_alone(type("Config", (), {"delay_wgrad_compute": True}))
+    assert reasons_alone(type("Config", (), {})) == []
+    config = {"delay_wgrad_compute": True, "overlap_moe_expert_parallel_comm": True}
+    assert reasons_alone(type("Config", (), config)) == []
+    (reason,) = reasons_alone(type("Config", (), {"delay_wgrad_compute": True}))
+    assert reason.level.value == "refused" and "without a pipeline" in reason.why
 
 
 def test_with_several_optimizer_instances_a_reduction_is_started_once():
@@ -302,29 +334,38 @@ def test_with_several_optimizer_instances_a_reduction_is_started_once():
     assert not any(map(finalizing_starts, (chunk(1, True), chunk(2, False), chunk(2, True, overlap=False))))
 
 
-def refused(rank, job, more):
-    with pytest.raises(UnsupportedError) as caught:
-        run(rank, job, {}, (4,), **more)
-    return str(caught.value)
-
-
-def shared(rank):
-    iterator = iter(())
+def call_reasons(rank):
     from adaptra_plugin.patches.megatron import Call
 
+    iterator = iter(())
     arguments = {"model": [torch.nn.Linear(1, 1)] * 2, "data_iterator": [iterator, iterator], "num_microbatches": 1}
-    for iterators in ([iterator, iterator], iterator):
-        with pytest.raises(UnsupportedError, match="two model chunks share a data iterator"):
-            Call.of({**arguments, "data_iterator": iterators})
-    with pytest.raises(UnsupportedError, match="the arguments new_argument are not known"):
-        Call.of({**arguments, "data_iterator": None, "new_argument": 1})
+    told = [Call.of({**arguments, "data_iterator": each}).reasons() for each in ([iterator, iterator], iterator)]
+    return [*told, Call.of({**arguments, "data_iterator": None, "new_argument": 1}).reasons()]
+
+
+def test_calls_that_are_left_to_the_stock_schedule():
+    ((shared, one, unknown),) = run_ranks(call_reasons, 1)
+    assert [reason.why for reason in shared + one + unknown] == [
+        "two model chunks share a data iterator, so what they read would depend on the plan",
+        "two model chunks share a data iterator, so what they read would depend on the plan",
+        "the arguments new_argument are not known",
+    ]
+    assert {reason.level.value for reason in shared + one + unknown} == {"stock-order"}
+
+
+def shapes_later(rank):
+    def during(trainer, step):
+        trainer.forward_backward = functools.partial(trainer.forward_backward, adjust_tensor_shapes_fn=two_shapes)
+
+    with pytest.raises(
+        UnsupportedError, match="changed after training with plans had begun: adjust_tensor_shapes_fn asks for 2"
+    ):
+        run(rank, GptJob(), {}, (4, 4), during=during)
 
 
 def two_shapes(received, sent):
     return [*received, *received], sent
 
 
-def test_refuses_calls_that_it_cannot_answer():
-    run_ranks(shared, 1)
-    texts = run_ranks(refused, 2, GptJob(), {"arguments": {"adjust_tensor_shapes_fn": two_shapes}})
-    assert all("asks for 2 tensors between two stages" in text for text in texts)
+def test_a_call_that_changes_after_plans_have_begun_is_refused():
+    run_ranks(shapes_later, 2)

@@ -112,20 +112,46 @@ def stepping(rank, block, who):
     return run(rank, JOB, block, STEPS)
 
 
+def other_transfers(rank, block, calls):
+    """Another package moves tensors by itself."""
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    stock = p2p_communication._p2p_ops
+
+    def theirs(**arguments):
+        calls.append(arguments["tensor_send_next"] is not None)
+        return stock(**arguments)
+
+    p2p_communication._p2p_ops = theirs
+    return {**run(rank, JOB, block, STEPS), "calls": calls}
+
+
 def same_as_stock(function, *args):
     stock, ours = run_ranks(function, 2, None, *args), run_ranks(function, 2, {}, *args)
-    for a, b in zip(stock, ours, strict=True):
-        assert b["status"]["sessions"] == [], "no plans"
-        assert all(a[name] == b[name] for name in ("losses", "norms", "parameters"))
+    assert_same(stock, ours)
     return ours
 
 
+def levels(results):
+    return [[(it["level"], len(it["reasons"])) for it in result["status"]["sessions"]] for result in results]
+
+
 def test_a_schedule_of_another_package_runs_as_it_is():
-    assert all(result["calls"] == list(STEPS) for result in same_as_stock(wrapped_schedule, []))
+    ours = same_as_stock(wrapped_schedule, [])
+    assert all(result["calls"] == list(STEPS) for result in ours)
+    assert levels(ours) == [[("stock-order", 1)]] * 2, "its transfers are delegated"
 
 
 def test_an_optimizer_that_steps_in_hooks_on_one_rank_trains_as_in_stock():
-    same_as_stock(stepping, 1)
+    assert levels(same_as_stock(stepping, 1)) == [[("stock-order", 1)]] * 2
+
+
+def test_transfers_of_another_package_are_left_to_it():
+    stock, ours = run_ranks(other_transfers, 2, None, []), run_ranks(other_transfers, 2, {}, [])
+    for a, b in zip(stock, ours, strict=True):
+        assert all(a[name] == b[name] for name in ("losses", "norms", "parameters"))
+    assert levels(ours) == [[]] * 2, "no session"
+    assert sum(ours[0]["calls"]) == sum(STEPS)
 
 
 def later(rank):
