@@ -41,6 +41,7 @@ setup(
         "packaging>=23",  # version ranges of the hosts
         "xxhash>=3.2",  # checksums of segments at memory speed, without holding the interpreter lock
         "psutil>=5.9",  # addresses of network interfaces
+        "pyyaml>=6",  # configurations of jobs, for `adaptra check`
         "rich>=13",  # tables and progress of the command line and the demo
     ],
     extras_require={

@@ -87,20 +87,23 @@ def add_check(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "check", help="say what a job can have of Adaptra, and why; exit code 1 if it is refused"
     )
+    jobs = parser.add_mutually_exclusive_group(required=True)
     for host in HOSTS.values():
-        if host.has_configuration:
-            parser.add_argument(
-                f"--{host.name}",
-                dest="config",
-                required=True,
-                metavar="CONFIG.json",
-                help=f"configuration of {host.title}",
-            )
-    parser.add_argument("--stages", type=int, default=2, metavar="N", help="of the pipeline; default: %(default)s")
+        jobs.add_argument(
+            f"--{host.name}",
+            nargs=argparse.REMAINDER if host.takes_arguments else "+",
+            metavar="FILE",
+            help=f"configurations of {host.title}"
+            + (", and arguments of its training script; nothing else may follow" if host.takes_arguments else ""),
+        )
+    size = "{}, where the configuration does not say it; default: {}"
+    parser.add_argument("--stages", type=int, metavar="N", help=size.format("of the pipeline", 2))
+    parser.add_argument("--tensor", type=int, metavar="N", help=size.format("ranks of a tensor group", 1))
     parser.add_argument(
-        "--tensor", type=int, default=1, metavar="N", help="ranks of a tensor group; default: %(default)s"
+        "--json",
+        action="store_true",
+        help="print {job, level, stages, chunks, tensor, reasons}; of several jobs a list",
     )
-    parser.add_argument("--json", action="store_true", help="print {level, stages, tensor, reasons}")
     parser.set_defaults(run=run_check)
 
 
@@ -220,8 +223,13 @@ def run_simulate(options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """Says what a job can have."""
     from adaptra_plugin.doctor.job import run
+    from adaptra_plugin.patches.hosts import HOSTS
 
-    return run(options.config, options.stages, options.tensor, options.json)
+    name, words = next((name, found) for name in HOSTS if (found := getattr(options, name)) is not None)
+    as_json = options.json
+    if HOSTS[name].takes_arguments and "--json" in words:  # it takes all that follows
+        as_json, words = True, [word for word in words if word != "--json"]
+    return run(HOSTS[name], words, options.stages, options.tensor, as_json)
 
 
 def run_doctor(options: argparse.Namespace) -> int:

@@ -5,11 +5,30 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol, cast
 
+from adaptra_plugin.errors import ConfigError
 from adaptra_plugin.support import Reason
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a configuration says that its job is spread; None: it does not say.
+
+    Attributes:
+        stages: ranks of a pipeline.
+        chunks: model chunks (virtual stages) of a rank.
+        tensor: ranks of a tensor group.
+        microbatches: of an iteration.
+    """
+
+    stages: int | None = None
+    chunks: int = 1
+    tensor: int | None = None
+    microbatches: int | None = None
 
 
 class Gate(Protocol):
@@ -55,10 +74,20 @@ class Host(Protocol):
     """World rank with the host's W&B run; negative: from the end."""
     has_configuration: bool = False
     """The block lies in a configuration file of the host's own."""
+    takes_arguments: bool = False
+    """Its jobs are configured by arguments of their command line."""
 
     def judge(self, settings: Mapping[str, Any]) -> list[Reason]:
         """Why a configuration of the host's own has less than the full support, as far as it shows there."""
         return []
+
+    def spread(self, settings: Mapping[str, Any]) -> Spread:
+        """Raises ConfigError: it cannot be."""
+        return Spread()
+
+    def read_arguments(self, words: Sequence[str]) -> dict[str, Any]:
+        """Settings from the arguments of a command line. Raises ConfigError."""
+        raise ConfigError(f"{self.title} takes no arguments here: {' '.join(words)}")
 
     def version(self) -> str | None:
         """The installed version; None: it is not installed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptra_plugin.host import Host
+from adaptra_plugin.host import Host, Spread
 from adaptra_plugin.support import Reason
 
 
@@ -22,3 +22,7 @@ class DeepSpeed(Host):
         from adaptra_plugin.patches.deepspeed_support import reasons_of_config
 
         return reasons_of_config(settings)
+
+    def spread(self, settings: Mapping[str, Any]) -> Spread:
+        microbatches = settings.get("gradient_accumulation_steps")
+        return Spread(microbatches=microbatches if isinstance(microbatches, int) and microbatches > 0 else None)

@@ -32,6 +32,7 @@ from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.megatron_call import Call
 from adaptra_plugin.patches.megatron_following import delegated
+from adaptra_plugin.patches.megatron_rules import reasons_of_config
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration
@@ -286,7 +287,7 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
         return stock(**arguments)
     model = call.chunks[0]
     found = foreign.reasons_for_stock(call.p2p_communicator, call.arguments.get(call.groups_name))
-    found += [str(it) for it in support.reasons_of_config(call.config, len(call.chunks)) if it.level is Level.STOCK]
+    found += [str(it) for it in reasons_of_config(call.config, len(call.chunks)) if it.level is Level.STOCK]
     own_order = foreign.reasons_for_own_order(stock, call.chunks)
     pipeline = _pipelines.get(model)
     if model not in _pipelines or (pipeline is not None and pipeline.session.closed):
@@ -320,7 +321,7 @@ def _start(config: AdaptraConfig, call: Call, found: list[str], own_order: list[
     if told_by_all(meeting.gather("reasons", found, world_size), rank):
         return None
     reasons = [
-        *support.reasons_of_config(call.config, len(call.chunks)),
+        *reasons_of_config(call.config, len(call.chunks)),
         *support.reasons_of_model(call.chunks, call.config),
         *call.reasons(),
     ]

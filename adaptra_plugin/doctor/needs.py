@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.doctor.rows import Row, Status, gib
-from adaptra_plugin.errors import AdaptraError, ConfigError
+from adaptra_plugin.doctor.settings import load_settings
+from adaptra_plugin.errors import AdaptraError
 from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.support import Level, level_of
 
@@ -125,27 +122,3 @@ def from_file(path: str) -> tuple[AdaptraConfig, Row]:
         f"direction, rings of {'up to ' if transport.ring_grows else ''}{transport.ring_bytes >> 20} MiB"
     )
     return config, Row(check, Status.OKAY, found)
-
-
-def load_settings(path: str) -> Mapping[str, Any]:
-    """JSON, or Hjson (comments) where DeepSpeed has brought its reader. Raises OSError, ConfigError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            found = _hjson(text, error)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"it cannot be read as JSON: {error or type(error).__name__}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"it holds a {type(found).__name__}: expected an object with the settings of {HOST.title}")
-    return found
-
-
-def _hjson(text: str, error: json.JSONDecodeError) -> Any:
-    """Raises ValueError."""
-    try:
-        import hjson
-    except ImportError:
-        raise error from None
-    return hjson.loads(text, object_pairs_hook=dict)

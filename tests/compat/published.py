@@ -22,6 +22,7 @@ import yaml
 
 from adaptra_plugin.doctor.job import judge
 from adaptra_plugin.patches.deepspeed_support import CHECKPOINTS_REASON, checkpoints_keep_the_order
+from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.support import Level, Reason, level_of
 
 STAGES = re.compile(r"^\s*(?:export )?(?:pp_size|PP_SIZE|PP)=(\d+)", re.MULTILINE)
@@ -54,7 +55,8 @@ def main() -> int:
     jobs = scripts_of if (checkout / "examples_deepspeed").is_dir() else configurations_of
     levels = []
     for name, settings, stages, tensor, more in jobs(checkout):
-        reasons = [*judge({**settings, "adaptra": {"enabled": True}}, stages, tensor), *more]
+        judged = judge(HOSTS["deepspeed"], {**settings, "adaptra": {"enabled": True}}, stages=stages, tensor=tensor)
+        reasons = [*judged.reasons, *more]
         levels.append(level_of(reasons))
         print(f"{levels[-1].value:<12} {stages} x {tensor}  {name}", *reasons, sep="\n    ")
     full = levels.count(Level.FULL)

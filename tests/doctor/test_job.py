@@ -44,7 +44,7 @@ def test_levels(check, settings, options, level, code, words):
     found, text, _ = check(settings, *options, "--json")
     document = json.loads(text)
     assert found == code and document["level"] == level
-    assert set(document) == {"level", "stages", "tensor", "reasons"}
+    assert set(document) == {"job", "level", "stages", "chunks", "tensor", "reasons"}
     if words is None:
         assert document["reasons"] == []
     else:

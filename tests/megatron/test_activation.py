@@ -230,7 +230,7 @@ LEVELS = {
 
 @pytest.mark.parametrize("message", LEVELS)
 def test_settings_have_a_level_with_a_reason_and_a_remedy(message):
-    from adaptra_plugin.patches.megatron_support import reasons_of_config
+    from adaptra_plugin.patches.megatron_rules import reasons_of_config
 
     level, fields = LEVELS[message]
     (reason,) = reasons_of_config(type("Config", (), fields), 1)
@@ -240,14 +240,14 @@ def test_settings_have_a_level_with_a_reason_and_a_remedy(message):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8", "delayed", "custom", None])
 def test_recipes_of_fp8_that_keep_a_history_have_the_stock_order(recipe):
-    from adaptra_plugin.patches.megatron_support import reasons_of_config
+    from adaptra_plugin.patches.megatron_rules import reasons_of_config
 
     found = reasons_of_config(type("Config", (), {"fp8": "hybrid", "fp8_recipe": recipe}), 1)
     assert [reason.level.value for reason in found] == ["stock-order"] * (recipe in ("delayed", "custom", None))
 
 
 def test_dropout_has_the_stock_order_with_several_chunks_only():
-    from adaptra_plugin.patches.megatron_support import reasons_of_config
+    from adaptra_plugin.patches.megatron_rules import reasons_of_config
 
     config = type("Config", (), {"hidden_dropout": 0.1, "attention_dropout": 0.0})
     assert reasons_of_config(config, 1) == []
