@@ -31,8 +31,6 @@ REFUSED: tuple[Check, ...] = (
         "overlap_moe_expert_parallel_comm runs forwards and backwards merged into each other",
         "set it to False",
     ),
-    (_on("num_moe_experts"), "mixture of experts has not been verified with a split backward", "use a dense model"),
-    (_on("mtp_num_layers"), "multi-token prediction has not been verified with plans", "set mtp_num_layers to None"),
     (_graphs, "CUDA graphs replay the order of microbatches in which they were captured", "switch them off"),
     (_on("fp8"), "fp8 keeps scaling factors that are updated in the stock order of microbatches", "train in bf16"),
     (_on("fp4"), "fp4 keeps scaling factors that are updated in the stock order of microbatches", "train in bf16"),

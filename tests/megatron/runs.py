@@ -78,6 +78,7 @@ def run(
         "skipped": skipped,
         "evaluations": evaluations,
         "parameters": trainer.hash_parameters(),
+        "buffers": trainer.hash_buffers(),
         "status": adaptra_plugin.status(),
     }
     adaptra_plugin.deactivate()
@@ -96,10 +97,10 @@ def both(
 
 
 def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
-    """To the bit on every rank: losses, gradient norms, evaluations and parameters."""
+    """To the bit on every rank: losses, gradient norms, evaluations, parameters, and buffers."""
     for rank, (a, b) in enumerate(zip(stock, ours, strict=True)):
         assert b["status"]["active"] and not a["status"]["active"], rank
-        for name in ("losses", "norms", "skipped", "evaluations", "parameters"):
+        for name in ("losses", "norms", "skipped", "evaluations", "parameters", "buffers"):
             assert a[name] == b[name], f"rank {rank}: {name}"
     last = [losses for result in stock for losses in result["losses"] if losses]
     assert last, "some rank has losses"

@@ -212,8 +212,6 @@ REFUSALS = {
     "CUDA graphs replay": {"cuda_graph_impl": "local"},
     "defer_embedding_wgrad_compute defers": {"defer_embedding_wgrad_compute": True},
     "fp8 keeps scaling factors": {"fp8": "hybrid"},
-    "mixture of experts has not been verified": {"num_moe_experts": 2},
-    "multi-token prediction": {"mtp_num_layers": 1},
     "cpu_offloading fetches": {"cpu_offloading": True},
     "gtp_weight_remat_size": {"gtp_weight_remat_size": 2},
     "quant_recipe": {"quant_recipe": object()},
