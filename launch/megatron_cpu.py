@@ -41,6 +41,23 @@ class _NoStream:
     def synchronize(self) -> None:
         pass
 
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
+
+
+def _sizes(tensor: Any, as_numpy: bool = False, **more: Any) -> Any:
+    """What the dispatcher of tokens takes from the device to size an exchange by."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _prepare_experts() -> None:
+    """Mixture of experts: the router looks for a kernel of Transformer Engine without asking whether that is installed."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        vars(moe_utils)["te_general_gemm"] = None
+    vars(token_dispatcher)["maybe_move_tensor_to_cpu"] = _sizes
+
 
 def install() -> None:
     """Once a process, before a model is built; does nothing where there are CUDA devices."""
@@ -69,6 +86,7 @@ def install() -> None:
     torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
     for name in ("FloatTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor"):
         setattr(cuda, name, getattr(torch, name))
+    _prepare_experts()
     mode = _OnCpu()
     mode.__enter__()
     _installed.append(mode)

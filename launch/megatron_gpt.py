@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
@@ -35,6 +36,10 @@ class GptJob:
     chunks: int = 1
     tensor: int = 1
     context: int = 1
+    expert: int = 1
+    """Ranks that share the experts of a layer (mixture of experts)."""
+    expert_tensor: int | None = None
+    """Ranks that share an expert; None: as many as share other layers."""
     layers: int = 4
     width: int = 32
     heads: int = 4
@@ -74,6 +79,8 @@ class GptTrainer:
             pipeline_model_parallel_size=job.pipeline,
             virtual_pipeline_model_parallel_size=job.chunks if job.chunks > 1 else None,
             context_parallel_size=job.context,
+            expert_model_parallel_size=job.expert,
+            expert_tensor_parallel_size=job.expert_tensor,
         )
         torch.manual_seed(job.seed)
         model_parallel_cuda_manual_seed(job.seed)
@@ -115,6 +122,8 @@ class GptTrainer:
                 "virtual_pipeline_model_parallel_size": job.chunks if job.chunks > 1 else None,
                 "tensor_model_parallel_size": job.tensor,
                 "context_parallel_size": job.context,
+                "expert_model_parallel_size": job.expert,
+                "expert_tensor_parallel_size": job.expert_tensor,
                 "hidden_dropout": job.dropout,
                 "attention_dropout": job.dropout,
                 "bias_dropout_fusion": False,
@@ -132,15 +141,20 @@ class GptTrainer:
         job = self.job
         stage = number if job.chunks > 1 else None
         whole = {"ignore_virtual": job.chunks == 1, "vp_stage": stage}
+        layers = job.spec(self.config)
+        more = {}
+        if self.config.mtp_num_layers:
+            more["mtp_block_spec"] = get_gpt_mtp_block_spec(self.config, layers, False, vp_stage=stage)
         model: Any = GPTModel(
             config=self.config,
-            transformer_layer_spec=job.spec(self.config),
+            transformer_layer_spec=layers,
             vocab_size=VOCABULARY,
             max_sequence_length=job.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(**whole),
             post_process=parallel_state.is_pipeline_last_stage(**whole),
             share_embeddings_and_output_weights=job.tied,
             vp_stage=stage,
+            **more,
         )
         model.model_type = ModelType.encoder_or_decoder
         if job.dtype != "fp32":
@@ -243,9 +257,16 @@ class GptTrainer:
 
     def hash_parameters(self) -> str:
         """SHA-256 over all parameters of this rank, in the order of their names."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks:
-            for name, parameter in sorted(chunk.named_parameters()):
-                digest.update(name.encode())
-                digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _hash(sorted(chunk.named_parameters()) for chunk in self.chunks)
+
+    def hash_buffers(self) -> str:
+        """... over all buffers: what routers count and balance experts by."""
+        return _hash(sorted(chunk.named_buffers()) for chunk in self.chunks)
+
+
+def _hash(chunks: Iterable[Iterable[tuple[str, Tensor]]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain(*chunks):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -78,12 +78,23 @@ def run(
         "skipped": skipped,
         "evaluations": evaluations,
         "parameters": trainer.hash_parameters(),
+        "buffers": trainer.hash_buffers(),
+        "logged": logged(),
         "status": adaptra_plugin.status(),
     }
     adaptra_plugin.deactivate()
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+def logged() -> dict[str, Any]:
+    """What Megatron logs of the losses of routers (by layer) and of further tokens, summed up since training has begun."""
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    found = {**get_moe_layer_wise_logging_tracker(), "further tokens": MTPLossLoggingHelper.tracker}
+    return {name: entry["values"].tolist() for name, entry in found.items() if "values" in entry}
 
 
 def both(
@@ -96,10 +107,11 @@ def both(
 
 
 def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
-    """To the bit on every rank: losses, gradient norms, evaluations and parameters."""
+    """To the bit on every rank: losses, gradient norms, evaluations, parameters, buffers, and
+    what Megatron logs of auxiliary losses."""
     for rank, (a, b) in enumerate(zip(stock, ours, strict=True)):
         assert b["status"]["active"] and not a["status"]["active"], rank
-        for name in ("losses", "norms", "skipped", "evaluations", "parameters"):
+        for name in ("losses", "norms", "skipped", "evaluations", "parameters", "buffers", "logged"):
             assert a[name] == b[name], f"rank {rank}: {name}"
     last = [losses for result in stock for losses in result["losses"] if losses]
     assert last, "some rank has losses"

@@ -1,0 +1,97 @@
+"""Results of pipelines with mixture of experts are those of the stock schedules, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.megatron.moe_combos import Combo, compare
+from tests.megatron.moe_models import experts
+from tests.megatron.runs import SLOW, assert_same, both, loaded
+from tests.switching import CAUSED, FIRST
+
+loaded()
+pytestmark = pytest.mark.multiprocess
+
+BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+BALANCED = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 1e-2}
+SHARED = {"moe_shared_expert_intermediate_size": 32}
+ALLTOALL = {"moe_token_dispatcher_type": "alltoall"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SMALL = (6, 4, 6)
+"""Microbatches of each iteration."""
+
+JOBS = {
+    "bias-shared": (experts({**BIAS, **SHARED}), 2),
+    "global-vpp2": (experts({**BALANCED, "moe_z_loss_coeff": 1e-3}, chunks=2), 2),
+    "full-recompute": (experts({**BALANCED, **BIAS, **FULL}, dtype="bf16"), 2),
+    "recomputed-experts-vpp2": (
+        experts({**BIAS, **SHARED, "recompute_granularity": "selective", "recompute_modules": ["moe"]}, chunks=2),
+        2,
+    ),
+    "top-1-dropping": (
+        experts({"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_expert_capacity_factor": 0.5}),
+        2,
+    ),
+    "padded-overlapped": (
+        experts(
+            {
+                **ALLTOALL,
+                **SHARED,
+                "moe_shared_expert_overlap": True,
+                "moe_expert_capacity_factor": 1.0,
+                "moe_pad_expert_input_to_capacity": True,
+            }
+        ),
+        2,
+    ),
+    "ep2": (experts(BALANCED, expert=2, distributed_optimizer=True, dtype="bf16"), 4),
+    "ep2-alltoall-vpp2": (experts({**ALLTOALL, **BIAS}, expert=2, chunks=2), 4),
+    "tp2-ep2": (experts({**ALLTOALL, **SHARED}, tensor=2, expert=2, expert_tensor=1), 4),
+    "tp2": (experts({"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1e-2}, tensor=2), 4),
+}
+"""Each with the number of ranks."""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_healthy(name):
+    job, world = JOBS[name]
+    steps = tuple(count // 2 * 2 for count in SMALL)
+    stock, ours = both(job, world, steps=steps, evaluate_after=(1,))
+    assert_same(stock, ours)
+    assert len({result["buffers"] for result in stock}) > 1 or "bias" not in name
+    for result in ours:
+        session = result["status"]["sessions"][0]
+        assert session["level"] == "full" and session["split_layers"]
+        # what is left: norms, embeddings, routers, and the gate of a shared expert
+        assert not any("Linear" in kind for kind in session["fused_layers"])
+
+
+@pytest.mark.parametrize("name", ["bias-shared", "ep2"])
+def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
+    job, world = JOBS[name]
+    block = {
+        **CAUSED,
+        "simulate": {
+            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
+            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
+        },
+    }
+    stock, ours = both(job, world, block, steps=(6,) * 9, plans_after=(FIRST, 5))
+    assert_same(stock, ours)
+    versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
+    assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"
+
+
+def test_experts_without_tokens():
+    """More experts than tokens of a microbatch: some have none, first of all while they are observed."""
+    job = experts({**BIAS, "num_moe_experts": 16, "moe_router_topk": 1, "moe_ffn_hidden_size": 8}, micro_batch=1, sequence=4)
+    assert_same(*both(job, 2, SLOW, steps=(6, 6, 6)))
+
+
+SEEDS = range(16)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("seed", SEEDS)
+def test_combination(seed):
+    compare(Combo.draw(seed))
