@@ -63,6 +63,10 @@ class GptJob:
     """More fields of Megatron's `TransformerConfig`."""
     spec: Callable[[TransformerConfig], Any] = lambda config: get_gpt_layer_local_spec()
     """The layers."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """More fields of Megatron's `OptimizerConfig`."""
+    prepare: Callable[[Any], None] = lambda model: None
+    """What is done to a model chunk before it is wrapped."""
 
 
 class GptTrainer:
@@ -157,6 +161,7 @@ class GptTrainer:
             **more,
         )
         model.model_type = ModelType.encoder_or_decoder
+        job.prepare(model)
         if job.dtype != "fp32":
             model = Float16Module(self.config, model)
         if not job.data_parallel_wrapper:
@@ -165,6 +170,7 @@ class GptTrainer:
             overlap_grad_reduce=job.overlap_grad_reduce,
             use_distributed_optimizer=job.distributed_optimizer,
             overlap_param_gather=job.overlap_param_gather,
+            align_param_gather=job.aligned,
             delay_wgrad_compute=self.config.delay_wgrad_compute,
             grad_reduce_in_fp32=job.dtype != "fp32",
             bucket_size=4000 if job.overlap_grad_reduce else None,  # several, as a real model has
@@ -185,6 +191,7 @@ class GptTrainer:
             use_distributed_optimizer=job.distributed_optimizer,
             overlap_param_gather=job.overlap_param_gather,
             initial_loss_scale=job.loss_scale,
+            **job.optimizer,
         )
         return get_megatron_optimizer(settings, self.chunks)
 
@@ -256,7 +263,10 @@ class GptTrainer:
         return loss, {"loss": loss.item()}
 
     def hash_parameters(self) -> str:
-        """SHA-256 over all parameters of this rank, in the order of their names."""
+        """SHA-256 over all parameters of this rank, in the order of their names; what is still being gathered is waited for."""
+        if self.job.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         return _hash(sorted(chunk.named_parameters()) for chunk in self.chunks)
 
     def hash_buffers(self) -> str:

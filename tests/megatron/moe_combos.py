@@ -140,7 +140,9 @@ class Combo:
         balanced = one(list(BALANCED))
         if limited != "not" and balanced not in ("not", "batch", "sequence"):
             balanced = "batch"  # Megatron's own rule
-        recomputed = one([name for name in RECOMPUTED if name not in (("experts", "shared-experts") if dense else ("mlp",))])
+        recomputed = one(
+            [name for name in RECOMPUTED if name not in (("experts", "shared-experts") if dense else ("mlp",))]
+        )
         if recomputed == "shared-experts" and shared != "yes":
             recomputed = "attention"
         expert = 0 if dense else one((1, 2)) if tensor * data > 1 else 1

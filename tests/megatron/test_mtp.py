@@ -61,7 +61,10 @@ def test_sequences_of_different_lengths():
 
 UNEVEN = {
     "embedding-and-loss-count": (
-        GptJob(layers=6, extra={"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}),
+        GptJob(
+            layers=6,
+            extra={"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+        ),
         2,
     ),
     "first-and-last": (
