@@ -53,4 +53,7 @@ def experts(extra: dict[str, Any] | None = None, **job: Any) -> GptJob:
 def predicting(depth: int = 1, extra: dict[str, Any] | None = None, **job: Any) -> GptJob:
     """A job that predicts `depth` more tokens."""
     more = {"sequence_parallel": True} if job.get("tensor", 1) > 1 else {}
-    return GptJob(**{"spec": layers, **job}, extra={"mtp_num_layers": depth, **more, **(extra or {})})
+    return GptJob(
+        **{"spec": layers, **job},
+        extra={"mtp_num_layers": depth, "mtp_loss_scaling_factor": 0.1, **more, **(extra or {})},
+    )
