@@ -1,6 +1,6 @@
 """Megatron-core pipelines with a link that turns slow: Adaptra against the stock schedules it replaces, in the same run.
 
-    python -m benchmarks.megatron [--chunks 1 2] [--latency-ms 120] [--iterations 24] [--json FILE]
+    python -m benchmarks.megatron [--chunks 1 2] [--experts 4] [--dropout 0.1] [--latency-ms 120] [--iterations 24] [--json FILE]
 
 Four ranks under torchrun train a GPT of Megatron's layers. **Compute is paced**: a stage really trains, then sleeps to its budget
 (F/I/W 20/20/12 ms for each model chunk). Runs: stock and Adaptra, each healthy and with link 1-2 late by `--latency-ms` from the middle
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ COMPUTE = {"forward_ms": 20, "backward_input_ms": 20, "backward_weight_ms": 12}
 RUN_DEADLINE_S = 300.0
 
 
-def train(folder: Path, chunks: int, adaptra: bool, links: list[dict[str, Any]], iterations: int) -> dict[str, Any]:
+def train(
+    folder: Path, chunks: int, adaptra: bool, links: list[dict[str, Any]], iterations: int, model: Sequence[str]
+) -> dict[str, Any]:
     """One training run: iteration times of the last rank, losses, and the hashes of all ranks' parameters."""
     name = f"{'adaptra' if adaptra else 'stock'}-{chunks}-{'slow' if links else 'healthy'}"
     config = folder / f"{name}.json"
@@ -39,7 +42,7 @@ def train(folder: Path, chunks: int, adaptra: bool, links: list[dict[str, Any]],
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)),
         *("--master_port", str(free_port()), "-m", "adaptra_plugin.launch.train_megatron"),
-        *("--pipeline", str(RANKS), "--chunks", str(chunks), "--iterations", str(iterations)),
+        *("--pipeline", str(RANKS), "--chunks", str(chunks), "--iterations", str(iterations), *model),
         *("--adaptra-config" if adaptra else "--simulate", str(config), "--result", str(folder / name)),
     ]
     log = folder / f"{name}.log"
@@ -53,13 +56,13 @@ def train(folder: Path, chunks: int, adaptra: bool, links: list[dict[str, Any]],
     return {**last, "parameters_sha256": [result["parameters_sha256"] for result in results]}
 
 
-def measure(chunks: int, latency_ms: float, iterations: int) -> dict[str, Any]:
+def measure(chunks: int, latency_ms: float, iterations: int, model: Sequence[str]) -> dict[str, Any]:
     """All four runs of one kind of schedule, and what follows from them."""
     half = iterations // 2
     slow = [{"src": 1, "dst": 2, "latency_ms": latency_ms, "from_iteration": half}]
     with tempfile.TemporaryDirectory(prefix="adaptra-megatron-") as folder:
         runs = {
-            (name, state): train(Path(folder), chunks, name == "adaptra", links, iterations)
+            (name, state): train(Path(folder), chunks, name == "adaptra", links, iterations, model)
             for name in ("stock", "adaptra")
             for state, links in (("healthy", []), ("slow", slow))
         }
@@ -67,6 +70,7 @@ def measure(chunks: int, latency_ms: float, iterations: int) -> dict[str, Any]:
     first = runs["stock", "healthy"]
     return {
         "chunks": chunks,
+        "model": list(model),
         "latency_ms": latency_ms,
         "iteration_ms": {" ".join(key): round(value, 1) for key, value in times.items()},
         "times_stock_slow": round(times["stock", "slow"] / times["adaptra", "slow"], 2),
@@ -79,14 +83,17 @@ def measure(chunks: int, latency_ms: float, iterations: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2], help="model chunks a rank")
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: dense layers")
+    parser.add_argument("--dropout", type=float, default=0.0, help="with several chunks it keeps the stock order")
     parser.add_argument("--latency-ms", type=float, default=120.0)
     parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     print(f"{RANKS} ranks, 12 microbatches, compute paced to {COMPUTE}, {os.cpu_count()} processors", flush=True)
+    model = ["--experts", str(options.experts), "--dropout", str(options.dropout)]
     rows = []
     for chunks in options.chunks:
-        row = measure(chunks, options.latency_ms, options.iterations)
+        row = measure(chunks, options.latency_ms, options.iterations, model)
         rows.append(row)
         schedule = "1F1B" if chunks == 1 else f"interleaved, {chunks} chunks a rank"
         print(f"{schedule}: ms an iteration {row['iteration_ms']}")

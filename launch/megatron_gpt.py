@@ -61,7 +61,9 @@ class GptJob:
     batched_p2p: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """More fields of Megatron's `TransformerConfig`."""
-    spec: Callable[[TransformerConfig], Any] = lambda config: get_gpt_layer_local_spec()
+    spec: Callable[[TransformerConfig], Any] = lambda config: get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False
+    )
     """The layers."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """More fields of Megatron's `OptimizerConfig`."""

@@ -32,6 +32,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pipeline", type=int, default=4, help="ranks of a pipeline")
     parser.add_argument("--chunks", type=int, default=1, help="model chunks (virtual stages) of each rank")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--experts", type=int, default=0, help="of each layer (mixture of experts); 0: dense layers")
+    parser.add_argument("--dropout", type=float, default=0.0, help="with several chunks it keeps the stock order")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--sequence", type=int, default=32, help="bytes")
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         micro_batch=arguments.micro_batch,
         seed=SEED,
         learning_rate=1e-3,
+        dropout=arguments.dropout,
+        extra=_experts(arguments),
     )
     trainer = GptTrainer(job)
     simulation = _simulation(arguments)
@@ -91,6 +95,19 @@ def main(argv: list[str] | None = None) -> None:
 
     adaptra_plugin.deactivate()
     torch.distributed.destroy_process_group()
+
+
+def _experts(arguments: argparse.Namespace) -> dict[str, Any]:
+    if not arguments.experts:
+        return {}
+    return {
+        "num_moe_experts": arguments.experts,
+        "moe_router_topk": min(2, arguments.experts),
+        "moe_ffn_hidden_size": 2 * arguments.width,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 1e-2,
+        "add_bias_linear": False,
+    }
 
 
 def _simulation(arguments: argparse.Namespace) -> Any:
