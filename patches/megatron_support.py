@@ -67,6 +67,13 @@ REFUSED: tuple[Check, ...] = (
         "weights that are spread and gathered anew in each pass (gtp_weight_remat_size) count on the stock order",
         "set it to 1",
     ),
+    (
+        lambda config: bool(
+            getattr(config, "mtp_use_repeated_layer", False) and getattr(config, "delay_wgrad_compute", False)
+        ),
+        "mtp_use_repeated_layer uses layers several times a microbatch, and what delay_wgrad_compute keeps of them is taken once",
+        "set one of them to False",
+    ),
     (_on("use_kitchen"), "the quantisation of Kitchen has not been verified with plans", "set use_kitchen to False"),
     (_on("quant_recipe"), "a quant_recipe has not been verified with plans", "set it to None"),
     (
@@ -96,6 +103,16 @@ def check_config(config: Any, chunks: int) -> None:
                 f"with {chunks} model chunks a rank, the masks of {' and '.join(dropout)} would depend on the plan: a rank "
                 "draws them in the order in which its chunks run",
                 f"set {' and '.join(dropout)} to 0",
+            )
+        )
+    drawn = [
+        name for name in ("moe_input_jitter_eps", "moe_router_force_load_balancing") if getattr(config, name, None)
+    ]
+    if chunks > 1 and drawn:
+        found.append(
+            (
+                f"with {chunks} model chunks a rank, the random numbers of {' and '.join(drawn)} would depend on the plan",
+                f"unset {' and '.join(drawn)}",
             )
         )
     _refuse(found)

@@ -214,6 +214,7 @@ REFUSALS = {
     "fp8 keeps scaling factors": {"fp8": "hybrid"},
     "cpu_offloading fetches": {"cpu_offloading": True},
     "gtp_weight_remat_size": {"gtp_weight_remat_size": 2},
+    "mtp_use_repeated_layer uses layers": {"mtp_use_repeated_layer": True, "delay_wgrad_compute": True},
     "quant_recipe": {"quant_recipe": object()},
     "overlap_p2p_comm and batch_p2p_comm exclude": {"overlap_p2p_comm": True, "batch_p2p_comm": True},
 }
@@ -235,6 +236,16 @@ def test_refuses_dropout_with_several_chunks_only():
     config = type("Config", (), {"hidden_dropout": 0.1, "attention_dropout": 0.0})
     check_config(config, 1)
     with pytest.raises(UnsupportedError, match="2 model chunks a rank, the masks of hidden_dropout would depend"):
+        check_config(config, 2)
+
+
+@pytest.mark.parametrize("name", ["moe_input_jitter_eps", "moe_router_force_load_balancing"])
+def test_refuses_random_numbers_of_routers_with_several_chunks_only(name):
+    from adaptra_plugin.patches.megatron_support import check_config
+
+    config = type("Config", (), {name: 0.1})
+    check_config(config, 1)
+    with pytest.raises(UnsupportedError, match=f"2 model chunks a rank, the random numbers of {name} would depend"):
         check_config(config, 2)
 
 
