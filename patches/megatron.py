@@ -31,6 +31,7 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_foreign as foreign
 from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.hosts import HOSTS
+from adaptra_plugin.patches.megatron_draws import Draws, draws
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
@@ -132,6 +133,8 @@ class Pipeline:
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
         self.topology = Topology.of(rank, meeting.pipelines(world_size, mine), len(call.chunks))
         self.delayed = Delayed(call.chunks)
+        drawing = meeting.gather("draws", draws(call.chunks, call.config), world_size)
+        self.draws = Draws() if any(drawing.values()) else None
         self.session = Session(
             config,
             self.topology,
@@ -143,8 +146,12 @@ class Pipeline:
         )
         weakref.finalize(call.chunks[0], self.session.close)
 
-    def run(self, call: Call) -> list[Any]:
+    def run(self, call: Call, stock: Callable[..., Any]) -> list[Any]:
         """What the stock schedule does and returns."""
+        if self.draws is not None and call.training and not self.draws.known:
+            with self.draws.counting(call.chunks):
+                results: list[Any] = stock(**call.arguments)
+            return results
         session, timers = self.session, call.config.timers
         with session.inside():
             if timers is not None:
@@ -179,6 +186,8 @@ class _Execution:
         self._inputs: dict[tuple[int, int], Tensor | None] = {}
         self._outputs: dict[tuple[int, int], Any] = {}
         self._synchronised = 0  # chunks whose parameters have been asked for
+        draws = pipeline.draws if call.training else None
+        self._turns = None if draws is None else draws.iteration(self.config, call.num_microbatches)
 
     def run(self) -> list[Any]:
         steps = {
@@ -192,6 +201,8 @@ class _Execution:
         with self._no_sync():
             for action in self.iteration.dispatch():
                 steps[action.kind](action)
+        if self._turns is not None:
+            self._turns.end()
         if unstepped is not None:
             unstepped.check()
         if self.call.training:
@@ -209,7 +220,8 @@ class _Execution:
         self._synchronise_parameters(chunk)
         first = call.first_val_step is None or call.training or bool(call.first_val_step)
         watched = nullcontext() if self._unstepped is None else self._unstepped.forward()
-        with watched, iteration.compute(action), self.session.recording(iteration):
+        drawing = nullcontext() if self._turns is None else self._turns.forward(chunk, action.microbatch)
+        with watched, iteration.compute(action), self.session.recording(iteration), drawing:
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.iterators[chunk],
@@ -390,7 +402,7 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
             f"replaced after training with Adaptra had begun: {'; '.join(found)}. Replace it before the first iteration, and "
             "the job runs as without Adaptra"
         )
-    return stock(**arguments) if pipeline is None else pipeline.run(call)
+    return stock(**arguments) if pipeline is None else pipeline.run(call, stock)
 
 
 def _start(config: AdaptraConfig, call: Call, found: list[str]) -> Pipeline | None:

@@ -6,9 +6,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.nn.modules.dropout import _DropoutNd
-
 from adaptra_plugin.errors import refuse
+from adaptra_plugin.patches.megatron_draws import SETTINGS, draws
 from adaptra_plugin.patches.megatron_split import delays
 
 _refuse = functools.partial(refuse, otherwise="adaptra_plugin.deactivate() runs the stock schedule")
@@ -96,23 +95,13 @@ def check_config(config: Any, chunks: int) -> None:
         UnsupportedError: one line per reason, each with its remedy.
     """
     found = [(reason, remedy) for predicate, reason, remedy in REFUSED if predicate(config)]
-    dropout = [name for name in ("hidden_dropout", "attention_dropout") if getattr(config, name, 0.0)]
-    if chunks > 1 and dropout:
+    drawing = [name for name in SETTINGS if getattr(config, name, None)]
+    if chunks > 1 and drawing and getattr(config, "variable_seq_lengths", False):
         found.append(
             (
-                f"with {chunks} model chunks a rank, the masks of {' and '.join(dropout)} would depend on the plan: a rank "
-                "draws them in the order in which its chunks run",
-                f"set {' and '.join(dropout)} to 0",
-            )
-        )
-    drawn = [
-        name for name in ("moe_input_jitter_eps", "moe_router_force_load_balancing") if getattr(config, name, None)
-    ]
-    if chunks > 1 and drawn:
-        found.append(
-            (
-                f"with {chunks} model chunks a rank, the random numbers of {' and '.join(drawn)} would depend on the plan",
-                f"unset {' and '.join(drawn)}",
+                f"with {chunks} model chunks a rank and variable_seq_lengths, the random numbers of {' and '.join(drawing)} would "
+                "depend on the plan: how much a forward draws is not known before",
+                f"unset {' and '.join(drawing)}",
             )
         )
     _refuse(found)
@@ -149,12 +138,12 @@ def check_model(chunks: Sequence[Any], config: Any) -> None:
                     "set delay_wgrad_compute in the DistributedDataParallelConfig too, or gradient_accumulation_fusion",
                 )
             )
-        random = {type(layer).__name__ for layer in chunk.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
-        if len(chunks) > 1 and random:
+        if draws(chunks, config) and any(delays(layer) for layer in chunk.modules()):
             found.append(
                 (
-                    f"with {len(chunks)} model chunks a rank, the masks of {', '.join(sorted(random))} layers would depend on the plan",
-                    "set their p to 0",
+                    f"with {len(chunks)} model chunks a rank and dropout the first iteration runs by the stock schedule, which asks for "
+                    "no delayed weight gradients",
+                    "set delay_wgrad_compute to False, or dropout to 0",
                 )
             )
     _refuse(list(dict.fromkeys(found)))

@@ -230,23 +230,16 @@ def test_refuses_settings_with_a_reason_and_a_remedy(message):
     check_config(type("Config", (), dict.fromkeys(REFUSALS[message])), 1)
 
 
-def test_refuses_dropout_with_several_chunks_only():
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout", "moe_input_jitter_eps"])
+def test_refuses_random_numbers_with_several_chunks_and_variable_lengths_only(name):
     from adaptra_plugin.patches.megatron_support import check_config
 
-    config = type("Config", (), {"hidden_dropout": 0.1, "attention_dropout": 0.0})
+    config = type("Config", (), {name: 0.1, "variable_seq_lengths": True})
     check_config(config, 1)
-    with pytest.raises(UnsupportedError, match="2 model chunks a rank, the masks of hidden_dropout would depend"):
+    with pytest.raises(UnsupportedError, match=f"2 model chunks a rank.*, the random numbers of {name} would depend"):
         check_config(config, 2)
-
-
-@pytest.mark.parametrize("name", ["moe_input_jitter_eps", "moe_router_force_load_balancing"])
-def test_refuses_random_numbers_of_routers_with_several_chunks_only(name):
-    from adaptra_plugin.patches.megatron_support import check_config
-
-    config = type("Config", (), {name: 0.1})
-    check_config(config, 1)
-    with pytest.raises(UnsupportedError, match=f"2 model chunks a rank, the random numbers of {name} would depend"):
-        check_config(config, 2)
+    config.variable_seq_lengths = False
+    check_config(config, 2)
 
 
 class Wrapped(torch.nn.Module):
@@ -264,7 +257,11 @@ class Wrapped(torch.nn.Module):
     [
         ([Wrapped(linear(True), overlap_grad_reduce=False)], {}, "nothing adds up those of several microbatches"),
         ([Wrapped(torch.nn.Linear(1, 1))], {"no_sync_func": print}, "Wrapped reduces gradients in its last backward"),
-        ([torch.nn.Dropout(0.1)] * 2, {}, "the masks of Dropout layers would depend on the plan"),
+        (
+            [Wrapped(torch.nn.Sequential(torch.nn.Dropout(0.1), linear(True)), delay_wgrad_compute=True)] * 2,
+            {},
+            "2 model chunks a rank and dropout the first iteration runs by the stock schedule",
+        ),
     ],
     ids=["delayed", "unknown wrapper", "dropout"],
 )
@@ -281,8 +278,7 @@ def test_takes_models_that_are_like_them_but_right():
 
     config = type("Config", (), {"no_sync_func": print, "grad_sync_func": None, "gradient_accumulation_fusion": False})
     check_model([Wrapped(linear(True), delay_wgrad_compute=True)], config)
-    check_model([Wrapped(torch.nn.Dropout(0.0), delay_wgrad_compute=False)] * 2, config)
-    check_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)], config)
+    check_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)] * 2, config)
     config.gradient_accumulation_fusion, config.no_sync_func = True, None
     check_model([Wrapped(linear(True))], config)
 
