@@ -186,8 +186,8 @@ class _Execution:
         self._inputs: dict[tuple[int, int], Tensor | None] = {}
         self._outputs: dict[tuple[int, int], Any] = {}
         self._synchronised = 0  # chunks whose parameters have been asked for
-        draws = pipeline.draws if call.training else None
-        self._turns = None if draws is None else draws.iteration(self.config, call.num_microbatches)
+        drawn = pipeline.draws if call.training else None
+        self._turns = None if drawn is None else drawn.iteration(self.config, call.num_microbatches)
 
     def run(self) -> list[Any]:
         steps = {
