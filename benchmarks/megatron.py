@@ -1,6 +1,6 @@
 """Megatron-core pipelines with a link that turns slow: Adaptra against the stock schedules it replaces, in the same run.
 
-    python -m benchmarks.megatron [--chunks 1 2] [--experts 4] [--dropout 0.1] [--latency-ms 120] [--iterations 24] [--json FILE]
+    python -m benchmarks.megatron [--chunks 1 2] [--experts 4] [--stock-order] [--latency-ms 120] [--iterations 24] [--json FILE]
 
 Four ranks under torchrun train a GPT of Megatron's layers. **Compute is paced**: a stage really trains, then sleeps to its budget
 (F/I/W 20/20/12 ms for each model chunk). Runs: stock and Adaptra, each healthy and with link 1-2 late by `--latency-ms` from the middle
@@ -84,13 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2], help="model chunks a rank")
     parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: dense layers")
-    parser.add_argument("--dropout", type=float, default=0.0, help="with several chunks it keeps the stock order")
+    parser.add_argument("--stock-order", action="store_true", help="measure the level at which no plans run")
     parser.add_argument("--latency-ms", type=float, default=120.0)
     parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     print(f"{RANKS} ranks, 12 microbatches, compute paced to {COMPUTE}, {os.cpu_count()} processors", flush=True)
-    model = ["--experts", str(options.experts), "--dropout", str(options.dropout)]
+    model = ["--experts", str(options.experts), *(["--stock-order"] if options.stock_order else [])]
     rows = []
     for chunks in options.chunks:
         row = measure(chunks, options.latency_ms, options.iterations, model)

@@ -33,7 +33,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=1, help="model chunks (virtual stages) of each rank")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--experts", type=int, default=0, help="of each layer (mixture of experts); 0: dense layers")
-    parser.add_argument("--dropout", type=float, default=0.0, help="with several chunks it keeps the stock order")
+    parser.add_argument(
+        "--stock-order", action="store_true", help="claim a feature that plans cannot bear, to measure that level"
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--sequence", type=int, default=32, help="bytes")
@@ -64,10 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         micro_batch=arguments.micro_batch,
         seed=SEED,
         learning_rate=1e-3,
-        dropout=arguments.dropout,
         extra=_experts(arguments),
     )
     trainer = GptTrainer(job)
+    if arguments.stock_order:
+        trainer.config.moe_paged_stash = True  # of which nothing is there
     simulation = _simulation(arguments)
     corpus = read_corpus()
     rank, last = torch.distributed.get_rank(), trainer.is_last

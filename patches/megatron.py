@@ -31,6 +31,7 @@ from adaptra_plugin.patches import megatron_foreign as foreign
 from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.hosts import HOSTS
 from adaptra_plugin.patches.megatron_call import Call
+from adaptra_plugin.patches.megatron_draws import Draws, draws
 from adaptra_plugin.patches.megatron_following import delegated
 from adaptra_plugin.patches.megatron_rules import reasons_of_config
 from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
@@ -55,8 +56,11 @@ class Pipeline:
         store = torch.distributed.distributed_c10d._get_default_store()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
+        self.agreed = False
         self.topology = Topology.of(rank, meeting.pipelines(world_size, mine), len(call.chunks))
         self.delayed = Delayed(call.chunks)
+        drawing = meeting.gather("draws", draws(call.chunks, call.config), world_size)
+        self.draws = Draws() if any(drawing.values()) else None
         self.session = Session(
             config,
             self.topology,
@@ -67,6 +71,21 @@ class Pipeline:
             wandb_rank=HOST.wandb_rank % world_size,
         )
         weakref.finalize(call.chunks[0], self.session.close)
+
+    def agree(self, reasons: list[str]) -> None:
+        """Once: the stock schedule itself runs what cannot bear another order, with whatever else belongs to it."""
+        if reasons:
+            self.draws = None
+        self.session.agrees((), reasons)
+        self.agreed = True
+
+    def count(self, call: Call, stock: Callable[..., Any]) -> Any:
+        """The first training iteration of a job that draws random numbers: by the stock schedule."""
+        assert self.draws is not None
+        with self.draws.counting(call.chunks):
+            results = stock(**call.arguments)
+        self.agree(self.draws.reasons)
+        return results
 
     def follow(self, call: Call, stock: Callable[..., Any]) -> Any:
         """Runs the stock schedule as it is, with its transfers delegated."""
@@ -113,6 +132,8 @@ class _Execution:
         self.groups = call.groups()
         self.results: list[Any] = []
         self.tokens = torch.zeros([], dtype=torch.int, device=self.session.device)
+        drawn = pipeline.draws if call.training else None
+        self._turns = None if drawn is None else drawn.iteration(self.config, call.num_microbatches)
         self._inputs: dict[tuple[int, int], Tensor | None] = {}
         self._outputs: dict[tuple[int, int], Any] = {}
         self._synchronised = 0  # chunks whose parameters have been asked for
@@ -129,6 +150,8 @@ class _Execution:
         with self._no_sync():
             for action in self.iteration.dispatch():
                 steps[action.kind](action)
+        if self._turns is not None:
+            self._turns.end()
         if unstepped is not None:
             unstepped.check()
         if self.call.training:
@@ -146,7 +169,8 @@ class _Execution:
         self._synchronise_parameters(chunk)
         first = call.first_val_step is None or call.training or bool(call.first_val_step)
         watched = nullcontext() if self._unstepped is None else self._unstepped.forward()
-        with watched, iteration.compute(action), self.session.recording(iteration):
+        drawing = nullcontext() if self._turns is None else self._turns.forward(chunk, microbatch)
+        with watched, iteration.compute(action), self.session.recording(iteration), drawing:
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.iterators[chunk],
@@ -299,6 +323,8 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
         )
     if pipeline is None:
         return stock(**arguments)
+    if call.training and not pipeline.agreed:
+        return pipeline.count(call, stock)
     if pipeline.session.follows:
         return pipeline.follow(call, stock)
     if changed := call.reasons():
@@ -327,8 +353,9 @@ def _start(config: AdaptraConfig, call: Call, found: list[str], own_order: list[
     ]
     refuse_what_must_be(reasons, support.OTHERWISE)
     pipeline = Pipeline(config, call, meeting)
-    # the stock schedule itself runs what cannot bear another order, with whatever else belongs to it
-    pipeline.session.agrees((), [*own_order, *map(str, reasons)])
+    found = [*own_order, *map(str, reasons)]
+    if pipeline.draws is None or any(meeting.gather("order", bool(found), world_size).values()):
+        pipeline.agree(found)
     return pipeline
 
 

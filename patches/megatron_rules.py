@@ -12,6 +12,8 @@ from typing import Any
 
 from adaptra_plugin.support import Level, Reason, Rule, in_stock_order, judge, refused
 
+DRAWING = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps", "moe_router_force_load_balancing")
+"""Fields with which forwards draw random numbers."""
 ORDERLESS_FP8 = ("tensorwise", "blockwise", "mxfp8")
 """Recipes of fp8 that compute a scale from each tensor alone."""
 
@@ -43,10 +45,6 @@ def whole_graph(config: Any) -> bool:
     each = scopes if isinstance(scopes, list | tuple | set) else str(scopes).split(",")
     graphs = _graphs(Settings(config))
     return graphs and any(str(getattr(scope, "name", scope)).endswith("full_iteration") for scope in each)
-
-
-def _dropouts(job: Settings) -> list[str]:
-    return [name for name in ("hidden_dropout", "attention_dropout") if job.get(name, 0.0)]
 
 
 def _fp8_with_history(job: Settings) -> bool:
@@ -134,11 +132,18 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda job: job.chunks > 1 and bool(_dropouts(job)),
+        lambda job: job.chunks > 1 and bool(job.get("variable_seq_lengths")) and _on(*DRAWING)(job),
         in_stock_order(
-            "with several model chunks a rank, the masks of hidden_dropout and attention_dropout would depend on the plan: a rank "
-            "draws them in the order in which its chunks run",
-            "plans need both to be 0",
+            f"with several model chunks a rank and variable_seq_lengths, random numbers ({', '.join(DRAWING)}) would depend on the "
+            "plan: how much a forward draws is not known before",
+            "plans need forwards that draw none",
+        ),
+    ),
+    (
+        lambda job: bool(job.get("mtp_use_repeated_layer") and job.get("delay_wgrad_compute")),
+        refused(
+            "mtp_use_repeated_layer uses layers several times a microbatch, and what delay_wgrad_compute keeps of them is taken once",
+            "set one of them to False",
         ),
     ),
     (

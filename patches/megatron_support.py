@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.nn.modules.dropout import _DropoutNd
-
+from adaptra_plugin.patches.megatron_draws import draws
 from adaptra_plugin.patches.megatron_split import delays
 from adaptra_plugin.support import Reason, in_stock_order, refused
 
@@ -15,7 +14,7 @@ OTHERWISE = "adaptra_plugin.deactivate() runs the stock schedule"
 
 def reasons_of_model(chunks: Sequence[Any], config: Any) -> list[Reason]:
     """Why a model has less than the full support: wrappers that reduce gradients in ways that count on the stock schedule, and layers
-    that draw random numbers.
+    that delay weight gradients which nobody would ask for.
     """
     found: list[Reason] = []
     names = {base.__name__ for chunk in chunks for base in type(chunk).__mro__}
@@ -47,12 +46,12 @@ def reasons_of_model(chunks: Sequence[Any], config: Any) -> list[Reason]:
                     "set delay_wgrad_compute in the DistributedDataParallelConfig too, or gradient_accumulation_fusion",
                 )
             )
-        random = {type(layer).__name__ for layer in chunk.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
-        if len(chunks) > 1 and random:
+        if draws(chunks, config) and any(delays(layer) for layer in chunk.modules()):
             found.append(
-                in_stock_order(
-                    f"with {len(chunks)} model chunks a rank, the masks of {', '.join(sorted(random))} layers would depend on the plan",
-                    "plans need their p to be 0",
+                refused(
+                    f"with {len(chunks)} model chunks a rank and dropout the first iteration runs by the stock schedule, which asks "
+                    "for no delayed weight gradients",
+                    "set delay_wgrad_compute to False, or dropout to 0",
                 )
             )
     return list(dict.fromkeys(found))

@@ -29,7 +29,8 @@ def check(capsys):
     [
         (DENSE, "full", 1, None),
         ([*DENSE, *CHUNKS, *NO_DROPOUT], "full", 4, None),
-        ([*DENSE, *CHUNKS], "stock-order", 4, "the masks of hidden_dropout"),
+        ([*DENSE, *CHUNKS], "full", 4, None),
+        ([*DENSE, *CHUNKS, "--variable-seq-lengths"], "stock-order", 4, "how much a forward draws"),
         ([*DENSE, "--num-virtual-stages-per-pipeline-rank", "2", *NO_DROPOUT], "full", 2, None),
         ([*DENSE, "--pipeline-model-parallel-layout", "Et*3|(tt|)*6t,L", *NO_DROPOUT], "full", 2, None),
         ([*DENSE, "--num-experts", "64", "--expert-model-parallel-size", "8"], "full", 1, None),

@@ -145,3 +145,13 @@ def _block(config: Any, layer: Any) -> TransformerBlockSubmodules:
     count = config.num_layers // config.pipeline_model_parallel_size
     count //= config.virtual_pipeline_model_parallel_size or 1
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SpreadNorm)
+
+
+class Kernels:
+    """What apex's extension does for `gradient_accumulation_fusion`, without a GPU."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(x, grad_y, main_grad):
+        main_grad += grad_y.t().float() @ x.float()
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32

@@ -4,7 +4,7 @@ and with ours, and has to give the same bits."""
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
@@ -126,13 +126,14 @@ class Combo:
     tied: bool
     layout: dict[str, Any]
     slow: bool
+    dropout: float
 
     @classmethod
     def draw(cls, seed: int) -> Combo:
         choose = random.Random(seed)
         one = choose.choice
         stages, tensor, data = one(SIZES)
-        chunks = one((1, 2)) if stages == 2 else one((1, 1, 2))
+        chunks = one((1, 2))
         depth = one((0, 0, 1, 2))
         dense = depth > 0 and choose.random() < 0.4
         shared = "no" if dense else one(list(SHARED))
@@ -146,7 +147,7 @@ class Combo:
         if recomputed == "shared-experts" and shared != "yes":
             recomputed = "attention"
         expert = 0 if dense else one((1, 2)) if tensor * data > 1 else 1
-        return cls(
+        drawn = cls(
             stages=stages,
             tensor=tensor,
             data=data,
@@ -168,7 +169,10 @@ class Combo:
             tied=choose.random() < 0.3,
             layout=one(LAYOUTS[stages, chunks]) if choose.random() < 0.4 else {},
             slow=choose.random() < 0.7,
+            dropout=one((0.0, 0.0, 0.1)),
         )
+        # beside multi-token prediction a tied output layer keeps a weight that nothing uses: Megatron's buckets wait for it
+        return replace(drawn, tied=False) if depth and drawn.precision == "bf16-overlapped" else drawn
 
     @property
     def ranks(self) -> int:
@@ -195,6 +199,7 @@ class Combo:
             "layers": 8 if self.stages * self.chunks == 8 else 4,
             "sequence": 8,
             "tied": self.tied,
+            "dropout": self.dropout,
         }
         if not self.expert:
             return predicting(self.depth, extra, **job)
@@ -239,8 +244,11 @@ def compare(combo: Combo, timeout: float = 100.0) -> list[dict[str, Any]]:
         stock = run_ranks(run, combo.ranks, combo.job, None, STEPS, timeout=timeout, **evaluate)
     except AssertionError as error:
         raise StockFails(str(error)) from None
-    block = combo.adaptra
-    ours = run_ranks(run, combo.ranks, combo.job, block, STEPS, timeout=timeout, plans_after=(FIRST,), **evaluate)
+    # with dropout and several chunks the first iteration is stock's
+    after = FIRST + (combo.dropout > 0 and combo.chunks > 1)
+    ours = run_ranks(
+        run, combo.ranks, combo.job, combo.adaptra, STEPS, timeout=timeout, plans_after=(after,), **evaluate
+    )
     assert_same(stock, ours)
     sessions = [result["status"]["sessions"][0] for result in ours]
     assert {session["level"] for session in sessions} == {"full"}

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron.core.models import backends
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import layers as linears
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import transformer_block
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
-from tests.megatron.layers import SpreadNorm
+from tests.megatron.layers import Kernels, SpreadNorm
 
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4,
@@ -30,6 +31,12 @@ def layers(config: Any) -> Any:
     if config.recompute_modules and "layernorm" in config.recompute_modules:
         vars(random).update(FP8GlobalStateManager=_NoFp8, activation_recompute_forward=_nothing, fp8_autocast=_nothing)
     return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+
+
+def fused_layers(config: Any) -> Any:
+    """... whose weight gradients are accumulated by one kernel (`gradient_accumulation_fusion`)."""
+    vars(linears).update(_grad_accum_fusion_available=True, fused_weight_gradient_mlp_cuda=Kernels)
+    return layers(config)
 
 
 class _NoFp8:

@@ -224,6 +224,7 @@ LEVELS = {
     "gtp_weight_remat_size": ("stock-order", {"gtp_weight_remat_size": 2}),
     "quant_recipe": ("stock-order", {"quant_recipe": object()}),
     "sharded": ("stock-order", {"use_megatron_fsdp": True}),
+    "mtp_use_repeated_layer uses layers": ("refused", {"mtp_use_repeated_layer": True, "delay_wgrad_compute": True}),
     "overlap_p2p_comm and batch_p2p_comm exclude": ("refused", {"overlap_p2p_comm": True, "batch_p2p_comm": True}),
 }
 
@@ -246,13 +247,16 @@ def test_recipes_of_fp8_that_keep_a_history_have_the_stock_order(recipe):
     assert [reason.level.value for reason in found] == ["stock-order"] * (recipe in ("delayed", "custom", None))
 
 
-def test_dropout_has_the_stock_order_with_several_chunks_only():
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout", "moe_input_jitter_eps"])
+def test_random_numbers_have_the_stock_order_with_several_chunks_and_variable_lengths_only(name):
     from adaptra_plugin.patches.megatron_rules import reasons_of_config
 
-    config = type("Config", (), {"hidden_dropout": 0.1, "attention_dropout": 0.0})
+    config = type("Config", (), {name: 0.1, "variable_seq_lengths": True})
     assert reasons_of_config(config, 1) == []
     (reason,) = reasons_of_config(config, 2)
-    assert reason.level.value == "stock-order" and "the masks of hidden_dropout" in reason.why
+    assert reason.level.value == "stock-order" and "random numbers" in reason.why
+    config.variable_seq_lengths = False
+    assert reasons_of_config(config, 2) == []
 
 
 class FullyShardedDataParallel(torch.nn.Module):
@@ -286,7 +290,12 @@ class Wrapped(torch.nn.Module):
             "the configuration has no no_sync_func",
         ),
         ([FullyShardedDataParallel()], {}, "stock-order", "FullyShardedDataParallel gathers weights anew"),
-        ([torch.nn.Dropout(0.1)] * 2, {}, "stock-order", "the masks of Dropout layers would depend on the plan"),
+        (
+            [Wrapped(torch.nn.Sequential(torch.nn.Dropout(0.1), linear(True)), delay_wgrad_compute=True)] * 2,
+            {},
+            "refused",
+            "2 model chunks a rank and dropout the first iteration runs by the stock schedule",
+        ),
     ],
     ids=["delayed", "unknown wrapper", "overlapped", "sharded", "dropout"],
 )
@@ -303,8 +312,7 @@ def test_takes_models_that_are_like_them_but_right():
 
     config = type("Config", (), {"no_sync_func": print, "grad_sync_func": None, "gradient_accumulation_fusion": False})
     assert reasons_of_model([Wrapped(linear(True), delay_wgrad_compute=True)], config) == []
-    assert reasons_of_model([Wrapped(torch.nn.Dropout(0.0), delay_wgrad_compute=False)] * 2, config) == []
-    assert reasons_of_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)], config) == []
+    assert reasons_of_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)] * 2, config) == []
     config.gradient_accumulation_fusion, config.no_sync_func = True, None
     assert reasons_of_model([Wrapped(linear(True))], config) == []
 

@@ -26,8 +26,8 @@ MARKED = GptJob(spec=marked)
 JOBS = {
     "one chunk": MARKED,
     "four stages": dataclasses.replace(MARKED, pipeline=4, dtype="bf16", batched_p2p=True),
-    "dropout with two chunks": GptJob(chunks=2, dropout=0.1),
-    "dropout with two chunks on four ranks": GptJob(pipeline=4, chunks=2, layers=8, dropout=0.1, batched_p2p=True),
+    "two chunks": dataclasses.replace(MARKED, chunks=2, dropout=0.1),
+    "two chunks on four ranks": dataclasses.replace(MARKED, pipeline=4, chunks=2, layers=8, batched_p2p=True),
     "overlapped reduction": dataclasses.replace(MARKED, overlap_grad_reduce=True, distributed_optimizer=True),
 }
 

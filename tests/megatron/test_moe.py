@@ -23,7 +23,10 @@ SMALL = (6, 4, 6)
 JOBS = {
     "bias-shared": (experts({**BIAS, **SHARED}), 2),
     "global-vpp2": (experts({**BALANCED, "moe_z_loss_coeff": 1e-3}, chunks=2), 2),
-    "full-recompute": (experts({**BALANCED, **BIAS, **FULL}, dtype="bf16"), 2),
+    "full-recompute-jitter": (
+        experts({**BALANCED, **BIAS, **FULL, "moe_input_jitter_eps": 1e-2}, dtype="bf16", dropout=0.1),
+        2,
+    ),
     "recomputed-experts-vpp2": (
         experts({**BIAS, **SHARED, "recompute_granularity": "selective", "recompute_modules": ["moe"]}, chunks=2),
         2,
@@ -55,10 +58,8 @@ JOBS = {
 @pytest.mark.parametrize("name", JOBS)
 def test_healthy(name):
     job, world = JOBS[name]
-    steps = tuple(count // 2 * 2 for count in SMALL)
-    stock, ours = both(job, world, steps=steps, evaluate_after=(1,))
+    stock, ours = both(job, world, steps=SMALL, evaluate_after=(1,))
     assert_same(stock, ours)
-    assert len({result["buffers"] for result in stock}) > 1 or "bias" not in name
     for result in ours:
         session = result["status"]["sessions"][0]
         assert session["level"] == "full" and session["split_layers"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
-from tests.megatron.moe_models import EXPERTS, predicting
+from tests.megatron.moe_models import EXPERTS, fused_layers, predicting
 from tests.megatron.runs import assert_same, both, loaded
 from tests.switching import CAUSED, FIRST
 
@@ -20,6 +20,10 @@ JOBS = {
     "one": (predicting(1), 2),
     "two-tied-vpp2": (predicting(2, tied=True, chunks=2), 2),
     "two-with-experts": (predicting(2, {**EXPERTS, **BIAS}, dtype="bf16"), 2),
+    "two-accumulated-by-a-kernel": (
+        predicting(2, {**EXPERTS, "gradient_accumulation_fusion": True}, dtype="bf16", spec=fused_layers),
+        2,
+    ),
     "layout-vpp2": (predicting(1, {"pipeline_model_parallel_layout": "E|tt|t|tmL"}, chunks=2), 2),
     "tp2-two": (predicting(2, tensor=2), 4),
     "stage-of-its-own": (predicting(1, {"pipeline_model_parallel_layout": "Et|tt|tm|L"}, pipeline=4), 4),

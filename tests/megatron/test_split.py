@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.forked import run_ranks
+from tests.megatron.layers import Kernels
 from tests.megatron.runs import loaded
 
 loaded()
@@ -48,16 +49,6 @@ def split_of(weight, run):
     weight.grad = None
     split.model = chunk  # which nothing else keeps
     return queue, split
-
-
-class Kernels:
-    """What apex's extension does, without a GPU."""
-
-    @staticmethod
-    def wgrad_gemm_accum_fp32(x, grad_y, main_grad):
-        main_grad += grad_y.t().float() @ x.float()
-
-    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
 
 
 def weight_of(x_dtype=torch.float32):
