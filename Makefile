@@ -59,7 +59,7 @@ test-timing: install
 
 # more combinations of what the other tests compare, which .ci/run leaves out (they are among the parts, too)
 test-matrix: install
-	$(BIN)/python -m pytest -m matrix tests/patches
+	$(BIN)/python -m pytest -m matrix tests/patches tests/megatron
 
 # pure packages, reports and configuration: no torch, no host, no network; under 90 s from a clone
 test-fast: $(FAST)/.installed

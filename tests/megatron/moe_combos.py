@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.moe_models import experts, predicting
@@ -182,8 +184,6 @@ class Combo:
     def job(self) -> GptJob:
         extra: dict[str, Any] = {**RECOMPUTED[self.recomputed], "add_bias_linear": False}
         if self.gated:
-            import torch
-
             extra |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
         if self.per_token:
             extra["calculate_per_token_loss"] = True

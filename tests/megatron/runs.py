@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -115,6 +116,11 @@ def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None
             assert a[name] == b[name], f"rank {rank}: {name}"
     last = [losses for result in stock for losses in result["losses"] if losses]
     assert last, "some rank has losses"
+
+
+def more_in_matrix(names: Iterable[str], *more: str) -> list[Any]:
+    """Parameters of a test, of which `more` run with the matrix only."""
+    return [pytest.param(name, marks=pytest.mark.matrix) if name in more else name for name in names]
 
 
 def loaded() -> None:

@@ -10,7 +10,7 @@ import torch
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.moe_models import experts
-from tests.megatron.runs import QUIET, assert_same, both, loaded, run
+from tests.megatron.runs import QUIET, assert_same, both, loaded, more_in_matrix, run
 from tests.switching import CAUSED, FIRST
 
 loaded()
@@ -28,7 +28,7 @@ JOBS = {
 """Each with the number of ranks."""
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", more_in_matrix(JOBS, "dropout-recomputed", "random-routes"))
 def test_healthy(name):
     job, world = JOBS[name]
     assert_same(*both(job, world, steps=STEPS, evaluate_after=(0, 1)))

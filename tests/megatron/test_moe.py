@@ -6,7 +6,7 @@ import pytest
 
 from tests.megatron.moe_combos import Combo, compare
 from tests.megatron.moe_models import experts
-from tests.megatron.runs import SLOW, assert_same, both, loaded
+from tests.megatron.runs import SLOW, assert_same, both, loaded, more_in_matrix
 from tests.switching import CAUSED, FIRST
 
 loaded()
@@ -55,7 +55,7 @@ JOBS = {
 """Each with the number of ranks."""
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", more_in_matrix(JOBS, "tp2"))
 def test_healthy(name):
     job, world = JOBS[name]
     stock, ours = both(job, world, steps=SMALL, evaluate_after=(1,))
@@ -67,7 +67,7 @@ def test_healthy(name):
         assert not any("Linear" in kind for kind in session["fused_layers"])
 
 
-@pytest.mark.parametrize("name", ["bias-shared", "ep2"])
+@pytest.mark.parametrize("name", more_in_matrix(["bias-shared", "ep2"], "bias-shared"))
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = JOBS[name]
     block = {

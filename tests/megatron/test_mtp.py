@@ -6,7 +6,7 @@ import pytest
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.megatron.moe_models import EXPERTS, fused_layers, predicting
-from tests.megatron.runs import assert_same, both, loaded
+from tests.megatron.runs import assert_same, both, loaded, more_in_matrix
 from tests.switching import CAUSED, FIRST
 
 loaded()
@@ -31,7 +31,7 @@ JOBS = {
 """Each with the number of ranks."""
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", more_in_matrix(JOBS, "two-accumulated-by-a-kernel", "layout-vpp2", "tp2-two"))
 def test_healthy(name):
     job, world = JOBS[name]
     stock, ours = both(job, world, steps=STEPS, evaluate_after=(1,))
@@ -84,7 +84,7 @@ UNEVEN = {
 """Stages of different numbers of layers, down to none, each with the number of ranks."""
 
 
-@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize("name", more_in_matrix(UNEVEN, "embedding-and-loss-count", "first-and-last"))
 def test_uneven_stages(name):
     job, world = UNEVEN[name]
     stock, ours = both(job, world, steps=STEPS)
