@@ -154,6 +154,17 @@ def test_transfers_of_another_package_are_left_to_it():
     assert sum(ours[0]["calls"]) == sum(STEPS)
 
 
+class MultiModulePipelineCommunicator:
+    """Has the name of Megatron's own, for pipelines of several modules."""
+
+
+def test_several_modules_in_one_pipeline_run_as_they_are():
+    from adaptra_plugin.patches.megatron_foreign import reasons_for_stock
+
+    assert reasons_for_stock(MultiModulePipelineCommunicator()) == ["several modules share one pipeline"]
+    assert reasons_for_stock() == []
+
+
 def later(rank):
     from megatron.core.pipeline_parallel import p2p_communication
 
