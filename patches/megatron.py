@@ -31,7 +31,8 @@ from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches import megatron_foreign as foreign
 from adaptra_plugin.patches import megatron_support as support
 from adaptra_plugin.patches.hosts import HOSTS
-from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
+from adaptra_plugin.patches.megatron_split import MegatronSplit
+from adaptra_plugin.patches.megatron_te import TransformerEngineLayers
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.session import Session, told_by_all
@@ -131,12 +132,12 @@ class Pipeline:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
         self.topology = Topology.of(rank, meeting.pipelines(world_size, mine), len(call.chunks))
-        self.delayed = Delayed(call.chunks)
+        self.te_layers = TransformerEngineLayers(call.chunks)
         self.session = Session(
             config,
             self.topology,
             store,
-            lambda queue: MegatronSplit(call.chunks, self.delayed, queue),
+            lambda queue: MegatronSplit(call.chunks, self.te_layers, queue),
             _device_of(call.chunks),
             call.num_microbatches,
             wandb_rank=HOST.wandb_rank % world_size,
@@ -155,7 +156,7 @@ class Pipeline:
                 results = _Execution(self, iteration, call).run()
             except BaseException:
                 session.queue.clear()
-                self.delayed.discard()
+                self.te_layers.discard()
                 raise
             if timers is not None:
                 timers("forward-backward").stop()
@@ -251,8 +252,7 @@ class _Execution:
             key = (chunk, action.microbatch)
             with self.session.backward_input(iteration, key) if split else nullcontext():
                 towards = _backward_step(tensor, output, gradient, self.call)
-            if not (split and self.session.splits):
-                self.pipeline.delayed.run(chunk)
+            self.pipeline.te_layers.run(chunk)
         if iteration.sends(action):
             if towards is None:
                 raise RuntimeError(
@@ -264,8 +264,7 @@ class _Execution:
         chunk = self._place(action)
         with self.iteration.compute(action):
             self.session.queue.run((chunk, action.microbatch))
-            if self.session.splits:
-                self.pipeline.delayed.run(chunk)
+            self.pipeline.te_layers.run(chunk)
 
     def _place(self, action: Action) -> int:
         return self.topology.chunk(action.stage)

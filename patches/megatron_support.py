@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn.modules.dropout import _DropoutNd
 
 from adaptra_plugin.errors import refuse
-from adaptra_plugin.patches.megatron_split import delays
+from adaptra_plugin.patches.megatron_te import delays
 
 _refuse = functools.partial(refuse, otherwise="adaptra_plugin.deactivate() runs the stock schedule")
 Check = tuple[Callable[[Any], bool], str, str]
