@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from adaptra_plugin.patches.megatron_te import TransformerEngineLayers, can_split, delays
 from adaptra_plugin.runtime.census import State
-from adaptra_plugin.runtime.split import Rebinding, SplitLayers, SplitReport
+from adaptra_plugin.runtime.split import Rebinding, SplitLayers
 from adaptra_plugin.runtime.weight_grad_store import Formula, Product, WeightGradStore
 
 logger = logging.getLogger("adaptra")
@@ -202,13 +202,11 @@ class MegatronSplit(SplitLayers):
             else:
                 yield
 
-    def counts(self, layer: nn.Module) -> bool:
-        return not (delays(layer) and can_split(layer))
-
-    @property
-    def report(self) -> SplitReport:
-        own = super().report
-        return SplitReport(own.split + self._te_layers.delayed, own.fused)
+    def runs_split(self, layer: nn.Module, states: Sequence[State | None]) -> bool:
+        if delays(layer):
+            return can_split(layer)  # it has not been observed
+        # one function computes the gradients of all its parameters
+        return not (State.FUSED in states and can_split(layer)) and super().runs_split(layer, states)
 
 
 def _is_likely(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
@@ -92,6 +93,7 @@ class _Kept:
         return self._found
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Use:
     """The use of one parameter in one call, for W.
 
@@ -101,38 +103,32 @@ class _Use:
         fused: the gradient is added to `main_grad`, and `handed` is what hooks may see of it.
     """
 
-    __slots__ = ("_parameter", "_handed", "_kept", "_place", "_fused")
-
-    def __init__(
-        self,
-        parameter: nn.Parameter,
-        handed: Tensor | None,
-        kept: _Kept | None,
-        place: tuple[int, int],
-        fused: bool,
-    ) -> None:
-        self._parameter, self._handed, self._kept, self._place, self._fused = parameter, handed, kept, place, fused
+    parameter: nn.Parameter
+    handed: Tensor | None
+    kept: _Kept | None
+    place: tuple[int, int]
+    fused: bool
 
     @property
     def watched(self) -> Sequence[Tensor]:
-        return () if self._kept is None else self._kept.watched
+        return () if self.kept is None else self.kept.watched
 
     def gradient(self) -> Tensor | None:
-        kind, index = self._place
-        found = None if self._kept is None else self._kept.gradients()[kind]
-        if self._fused:
-            if hasattr(self._parameter, "grad_added_to_main_grad"):
-                self._parameter.grad_added_to_main_grad = True
-            return self._handed
-        if kind == 1 and self._handed is not None:
-            return self._handed  # quantising the output's gradient has summed it up
-        gradient = found[index] if found else self._handed
+        kind, index = self.place
+        found = None if self.kept is None else self.kept.gradients()[kind]
+        if self.fused:
+            if hasattr(self.parameter, "grad_added_to_main_grad"):
+                self.parameter.grad_added_to_main_grad = True
+            return self.handed
+        if kind == 1 and self.handed is not None:
+            return self.handed  # quantising the output's gradient has summed it up
+        gradient = found[index] if found else self.handed
         if gradient is None:
             raise UnsupportedError(
                 "a layer of Transformer Engine computes no gradient of a parameter apart from the rest of its backward: "
                 'set "adaptra": {"split_backward": false}'
             )
-        return gradient.to(self._parameter.dtype)
+        return gradient.to(self.parameter.dtype)
 
 
 class _Call:
@@ -171,7 +167,8 @@ class _Call:
             )
         for parameter, (number, place), gradient in zip(self.parameters, self._places, handed, strict=True):
             left = kept[number] if kept and number is not None else None
-            self._queue.defer(parameter, _Use(parameter, gradient, left, place, self._fused and place[0] == 0))
+            if number is not None or gradient is not None:
+                self._queue.defer(parameter, _Use(parameter, gradient, left, place, self._fused and place[0] == 0))
 
 
 class _Store:
@@ -215,13 +212,6 @@ class TransformerEngineLayers:
         modules = itertools.chain(*(chunk.modules() for chunk in chunks))
         self._layers = [(weakref.ref(layer), found) for layer in modules if (found := parts(layer))]
         self._recording = False
-
-    @property
-    def delayed(self) -> int:
-        """How many run split without having been observed, since they were built with `delay_wgrad_compute`."""
-        return sum(1 for found in itertools.chain(*self._delaying) if (layer := found()) is not None and can_split(layer))
-
-    # --- what layers keep
 
     @contextmanager
     def recording(self, split: SplitLayers, taker: Callable[[], Any]) -> Iterator[None]:

@@ -88,6 +88,7 @@ def _weight_gradient(
     main_grad = saved.origin().main_grad if saved.fused else None
     together = with_bias and bias_gradient is None
 
+    @torch.no_grad()
     def gemm(x: Any, dy: Any) -> tuple[Tensor, Tensor | None]:
         dy = _whole(dy)
         dw = dy.t() @ _whole(x)
@@ -119,7 +120,9 @@ class _LayerNormLinear(torch.autograd.Function):
         if gamma is not None:
             normed, mean, rstd = torch.native_layer_norm(flat, flat.shape[-1:], gamma, beta, EPS)
         ctx.kept = Quantised(normed) if layer.quantised else None
-        ctx.save_for_backward(weight, None if layer.quantised else normed, flat if ctx.norm else None, mean, rstd, gamma, beta)
+        ctx.save_for_backward(
+            weight, None if layer.quantised else normed, flat if ctx.norm else None, mean, rstd, gamma, beta
+        )
         y = F.linear(_whole(normed if ctx.kept is None else ctx.kept), weight, bias)
         return y.view(*x.shape[:-1], -1)
 
@@ -143,7 +146,9 @@ class _LayerNormLinear(torch.autograd.Function):
 
 class _LayerNormMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Any, beta: Any, w1: Any, b1: Any, w2: Any, b2: Any, layer: Any, store: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gamma: Any, beta: Any, w1: Any, b1: Any, w2: Any, b2: Any, layer: Any, store: Any
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.shape, ctx.biases, ctx.store = x.shape, (b1 is not None, b2 is not None), store
         ctx.saved = [_Saved(weight, layer.fuse_wgrad_accumulation) for weight in (w1, w2)]
@@ -186,6 +191,7 @@ class _GroupedLinear(torch.autograd.Function):
         # uninitialised as long as it is delayed, and returned as it is
         wgrads = [w.main_grad if fused else torch.full_like(w, float("nan")) for w in origins]
 
+        @torch.no_grad()
         def gemm(xs: list[Tensor], dys: list[Tensor], out: list[Tensor]) -> tuple[Any, list[Any], None]:
             for part, dy, to in zip(xs, dys, out, strict=True):
                 dw = dy.t() @ part
