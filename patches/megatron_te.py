@@ -119,7 +119,7 @@ class _Use:
         if self.fused:
             if hasattr(self.parameter, "grad_added_to_main_grad"):
                 self.parameter.grad_added_to_main_grad = True
-            return self.handed
+            return None if self.handed is None else self.handed.detach()
         if kind == 1 and self.handed is not None:
             return self.handed  # quantising the output's gradient has summed it up
         gradient = found[index] if found else self.handed
@@ -129,6 +129,15 @@ class _Use:
                 'set "adaptra": {"split_backward": false}'
             )
         return gradient.to(self.parameter.dtype)
+
+
+_placeholders: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _shared(placeholder: Tensor, zeros: bool) -> Tensor:
+    """One of its kind for all: some layers make one of the size of a weight in every backward, and these would lie until W."""
+    kind = (placeholder.shape, placeholder.dtype, placeholder.device, zeros)
+    return _placeholders.setdefault(kind, placeholder)
 
 
 class _Call:
@@ -167,8 +176,11 @@ class _Call:
             )
         for parameter, (number, place), gradient in zip(self.parameters, self._places, handed, strict=True):
             left = kept[number] if kept and number is not None else None
+            fused = self._fused and place[0] == 0
+            if fused and gradient is not None:
+                gradient = _shared(gradient, getattr(parameter, "zero_out_wgrad", False))
             if number is not None or gradient is not None:
-                self._queue.defer(parameter, _Use(parameter, gradient, left, place, self._fused and place[0] == 0))
+                self._queue.defer(parameter, _Use(parameter, gradient, left, place, fused))
 
 
 class _Store:

@@ -75,7 +75,7 @@ def _placeholder(weight: Any) -> Tensor | None:
         return None
     weight.grad_added_to_main_grad = True
     value = 0.0 if getattr(weight, "zero_out_wgrad", False) else float("nan")
-    return torch.full(weight.main_grad.shape, value, dtype=weight.dtype)
+    return torch.full(weight.main_grad.shape, value, dtype=weight.dtype, device=weight.device)
 
 
 def _weight_gradient(

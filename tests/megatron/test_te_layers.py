@@ -325,3 +325,18 @@ def test_a_bias_of_a_delaying_layer_waits_wherever_it_is_added():
         assert model.layer.weight.grad is None and model.layer.bias.grad is None and not added
         rank.weights(0)
         assert len(added) == 1 and (added[0] is not None) == use
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_with_hooks_on_a_backward_nothing_waits_for_w(delayed):
+    model = Model(te.Linear(4, 4, delay_wgrad_compute=delayed))
+    rank = Rank(model, observe=not delayed)
+    model.zero_grad()
+    handle = model.register_full_backward_hook(lambda *_: None)
+    rank.split.begin()
+    assert not splits(rank)
+    rank.backward(0, rank.forward(torch.ones(8, 4)))
+    assert model.layer.weight.grad is not None
+    handle.remove()
+    rank.split.begin()
+    assert splits(rank)
