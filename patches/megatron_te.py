@@ -134,10 +134,19 @@ class _Use:
 _placeholders: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _shared(placeholder: Tensor, zeros: bool) -> Tensor:
-    """One of its kind for all: some layers make one of the size of a weight in every backward, and these would lie until W."""
-    kind = (placeholder.shape, placeholder.dtype, placeholder.device, zeros)
-    return _placeholders.setdefault(kind, placeholder)
+def _placeholder(parameter: nn.Parameter, handed: Tensor | None) -> Tensor | None:
+    """What hooks see of a gradient that is added to `main_grad`, as in stock. One of its kind serves all: some layers make one of
+    the size of a weight in every backward, which would lie until W; before 2.8 some make none if they delay."""
+    if not hasattr(parameter, "grad_added_to_main_grad"):
+        return None
+    zeros = bool(getattr(parameter, "zero_out_wgrad", False))
+    kind = (parameter.shape, parameter.dtype, parameter.device, zeros)
+    if kind not in _placeholders:
+        make = torch.zeros if zeros else torch.empty
+        _placeholders[kind] = (
+            make(parameter.shape, dtype=parameter.dtype, device=parameter.device) if handed is None else handed
+        )
+    return _placeholders[kind]
 
 
 class _Call:
@@ -177,8 +186,8 @@ class _Call:
         for parameter, (number, place), gradient in zip(self.parameters, self._places, handed, strict=True):
             left = kept[number] if kept and number is not None else None
             fused = self._fused and place[0] == 0
-            if fused and gradient is not None:
-                gradient = _shared(gradient, getattr(parameter, "zero_out_wgrad", False))
+            if fused:
+                gradient = _placeholder(parameter, gradient)
             if number is not None or gradient is not None:
                 self._queue.defer(parameter, _Use(parameter, gradient, left, place, fused))
 

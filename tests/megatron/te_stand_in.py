@@ -175,7 +175,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, splits: list[int], layer: Any, store: Any, *tensors: Tensor) -> Tensor:
         weights, biases = tensors[: len(splits)], tensors[len(splits) :]
-        ctx.splits, ctx.store, ctx.bias = splits, store, bool(biases)
+        ctx.splits, ctx.store, ctx.bias, ctx.older = splits, store, bool(biases), layer.older
         ctx.saved = [_Saved(weight, layer.fuse_wgrad_accumulation) for weight in weights]
         ctx.save_for_backward(x, *weights)
         parts = zip(x.split(splits), weights, biases or [None] * len(splits), strict=True)
@@ -203,7 +203,9 @@ class _GroupedLinear(torch.autograd.Function):
             ctx.store.put([list(x.split(ctx.splits)), dys, wgrads], gemm)
         else:
             _, biases, _ = gemm(list(x.split(ctx.splits)), dys, wgrads)
-        given = [_placeholder(w) for w in origins] if fused else wgrads
+        given: list[Any] = [_placeholder(w) for w in origins] if fused else wgrads
+        if ctx.older and ctx.store.delay_wgrad_compute():
+            given = [None] * len(dys)
         return dx, None, None, None, *given, *(biases if ctx.bias else [])
 
 
@@ -332,7 +334,7 @@ class LayerNormMLP(_Layer):
 
 
 class GroupedLinear(_Layer):
-    """`te.pytorch.GroupedLinear`."""
+    """`te.pytorch.GroupedLinear`; `older`: as before 2.8, it hands autograd nothing if it delays."""
 
     def __init__(
         self,
@@ -345,10 +347,11 @@ class GroupedLinear(_Layer):
         init_method: Callable[[Tensor], Any] = nn.init.xavier_normal_,
         fuse_wgrad_accumulation: bool = False,
         delay_wgrad_compute: bool = False,
+        older: bool = False,
     ) -> None:
         self.names = tuple(f"{name}{n}" for name in ("weight", "bias") for n in range(num_gemms))
         super().__init__(fuse_wgrad_accumulation, delay_wgrad_compute, False, False, False)
-        self.num_gemms = num_gemms
+        self.num_gemms, self.older = num_gemms, older
         self.use_bias = bias
         for n in range(num_gemms):
             self._own(f"weight{n}", out_features, in_features, dtype=params_dtype, value=init_method)

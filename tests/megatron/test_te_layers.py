@@ -73,6 +73,7 @@ KINDS = {
     "LayerNormLinear": lambda **more: Model(te.Linear(4, 4, norm=True, **more)),
     "LayerNormMLP": lambda **more: Model(te.LayerNormMLP(4, 8, **more)),
     "GroupedLinear": lambda **more: Model(te.GroupedLinear(2, 4, 4, **more), [3, 5]),
+    "GroupedLinear-before-2.8": lambda **more: Model(te.GroupedLinear(2, 4, 4, older=True, **more), [3, 5]),
 }
 
 
