@@ -131,31 +131,34 @@ class _Use:
         return gradient.to(self.parameter.dtype)
 
 
-_placeholders: dict[tuple[Any, ...], Tensor] = {}
+class _Placeholders:
+    """What hooks see of gradients that are added to `main_grad`. One of its kind serves all: some layers make one of the size of
+    a weight in every backward, which would lie until W; before 2.8 some make none if they delay."""
 
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Tensor] = {}
 
-def _placeholder(parameter: nn.Parameter, handed: Tensor | None) -> Tensor | None:
-    """What hooks see of a gradient that is added to `main_grad`, as in stock. One of its kind serves all: some layers make one of
-    the size of a weight in every backward, which would lie until W; before 2.8 some make none if they delay."""
-    if not hasattr(parameter, "grad_added_to_main_grad"):
-        return None
-    zeros = bool(getattr(parameter, "zero_out_wgrad", False))
-    kind = (parameter.shape, parameter.dtype, parameter.device, zeros)
-    if kind not in _placeholders:
-        make = torch.zeros if zeros else torch.empty
-        _placeholders[kind] = (
-            make(parameter.shape, dtype=parameter.dtype, device=parameter.device) if handed is None else handed
-        )
-    return _placeholders[kind]
+    def get(self, parameter: nn.Parameter, handed: Tensor | None) -> Tensor | None:
+        """Of a parameter whose gradient has been handed to autograd as `handed`; None: hooks see nothing, as in stock."""
+        if not hasattr(parameter, "grad_added_to_main_grad"):
+            return None
+        zeros = bool(getattr(parameter, "zero_out_wgrad", False))
+        kind = (parameter.shape, parameter.dtype, parameter.device, zeros)
+        if handed is None and kind not in self._found:
+            make = torch.zeros if zeros else torch.empty
+            handed = make(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        return self._found.setdefault(kind, handed)
 
 
 class _Call:
     """One call of a layer that runs split. Knows neither the stand-ins nor the store, which lead to it."""
 
-    def __init__(self, queue: WeightGradStore, layer: nn.Module, found: list[Part], delayed: bool) -> None:
+    def __init__(
+        self, queue: WeightGradStore, placeholders: _Placeholders, layer: nn.Module, found: list[Part], delayed: bool
+    ) -> None:
         self.kept: list[_Kept] = []
         self.names: list[str] = []
-        self._queue = queue
+        self._queue, self._placeholders = queue, placeholders
         self._parts = len(found)
         self._fused = bool(getattr(layer, "fuse_wgrad_accumulation", False))
         self._places: list[tuple[int | None, tuple[int, int]]] = []
@@ -187,7 +190,7 @@ class _Call:
             left = kept[number] if kept and number is not None else None
             fused = self._fused and place[0] == 0
             if fused:
-                gradient = _placeholder(parameter, gradient)
+                gradient = self._placeholders.get(parameter, gradient)
             if number is not None or gradient is not None:
                 self._queue.defer(parameter, _Use(parameter, gradient, left, place, fused))
 
@@ -232,6 +235,7 @@ class TransformerEngineLayers:
         self._delaying = [[weakref.ref(layer) for layer in chunk.modules() if delays(layer)] for chunk in chunks]
         modules = itertools.chain(*(chunk.modules() for chunk in chunks))
         self._layers = [(weakref.ref(layer), found) for layer in modules if (found := parts(layer))]
+        self._placeholders = _Placeholders()
         self._recording = False
 
     @contextmanager
@@ -247,7 +251,7 @@ class TransformerEngineLayers:
                 layer = reference()
                 if layer is not None:
                     before.append((layer, vars(layer).get("forward")))
-                    vars(layer)["forward"] = functools.partial(_forward, split, taker, layer, found, layer.forward)
+                    vars(layer)["forward"] = functools.partial(self._forward, split, taker, layer, found, layer.forward)
             yield
         finally:
             self._recording = False
@@ -256,6 +260,51 @@ class TransformerEngineLayers:
                     del vars(layer)["forward"]
                 else:
                     vars(layer)["forward"] = forward
+
+    def _forward(
+        self,
+        split: SplitLayers,
+        taker: Callable[[], Any],
+        layer: Any,
+        found: list[Part],
+        stock: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A call of a layer while a forward records."""
+        parameters = layer._parameters
+        weights = [parameters[name] for weights, _ in found for name in weights]
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or taker() is not split
+            or not all(weight.requires_grad and not hasattr(weight, "__fsdp_param__") for weight in weights)
+        ):
+            return stock(*args, **kwargs)
+        delayed = delays(layer)
+        call = _Call(split.queue, self._placeholders, layer, found, delayed)
+        if not delayed:
+            states = [split.census.state(parameter) for parameter in call.parameters]
+            if None in states or State.FUSED in states:
+                return stock(*args, **kwargs)
+            if State.OBSERVED in states:
+                y = stock(*args, **kwargs)
+                x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), weights[0])
+                for parameter, state in zip(call.parameters, states, strict=True):
+                    if state is State.OBSERVED:
+                        split.census.observe(parameter, x, y[0] if isinstance(y, tuple) else y)
+                return y
+        stand_ins = _StandIns.apply(split.anchor(weights[0]), call)
+        for stand_in, parameter in zip(stand_ins, call.parameters, strict=True):
+            stand_in.__dict__.update(parameter.__dict__)
+        own = layer.wgrad_store
+        parameters.update(zip(call.names, stand_ins, strict=True))
+        layer.wgrad_store = _Store(call, stand_ins)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            layer.wgrad_store = own
+            parameters.update(zip(call.names, call.parameters, strict=True))
 
     def run(self, chunk: int) -> None:
         """After a backward, and after W: computes what layers have kept in stores of their own, and runs the hooks that the
@@ -276,45 +325,6 @@ class TransformerEngineLayers:
             context = getattr(getattr(reference(), "wgrad_store", None), "context", None)
             if isinstance(context, Queue):
                 context.queue.clear()
-
-
-def _forward(
-    split: SplitLayers, taker: Callable[[], Any], layer: Any, found: list[Part], stock: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """A call of a layer while a forward records."""
-    parameters = layer._parameters
-    weights = [parameters[name] for weights, _ in found for name in weights]
-    if (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or taker() is not split
-        or not all(weight.requires_grad and not hasattr(weight, "__fsdp_param__") for weight in weights)
-    ):
-        return stock(*args, **kwargs)
-    delayed = delays(layer)
-    call = _Call(split.queue, layer, found, delayed)
-    if not delayed:
-        states = [split.census.state(parameter) for parameter in call.parameters]
-        if None in states or State.FUSED in states:
-            return stock(*args, **kwargs)
-        if State.OBSERVED in states:
-            y = stock(*args, **kwargs)
-            x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), weights[0])
-            for parameter, state in zip(call.parameters, states, strict=True):
-                if state is State.OBSERVED:
-                    split.census.observe(parameter, x, y[0] if isinstance(y, tuple) else y)
-            return y
-    stand_ins = _StandIns.apply(split.anchor(weights[0]), call)
-    for stand_in, parameter in zip(stand_ins, call.parameters, strict=True):
-        stand_in.__dict__.update(parameter.__dict__)
-    own = layer.wgrad_store
-    parameters.update(zip(call.names, stand_ins, strict=True))
-    layer.wgrad_store = _Store(call, stand_ins)
-    try:
-        return stock(*args, **kwargs)
-    finally:
-        layer.wgrad_store = own
-        parameters.update(zip(call.names, call.parameters, strict=True))
 
 
 def _debugged() -> bool:
