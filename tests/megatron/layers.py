@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
@@ -86,9 +87,11 @@ class TeLinear(te.Linear):
             delay_wgrad_compute=config.delay_wgrad_compute,
             quantised=quantised,
         )
+        self.is_first_microbatch = True
 
     def forward(self, x: Tensor) -> Any:
-        y = super().forward(x)
+        y = super().forward(x, is_first_microbatch=self.is_first_microbatch)
+        self.is_first_microbatch = False
         return y if self.return_bias else (y, None)
 
     def backward_dw(self) -> None:
@@ -121,9 +124,18 @@ class TeMlp(nn.Module):
         return self.frozen(y), None
 
 
+def _begin(model: nn.Module) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "is_first_microbatch"):
+            layer.is_first_microbatch = True
+
+
 def te_spec(config: Any, mixed: bool = False, quantised: bool = False, fuse: bool = False) -> Any:
-    """Layers whose linear layers are all of Transformer Engine. `mixed`: with a `TeMlp`; `fuse`: they add to `main_grad`."""
+    """Layers whose linear layers are all of Transformer Engine. `mixed`: with a `TeMlp`; `fuse`: they add to `main_grad`;
+    `quantised`: as with fp8, each iteration's first microbatch is told to overwrite it."""
     layer = get_gpt_layer_local_spec()
+    if quantised:
+        MegatronModule.set_is_first_microbatch = _begin
     plain = ModuleSpec(module=TeLinear, params={"fuse": fuse, "quantised": quantised})
     normed = ModuleSpec(module=TeLinear, params={"fuse": fuse, "quantised": quantised, "norm": True})
     attention = layer.submodules.self_attention.submodules

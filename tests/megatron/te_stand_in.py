@@ -59,8 +59,9 @@ def _whole(x: Any) -> Tensor:
 class _Saved:
     """What the Functions save of a weight: as of 2.18, the object itself is referred to weakly."""
 
-    def __init__(self, weight: Tensor, fused: bool) -> None:
+    def __init__(self, weight: Tensor, fused: bool, first: bool | None = None) -> None:
         self.needed, self.fused = weight.requires_grad, fused
+        self.overwrites = bool(first)
         self.reference = weakref.ref(weight)
 
     def origin(self) -> Any:
@@ -93,7 +94,7 @@ def _weight_gradient(
         dy = _whole(dy)
         dw = dy.t() @ _whole(x)
         if main_grad is not None:
-            main_grad.add_(dw)
+            _ = main_grad.copy_(dw) if saved.overwrites else main_grad.add_(dw)
         return dw, dy.sum(0) if together else None
 
     dw: Tensor | None = None
@@ -110,11 +111,19 @@ class _LayerNormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Any, gamma: Any, beta: Any, layer: Any, store: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Any,
+        gamma: Any,
+        beta: Any,
+        layer: Any,
+        store: Any,
+        first: bool | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.shape, ctx.bias, ctx.store, ctx.quantised = x.shape, bias is not None, store, layer.quantised
-        ctx.saved, ctx.norm = _Saved(weight, layer.fuse_wgrad_accumulation), gamma is not None
+        ctx.saved, ctx.norm = _Saved(weight, layer.fuse_wgrad_accumulation, first), gamma is not None
         mean = rstd = None
         normed = flat
         if gamma is not None:
@@ -141,7 +150,7 @@ class _LayerNormLinear(torch.autograd.Function):
                 dx, flat, flat.shape[-1:], mean, rstd, gamma, beta, [True, True, True]
             )
         wgrad, bgrad = _weight_gradient(ctx.store, ctx.saved, normed, dy, ctx.bias, bias_gradient)
-        return dx.view(ctx.shape) if ctx.needs_input_grad[0] else None, wgrad, bgrad, *from_norm, None, None
+        return dx.view(ctx.shape) if ctx.needs_input_grad[0] else None, wgrad, bgrad, *from_norm, None, None, None
 
 
 class _LayerNormMLP(torch.autograd.Function):
@@ -291,7 +300,7 @@ class Linear(_Layer):
         norm = (self.layer_norm_weight, self.layer_norm_bias) if self.norm else (None, None)
         # as of 2.18: a store that delays nothing is no store
         store = self.wgrad_store if self.wgrad_store.delay_wgrad_compute() else None
-        y = _LayerNormLinear.apply(x, self.weight, inside, *norm, self, store)
+        y = _LayerNormLinear.apply(x, self.weight, inside, *norm, self, store, is_first_microbatch)
         return (y, bias) if self.return_bias else y
 
 

@@ -22,7 +22,7 @@ FUSED = partial(te_spec, fuse=True)
 JOBS = {
     "fp32": (GptJob(spec=te_spec), 2),
     "fp32-vpp2-overlapped": (GptJob(chunks=2, overlap_grad_reduce=True, spec=te_spec), 2),
-    "bf16-quantised": (GptJob(dtype="bf16", spec=partial(te_spec, quantised=True)), 2),
+    "bf16-fused-quantised": (GptJob(dtype="bf16", spec=partial(te_spec, fuse=True, quantised=True)), 2),
     "fused-recomputed": (GptJob(extra=RECOMPUTE, spec=FUSED), 2),
     "recomputed-vpp2": (GptJob(chunks=2, extra=RECOMPUTE, spec=te_spec), 2),
     "bf16-fused-vpp2-dp2": (
