@@ -34,7 +34,8 @@ from adaptra_plugin.patches.megatron_call import Call
 from adaptra_plugin.patches.megatron_draws import Draws, draws
 from adaptra_plugin.patches.megatron_following import delegated
 from adaptra_plugin.patches.megatron_rules import reasons_of_config
-from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
+from adaptra_plugin.patches.megatron_split import MegatronSplit
+from adaptra_plugin.patches.megatron_te import TransformerEngineLayers
 from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
@@ -58,14 +59,14 @@ class Pipeline:
         mine = torch.distributed.get_process_group_ranks(call.pipeline_group())
         self.agreed = False
         self.topology = Topology.of(rank, meeting.pipelines(world_size, mine), len(call.chunks))
-        self.delayed = Delayed(call.chunks)
+        self.te_layers = TransformerEngineLayers(call.chunks)
         drawing = meeting.gather("draws", draws(call.chunks, call.config), world_size)
         self.draws = Draws() if any(drawing.values()) else None
         self.session = Session(
             config,
             self.topology,
             store,
-            lambda queue: MegatronSplit(call.chunks, self.delayed, queue),
+            lambda queue: MegatronSplit(call.chunks, self.te_layers, queue),
             _device_of(call.chunks),
             call.num_microbatches,
             wandb_rank=HOST.wandb_rank % world_size,
@@ -111,7 +112,7 @@ class Pipeline:
                 results = _Execution(self, iteration, call).run()
             except BaseException:
                 session.queue.clear()
-                self.delayed.discard()
+                self.te_layers.discard()
                 raise
             if timers is not None:
                 timers("forward-backward").stop()
@@ -212,8 +213,7 @@ class _Execution:
             key = (chunk, action.microbatch)
             with self.session.backward_input(iteration, key) if split else nullcontext():
                 towards = _backward_step(tensor, output, gradient, self.call)
-            if not (split and self.session.splits):
-                self.pipeline.delayed.run(chunk)
+            self.pipeline.te_layers.run(chunk)
         if iteration.sends(action):
             if towards is None:
                 raise RuntimeError(
@@ -225,8 +225,7 @@ class _Execution:
         chunk = self._place(action)
         with self.iteration.compute(action):
             self.session.queue.run((chunk, action.microbatch))
-            if self.session.splits:
-                self.pipeline.delayed.run(chunk)
+            self.pipeline.te_layers.run(chunk)
 
     def _place(self, action: Action) -> int:
         return self.topology.chunk(action.stage)

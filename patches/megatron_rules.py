@@ -140,13 +140,6 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda job: bool(job.get("mtp_use_repeated_layer") and job.get("delay_wgrad_compute")),
-        refused(
-            "mtp_use_repeated_layer uses layers several times a microbatch, and what delay_wgrad_compute keeps of them is taken once",
-            "set one of them to False",
-        ),
-    ),
-    (
         _on("use_megatron_fsdp", "use_torch_fsdp2"),
         in_stock_order("fully sharded data parallelism gathers weights anew in each pass", "plans need it off"),
     ),

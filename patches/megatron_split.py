@@ -8,17 +8,15 @@ there, it stays, and the layers run fused.
 The stock Function can leave out the weight gradient by itself (it does so for the last stage's embedding): given a list,
 it appends the output's gradient instead. So everything else of it, collectives included, runs as it is in stock.
 
-Layers of Transformer Engine bring a mechanism of their own: built with `delay_wgrad_compute`, they keep what the weight
-gradient needs until `backward_dw` is called, first in, first out.
+Layers of Transformer Engine bring a mechanism of their own, see `megatron_te`.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import weakref
-from collections.abc import Sequence
-from queue import Queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,8 +24,9 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 from torch import Tensor, nn
 
+from adaptra_plugin.patches.megatron_te import TransformerEngineLayers, can_split, delays
 from adaptra_plugin.runtime.census import State
-from adaptra_plugin.runtime.split import Rebinding, SplitLayers, SplitReport
+from adaptra_plugin.runtime.split import Rebinding, SplitLayers
 from adaptra_plugin.runtime.weight_grad_store import Formula, Product, WeightGradStore
 
 logger = logging.getLogger("adaptra")
@@ -176,38 +175,15 @@ def _fused_gradient(weight: nn.Parameter, gather: Any) -> Product:
     return gradient
 
 
-class Delayed:
-    """The layers of Transformer Engine, in each model chunk, that keep what their weight gradients need. The model is not kept alive."""
-
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        self._layers = [[weakref.ref(layer) for layer in chunk.modules() if delays(layer)] for chunk in chunks]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._layers))
-
-    def run(self, chunk: int) -> None:
-        """The weight gradients that have been kept longest."""
-        for found in reversed(self._layers[chunk]):
-            layer: Any = found()
-            layer.backward_dw()
-
-    def discard(self) -> None:
-        """Forgets what is kept (after a failed iteration)."""
-        for found in itertools.chain(*self._layers):
-            context = getattr(getattr(found(), "wgrad_store", None), "context", None)
-            if isinstance(context, Queue):
-                context.queue.clear()
-
-
 REBINDING = Rebinding(_STOCK, _Calls(_STOCK), lambda: [(layers, NAME)])
 
 
 class MegatronSplit(SplitLayers):
-    """The layers of a rank's model chunks that run split: the local ones by `_Calls`, Transformer Engine's by themselves."""
+    """The layers of a rank's model chunks that run split: the local ones by `_Calls`, Transformer Engine's by their stores."""
 
-    def __init__(self, chunks: Sequence[nn.Module], delayed: Delayed, queue: WeightGradStore) -> None:
-        super().__init__(itertools.chain(*(chunk.modules() for chunk in chunks)), queue, REBINDING, _is_local)
-        self._delayed = len(delayed)
+    def __init__(self, chunks: Sequence[nn.Module], te_layers: TransformerEngineLayers, queue: WeightGradStore) -> None:
+        super().__init__(itertools.chain(*(chunk.modules() for chunk in chunks)), queue, REBINDING, _is_likely)
+        self._te_layers = te_layers
         present = getattr(layers, NAME)
         if present is not _STOCK or _STOCK.__module__ != layers.__name__:
             logger.warning(
@@ -217,23 +193,22 @@ class MegatronSplit(SplitLayers):
                 present.__name__,
             )
 
-    def counts(self, layer: nn.Module) -> bool:
-        return not delays(layer)
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with super().recording():
+            if REBINDING.taker is self:
+                with self._te_layers.recording(self, lambda: REBINDING.taker):
+                    yield
+            else:
+                yield
 
-    @property
-    def report(self) -> SplitReport:
-        own = super().report
-        return SplitReport(own.split + self._delayed, own.fused)
+    def runs_split(self, layer: nn.Module, states: Sequence[State | None]) -> bool:
+        if delays(layer):
+            return can_split(layer)  # it has not been observed
+        # one function computes the gradients of all its parameters
+        return not (State.FUSED in states and can_split(layer)) and super().runs_split(layer, states)
 
 
-def _is_local(layer: nn.Module) -> bool:
-    # one without a weight of its own is handed that of the embedding
-    return isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear))
-
-
-def delays(layer: nn.Module) -> bool:
-    """Whether it is a layer of Transformer Engine that was built with `delay_wgrad_compute`."""
-    needs = getattr(layer, "need_backward_dw", None) or getattr(
-        getattr(layer, "wgrad_store", None), "delay_wgrad_compute", None
-    )
-    return callable(needs) and callable(getattr(layer, "backward_dw", None)) and bool(needs())
+def _is_likely(layer: nn.Module) -> bool:
+    # a local one without a weight of its own is handed that of the embedding
+    return isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear)) or can_split(layer)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.patches.megatron_draws import draws
-from adaptra_plugin.patches.megatron_split import delays
+from adaptra_plugin.patches.megatron_te import delays
 from adaptra_plugin.support import Reason, in_stock_order, refused
 
 OTHERWISE = "adaptra_plugin.deactivate() runs the stock schedule"

@@ -264,11 +264,6 @@ class Session:
         with self.recording(iteration), self.queue.collect(microbatch):
             yield
 
-    @property
-    def splits(self) -> bool:
-        """Whether the backward of layers is split, as configured."""
-        return self._split is not None
-
     # --- agreement
 
     def agrees(self, reasons: Sequence[str], own_order: Sequence[str] = (), in_order: Sequence[Reason] = ()) -> bool:

@@ -15,7 +15,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -353,19 +353,17 @@ class SplitLayers:
         with contextlib.nullcontext() if self._hooked else self._rebinding.to(self):
             yield
 
-    def counts(self, layer: nn.Module) -> bool:
-        """Whether a layer belongs into the report."""
-        return True
+    def runs_split(self, layer: nn.Module, states: Sequence[State | None]) -> bool:
+        """For the report: whether a layer does, going by its parameters' states; it can be expected to as long as none was observed."""
+        return State.SPLIT in states or (not (self._observed or State.FUSED in states) and self._likely(layer))
 
     @property
     def report(self) -> SplitReport:
         split = 0
         fused: dict[str, int] = {}
         for module in filter(None, (found() for found in self._modules)):
-            if not self.counts(module):
-                continue
             states = [self.census.state(p) for p in module._parameters.values() if p is not None]
-            if State.SPLIT in states or (not (self._observed or State.FUSED in states) and self._likely(module)):
+            if self.runs_split(module, states):
                 split += 1
             elif states:
                 name = type(module).__name__

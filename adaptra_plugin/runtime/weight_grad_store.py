@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,17 @@ gradient then."""
 def linear_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
     """`grad_y^T x`, of shape (outputs, inputs), for two-dimensional arguments."""
     return grad_y.t().mm(x)
+
+
+class Use(Protocol):
+    """What W needs for one use of one weight."""
+
+    @property
+    def watched(self) -> Sequence[Tensor]:
+        """Tensors that must not be changed in place before W has run."""
+
+    def gradient(self) -> Tensor | None:
+        """None: it has been accumulated already; hooks find no gradient then."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +57,10 @@ class GraphRest:
     weight: GradientEdge
     held: list[Tensor]
 
+    @property
+    def watched(self) -> Sequence[Tensor]:
+        return (*self.held, self.grad_y)
+
     def gradient(self) -> Tensor:
         (gradient,) = torch.autograd.grad(self.output, self.weight, self.grad_y, retain_graph=True)
         return gradient
@@ -60,8 +75,8 @@ class Formula:
     product: Product
 
     @property
-    def held(self) -> list[Tensor]:
-        return [self.x]
+    def watched(self) -> Sequence[Tensor]:
+        return (self.x, self.grad_y)
 
     def gradient(self) -> Tensor | None:
         with torch.no_grad():
@@ -73,7 +88,7 @@ class _Deferred:
     """One use of one weight in one microbatch."""
 
     weight: nn.Parameter
-    use: GraphRest | Formula
+    use: Use
     task: int
     """The call of autograd in which it came up: one for each `backward()`, nested ones included."""
     versions: tuple[int, ...]
@@ -113,7 +128,7 @@ class WeightGradStore:
         finally:
             self._collecting = None
 
-    def defer(self, weight: nn.Parameter, use: GraphRest | Formula) -> None:
+    def defer(self, weight: nn.Parameter, use: Use) -> None:
         """Caller: the backward of a layer, inside `collect`.
 
         Raises:
@@ -163,8 +178,8 @@ class WeightGradStore:
         self._collecting = None
 
 
-def _versions(use: GraphRest | Formula) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in (*use.held, use.grad_y))
+def _versions(use: Use) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in use.watched)
 
 
 def _run(deferred: Sequence[_Deferred]) -> None:

@@ -1,17 +1,21 @@
-"""Parts that Megatron-core takes from Transformer Engine or apex where its own do not do: a norm for sequence parallelism, an
-attention for context parallelism."""
+"""Parts that Megatron-core takes from Transformer Engine or apex: a norm for sequence parallelism, an attention for context
+parallelism, linear layers (see `te_stand_in`)."""
 
 from __future__ import annotations
 
-import queue
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
+
+from tests.megatron import te_stand_in as te
 
 
 class SpreadNorm(nn.LayerNorm):
@@ -53,78 +57,102 @@ class GatheredAttention(nn.Module):
         return mixed.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
-class _Delayed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: DelayedLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
-        return F.linear(x, weight)
+class TeLinear(te.Linear):
+    """What Megatron makes of a linear layer of Transformer Engine."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if ctx.layer.need_backward_dw():
-            ctx.layer.wgrad_store.context.put((x, grad))
-            return grad @ weight, None, None
-        return grad @ weight, ctx.layer.gradient(x, grad), None
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Any,
+        bias: bool = True,
+        skip_bias_add: bool = False,
+        norm: bool = False,
+        fuse: bool = False,
+        quantised: bool = False,
+        **more: Any,
+    ) -> None:
+        self.config = config
+        super().__init__(
+            input_size,
+            output_size,
+            bias=bias,
+            norm=norm,
+            return_bias=bias and skip_bias_add,
+            params_dtype=config.params_dtype,
+            init_method=init_method,
+            fuse_wgrad_accumulation=fuse,
+            delay_wgrad_compute=config.delay_wgrad_compute,
+            quantised=quantised,
+        )
+        self.is_first_microbatch = True
 
-
-class _Store:
-    def __init__(self, delays: bool) -> None:
-        self.context: queue.Queue[tuple[Tensor, Tensor]] = queue.Queue()
-        self._delays = delays
-
-    def delay_wgrad_compute(self) -> bool:
-        return self._delays
-
-
-class DelayedLinear(nn.Module):
-    """What Megatron sees of a linear layer of Transformer Engine: with `delay_wgrad_compute` its backward keeps what the weight
-    gradient needs, and `backward_dw` takes the oldest, assigns the gradient and runs the hooks of the data-parallel wrapper."""
-
-    def __init__(self, input_size: int, output_size: int, *, config: Any, init_method: Any, **more: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.zeros(output_size, dtype=config.params_dtype))
-        init_method(self.weight)
-        self.wgrad_store = _Store(config.delay_wgrad_compute)
-        self._hooks: list[Any] = []
-        if self.need_backward_dw():
-            self.weight.skip_backward_post_hook = True
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _Delayed.apply(x, self.weight, self), self.bias
-
-    @staticmethod
-    def gradient(x: Tensor, grad: Tensor) -> Tensor:
-        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
-
-    def need_backward_dw(self) -> bool:
-        return self.wgrad_store.delay_wgrad_compute()
-
-    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Any) -> None:
-        self._hooks.append(hook)
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x, is_first_microbatch=self.is_first_microbatch)
+        self.is_first_microbatch = False
+        return y if self.return_bias else (y, None)
 
     def backward_dw(self) -> None:
-        if self.need_backward_dw():
-            gradient = self.gradient(*self.wgrad_store.context.get_nowait())
-            if self.weight.grad is None:
-                self.weight.grad = gradient
-            for hook in self._hooks:
-                hook()
+        if self.config.delay_wgrad_compute:
+            super().backward_dw()
 
 
-def te_spec(config: Any) -> Any:
-    """Layers whose MLP is of Transformer Engine."""
+class TeMlp(nn.Module):
+    """Layers of Transformer Engine that Megatron's dense models do not use, one that is called twice, and a frozen one."""
+
+    def __init__(self, config: Any, fuse: bool = False, **more: Any) -> None:
+        super().__init__()
+        width = config.hidden_size
+        common = {
+            "params_dtype": config.params_dtype,
+            "init_method": config.init_method,
+            "fuse_wgrad_accumulation": fuse,
+            "delay_wgrad_compute": config.delay_wgrad_compute,
+        }
+        self.mlp = te.LayerNormMLP(width, 2 * width, **common)
+        self.grouped = te.GroupedLinear(2, width, width, **common)
+        self.twice = te.Linear(width, width, **common)
+        self.frozen = te.Linear(width, width, bias=False, **common)
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor, **more: Any) -> tuple[Tensor, None]:
+        y = self.mlp(x).flatten(0, -2)
+        y = self.grouped(y, [len(y) // 4, len(y) - len(y) // 4]).view_as(x)
+        y = x + self.twice(F.gelu(self.twice(y)))
+        return self.frozen(y), None
+
+
+def _begin(model: nn.Module) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "is_first_microbatch"):
+            layer.is_first_microbatch = True
+
+
+def te_spec(config: Any, mixed: bool = False, quantised: bool = False, fuse: bool = False) -> Any:
+    """Layers whose linear layers are all of Transformer Engine. `mixed`: with a `TeMlp`; `fuse`: they add to `main_grad`;
+    `quantised`: as with fp8, each iteration's first microbatch is told to overwrite it."""
     layer = get_gpt_layer_local_spec()
-    layer.submodules.mlp.submodules.linear_fc1 = layer.submodules.mlp.submodules.linear_fc2 = DelayedLinear
+    if quantised:
+        MegatronModule.set_is_first_microbatch = _begin
+    plain = ModuleSpec(module=TeLinear, params={"fuse": fuse, "quantised": quantised})
+    normed = ModuleSpec(module=TeLinear, params={"fuse": fuse, "quantised": quantised, "norm": True})
+    attention = layer.submodules.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj = normed, plain
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+    if mixed:
+        layer.submodules.mlp = ModuleSpec(module=TeMlp, params={"fuse": fuse})
+    else:
+        parts = layer.submodules.mlp.submodules
+        parts.linear_fc1, parts.linear_fc2 = normed, plain
     return layer
 
 
-def delayed_te_spec(config: Any) -> Any:
+def delayed_te_spec(config: Any, **more: Any) -> Any:
     """... with weight gradients that are delayed."""
     config.delay_wgrad_compute = True  # Megatron's own check, which is over, ties it to mixture of experts
-    return te_spec(config)
+    return te_spec(config, **more)
 
 
 def spread_spec(config: Any) -> TransformerBlockSubmodules:

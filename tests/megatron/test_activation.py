@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel.schedules import (  # noqa: E402
     get_forward_backward_func,
 )
 
-from tests.megatron.test_split import linear  # noqa: E402
+from tests.megatron.te_stand_in import Linear  # noqa: E402
 
 NAMES = {
     "forward_backward_pipelining_without_interleaving",
@@ -224,7 +224,6 @@ LEVELS = {
     "gtp_weight_remat_size": ("stock-order", {"gtp_weight_remat_size": 2}),
     "quant_recipe": ("stock-order", {"quant_recipe": object()}),
     "sharded": ("stock-order", {"use_megatron_fsdp": True}),
-    "mtp_use_repeated_layer uses layers": ("refused", {"mtp_use_repeated_layer": True, "delay_wgrad_compute": True}),
     "overlap_p2p_comm and batch_p2p_comm exclude": ("refused", {"overlap_p2p_comm": True, "batch_p2p_comm": True}),
 }
 
@@ -277,7 +276,7 @@ class Wrapped(torch.nn.Module):
     ("chunks", "config", "level", "message"),
     [
         (
-            [Wrapped(linear(True), overlap_grad_reduce=False)],
+            [Wrapped(Linear(4, 4, delay_wgrad_compute=True), overlap_grad_reduce=False)],
             {},
             "refused",
             "nothing adds up those of several microbatches",
@@ -291,7 +290,13 @@ class Wrapped(torch.nn.Module):
         ),
         ([FullyShardedDataParallel()], {}, "stock-order", "FullyShardedDataParallel gathers weights anew"),
         (
-            [Wrapped(torch.nn.Sequential(torch.nn.Dropout(0.1), linear(True)), delay_wgrad_compute=True)] * 2,
+            [
+                Wrapped(
+                    torch.nn.Sequential(torch.nn.Dropout(0.1), Linear(4, 4, delay_wgrad_compute=True)),
+                    delay_wgrad_compute=True,
+                )
+            ]
+            * 2,
             {},
             "refused",
             "2 model chunks a rank and dropout the first iteration runs by the stock schedule",
@@ -311,10 +316,10 @@ def test_takes_models_that_are_like_them_but_right():
     from adaptra_plugin.patches.megatron_support import reasons_of_model
 
     config = type("Config", (), {"no_sync_func": print, "grad_sync_func": None, "gradient_accumulation_fusion": False})
-    assert reasons_of_model([Wrapped(linear(True), delay_wgrad_compute=True)], config) == []
+    assert reasons_of_model([Wrapped(Linear(4, 4, delay_wgrad_compute=True), delay_wgrad_compute=True)], config) == []
     assert reasons_of_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)] * 2, config) == []
     config.gradient_accumulation_fusion, config.no_sync_func = True, None
-    assert reasons_of_model([Wrapped(linear(True))], config) == []
+    assert reasons_of_model([Wrapped(Linear(4, 4, delay_wgrad_compute=True))], config) == []
 
 
 def test_delayed_gradients_that_nothing_would_run_are_refused_without_a_pipeline():

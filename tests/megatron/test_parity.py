@@ -8,7 +8,7 @@ import pytest
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
-from tests.megatron.layers import delayed_te_spec, gathered_spec, spread_spec, te_spec
+from tests.megatron.layers import gathered_spec, spread_spec
 from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, both, loaded, run
 from tests.switching import CAUSED, FIRST
 
@@ -126,18 +126,6 @@ def test_a_step_that_is_skipped_because_gradients_overflow():
     stock, ours = both(GptJob(dtype="fp16", loss_scale=2.0**32), 2)
     assert_same(stock, ours)
     assert True in stock[0]["skipped"]
-
-
-@pytest.mark.parametrize("split", [True, False], ids=["split", "fused"])
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_layers_of_transformer_engine_that_delay_weight_gradients(chunks, split):
-    """A stand-in for them, see `layers.DelayedLinear`; stock without the delay is the measure."""
-    stock = run_ranks(run, 2, GptJob(chunks=chunks, spec=te_spec), None, STEPS)
-    block = {**SLOW, "split_backward": split}
-    ours = run_ranks(run, 2, GptJob(chunks=chunks, spec=delayed_te_spec), block, STEPS)
-    assert_same(stock, ours)
-    # of the four layers in each of two blocks two are local
-    assert ours[0]["status"]["sessions"][0]["split_layers"] == (8 if split else 0)
 
 
 def same_shapes(received, sent):

@@ -34,12 +34,13 @@ def start(rank):
 
 def split_of(weight, run):
     """A split of a model of one weight, which has been observed in `run()`, called while it records."""
-    from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
+    from adaptra_plugin.patches.megatron_split import MegatronSplit
+    from adaptra_plugin.patches.megatron_te import TransformerEngineLayers
     from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
     queue, chunk = WeightGradStore(), torch.nn.Module()
     chunk.weight = weight
-    split = MegatronSplit([chunk], Delayed([chunk]), queue)
+    split = MegatronSplit([chunk], TransformerEngineLayers([chunk]), queue)
     with split.recording():
         y = run()
     with queue.collect("observed"):
@@ -179,39 +180,6 @@ def test_whatever_is_not_known_runs_as_in_stock():
     run_ranks(falls_back, 1)
 
 
-def linear(delays):
-    from tests.megatron.layers import DelayedLinear
-
-    config = type("Config", (), {"params_dtype": torch.float32, "delay_wgrad_compute": delays})
-    return DelayedLinear(4, 4, config=config, init_method=torch.nn.init.zeros_)
-
-
-def counts(rank):
-    from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
-    from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
-
-    old = linear(True)  # before Transformer Engine 2.4 the store alone says so
-    old.need_backward_dw = None
-    chunks = [
-        torch.nn.ModuleList([linear(True), linear(False), torch.nn.LayerNorm(4)]),
-        torch.nn.ModuleList([old]),
-    ]
-    delayed = Delayed(chunks)
-    report = MegatronSplit(chunks, delayed, WeightGradStore()).report
-    assert len(delayed) == 2 and report.split == 2 and report.fused == {"DelayedLinear": 1, "LayerNorm": 1}
-    stores = [layer.wgrad_store.context for layer in (chunks[0][0], old)]
-    for store in stores:
-        store.put((torch.ones(2, 1, 4), torch.ones(2, 1, 4)))
-    delayed.run(0)
-    assert [store.qsize() for store in stores] == [0, 1] and chunks[0][0].weight.grad.eq(2).all()
-    delayed.discard()
-    assert stores[1].empty(), "nothing of a failed iteration stays"
-
-
-def test_layers_that_delay_by_themselves_are_asked_for_their_gradients_and_others_are_counted():
-    run_ranks(counts, 1)
-
-
 def layouts(rank):
     """Inputs and gradients of all layouts, with and without bias, in one process; one iteration is observed, one is split."""
     import random
@@ -229,7 +197,8 @@ def layouts(rank):
         return function.apply(x, weight, bias, False, False, False, None, None, group)
 
     def run(number, split):
-        from adaptra_plugin.patches.megatron_split import Delayed, MegatronSplit
+        from adaptra_plugin.patches.megatron_split import MegatronSplit
+        from adaptra_plugin.patches.megatron_te import TransformerEngineLayers
         from adaptra_plugin.runtime.weight_grad_store import WeightGradStore
 
         choose = random.Random(number)
@@ -239,7 +208,7 @@ def layouts(rank):
         chunk, queue = torch.nn.Module(), WeightGradStore()
         chunk.weight = torch.nn.Parameter(torch.randn(size[3], size[2], dtype=dtype))
         chunk.bias = torch.nn.Parameter(torch.randn(size[3], dtype=dtype)) if choose.random() < 0.5 else None
-        model = MegatronSplit([chunk], Delayed([chunk]), queue)
+        model = MegatronSplit([chunk], TransformerEngineLayers([chunk]), queue)
         seen = []
         for m in range(6):
             shape = size[: choose.choice([1, 2])]
