@@ -66,18 +66,22 @@ class Draws:
         )
         stock: Any = schedules.forward_step
         found: dict[int, dict[str, int]] = {}
+        trouble: list[UnsupportedError] = []
 
         @wraps(stock)
         def forward_step(function: Any, iterator: Any, model: Any, *more: Any, **named: Any) -> Any:
             before = _read()
             result = stock(function, iterator, model, *more, **named)
             number = next(index for index, chunk in enumerate(chunks) if chunk is model)
-            count = _count(before, _read())
-            if found.setdefault(number, count) != count:
-                raise UnsupportedError(
-                    f"forwards of model chunk {number} draw different amounts of random numbers ({found[number]}, {count}), so "
-                    f"the numbers that each of them gets would depend on the plan: {REMEDY}"
-                )
+            try:
+                count = _count(before, _read())
+                if found.setdefault(number, count) != count:
+                    raise UnsupportedError(
+                        f"forwards of model chunk {number} draw different amounts of random numbers ({found[number]}, {count}), so "
+                        f"the numbers that each of them gets would depend on the plan: {REMEDY}"
+                    )
+            except UnsupportedError as error:  # other ranks wait for this one in the middle of a schedule: afterwards
+                trouble.append(error)
             return result
 
         schedules.forward_step = forward_step
@@ -85,6 +89,8 @@ class Draws:
             yield
         finally:
             schedules.forward_step = stock
+        if trouble:
+            raise trouble[0]
         self._counts = found
 
     def iteration(self, config: Any, microbatches: int) -> Turns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.moe_models import experts
@@ -72,3 +73,30 @@ def counted(rank):
 
 def test_states_of_generators_are_counted_with():
     run_ranks(counted, 1)
+
+
+def uneven(rank):
+    from adaptra_plugin.launch.megatron_cpu import install
+    from adaptra_plugin.patches.megatron_draws import Draws, schedules
+
+    install()
+    chunks, run = ["first", "second"], []
+
+    def stock(function, iterator, model):
+        run.append(model)
+        torch.rand(len(run) // 2)
+
+    schedules.forward_step = stock
+    draws = Draws()
+    with (
+        pytest.raises(UnsupportedError, match="forwards of model chunk 0 draw different amounts"),
+        draws.counting(chunks),
+    ):
+        for model in chunks * 2:
+            schedules.forward_step(None, None, model)
+    assert len(run) == 4 and not draws.known, "other ranks are not left waiting"
+    assert schedules.forward_step is stock
+
+
+def test_forwards_that_do_not_all_draw_as_much_are_refused_after_the_first_iteration():
+    run_ranks(uneven, 1)
