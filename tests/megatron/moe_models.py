@@ -10,9 +10,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import layers as linears
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import transformer_block
+from megatron.core.transformer.moe.router import TopKRouter
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.megatron.layers import Kernels, SpreadNorm
+
+_ROUTER: Any = TopKRouter
+if _COUNT := getattr(getattr(_ROUTER, "_apply_expert_bias", None), "_torchdynamo_orig_callable", None):
+    _ROUTER._apply_expert_bias = _COUNT  # each rank would compile it, for seconds
 
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4,

@@ -17,8 +17,10 @@ loaded()
 pytestmark = pytest.mark.multiprocess
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-STEPS = (8, 4, 8, 8)
-"""Microbatches of each iteration; the first runs by the stock schedule."""
+STEPS = (8, 4, 8, 4, 8, 8)
+"""Microbatches of each iteration; the first runs by the stock schedule, the last by a plan with another order of forwards."""
+MEASURED = FIRST + 1
+"""The first iteration of the plug-in is the second of the job."""
 JOBS = {
     "dropout": (GptJob(chunks=2, dropout=0.1), 2),
     "dropout-recomputed": (GptJob(chunks=2, dropout=0.1, tied=True, dtype="bf16", extra=FULL), 2),
@@ -29,17 +31,16 @@ JOBS = {
 
 
 @pytest.mark.parametrize("name", more_in_matrix(JOBS, "dropout-recomputed", "random-routes"))
-def test_healthy(name):
+def test_plans_for_measured_times_in_which_chunks_take_turns_otherwise(name):
     job, world = JOBS[name]
-    assert_same(*both(job, world, steps=STEPS, evaluate_after=(0, 1)))
+    assert_same(*both(job, world, CAUSED, steps=STEPS, evaluate_after=(0, 4), plans_after=(MEASURED,)))
 
 
 def test_a_link_turns_slow_and_plans_change_in_the_middle():
     links = [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}]
     job, world = JOBS["dropout"]
-    # the first iteration of the plug-in is the second of the job
-    block, after = {**CAUSED, "simulate": {"links": links}}, (FIRST + 1, 6)
-    stock, ours = both(job, world, block, steps=(8,) * 10, plans_after=after)
+    block = {**CAUSED, "simulate": {"links": links}}
+    stock, ours = both(job, world, block, steps=(8,) * 10, plans_after=(MEASURED, 6))
     assert_same(stock, ours)
     versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
     assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"

@@ -86,7 +86,7 @@ def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
 def test_experts_without_tokens():
     """More experts than tokens of a microbatch: some have none, first of all while they are observed."""
     job = experts(
-        {**BIAS, "num_moe_experts": 16, "moe_router_topk": 1, "moe_ffn_hidden_size": 8}, micro_batch=1, sequence=4
+        {**BIAS, "num_moe_experts": 8, "moe_router_topk": 1, "moe_ffn_hidden_size": 8}, micro_batch=1, sequence=4
     )
     assert_same(*both(job, 2, SLOW, steps=(6, 6, 6)))
 
