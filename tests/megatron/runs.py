@@ -15,7 +15,7 @@ import adaptra_plugin
 from adaptra_plugin.launch.megatron_cpu import install
 from adaptra_plugin.launch.megatron_gpt import VOCABULARY, GptJob, GptTrainer
 from tests.forked import import_what_optimizers_import, run_ranks, spare_the_ranks
-from tests.switching import plans_follow
+from tests.switching import CAUSED, FIRST, plans_follow
 
 import_what_optimizers_import()
 spare_the_ranks()
@@ -116,6 +116,21 @@ def assert_same(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None
             assert a[name] == b[name], f"rank {rank}: {name}"
     last = [losses for result in stock for losses in result["losses"] if losses]
     assert last, "some rank has losses"
+
+
+def assert_same_while_a_link_turns_slow(job: GptJob, world: int, microbatches: int = 8, iterations: int = 9) -> None:
+    """Plans change twice in the middle: they come from measured times at first, then for the slow link."""
+    block = {
+        **CAUSED,
+        "simulate": {
+            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
+            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
+        },
+    }
+    stock, ours = both(job, world, block, steps=(microbatches,) * iterations, plans_after=(FIRST, 5))
+    assert_same(stock, ours)
+    versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
+    assert len(versions) == 1 and versions.pop() >= 2
 
 
 def more_in_matrix(names: Iterable[str], *more: str) -> list[Any]:

@@ -6,8 +6,7 @@ import pytest
 
 from tests.megatron.moe_combos import Combo, compare
 from tests.megatron.moe_models import experts
-from tests.megatron.runs import SLOW, assert_same, both, loaded, more_in_matrix
-from tests.switching import CAUSED, FIRST
+from tests.megatron.runs import SLOW, assert_same, assert_same_while_a_link_turns_slow, both, loaded, more_in_matrix
 
 loaded()
 pytestmark = pytest.mark.multiprocess
@@ -70,17 +69,7 @@ def test_healthy(name):
 @pytest.mark.parametrize("name", more_in_matrix(["bias-shared", "ep2"], "bias-shared"))
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = JOBS[name]
-    block = {
-        **CAUSED,
-        "simulate": {
-            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
-            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
-        },
-    }
-    stock, ours = both(job, world, block, steps=(6,) * 9, plans_after=(FIRST, 5))
-    assert_same(stock, ours)
-    versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
-    assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"
+    assert_same_while_a_link_turns_slow(job, world, microbatches=6)
 
 
 def test_experts_without_tokens():

@@ -6,8 +6,7 @@ import pytest
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.megatron.moe_models import EXPERTS, fused_layers, predicting
-from tests.megatron.runs import assert_same, both, loaded, more_in_matrix
-from tests.switching import CAUSED, FIRST
+from tests.megatron.runs import assert_same, assert_same_while_a_link_turns_slow, both, loaded, more_in_matrix
 
 loaded()
 pytestmark = pytest.mark.multiprocess
@@ -45,17 +44,7 @@ def test_healthy(name):
 
 
 def test_a_link_turns_slow_and_plans_change_in_the_middle():
-    block = {
-        **CAUSED,
-        "simulate": {
-            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
-            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
-        },
-    }
-    stock, ours = both(JOBS["one"][0], 2, block, steps=(6,) * 9, plans_after=(FIRST, 5))
-    assert_same(stock, ours)
-    versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
-    assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"
+    assert_same_while_a_link_turns_slow(JOBS["one"][0], 2, microbatches=6)
 
 
 def test_sequences_of_different_lengths():

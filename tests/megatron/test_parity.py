@@ -9,8 +9,7 @@ import pytest
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.layers import gathered_spec, spread_spec
-from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, both, loaded, run
-from tests.switching import CAUSED, FIRST
+from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, assert_same_while_a_link_turns_slow, both, loaded, run
 
 loaded()
 pytestmark = pytest.mark.multiprocess
@@ -44,17 +43,7 @@ def test_healthy(name):
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("pp2-vpp2", "tp2-vpp2")])
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = SHAPES[name]
-    block = {
-        **CAUSED,
-        "simulate": {
-            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
-            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
-        },
-    }
-    stock, ours = both(job, world, block, steps=(8,) * 10, plans_after=(FIRST, 5))
-    assert_same(stock, ours)
-    versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
-    assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"
+    assert_same_while_a_link_turns_slow(job, world, iterations=10)
 
 
 VARIANTS = {

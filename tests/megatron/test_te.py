@@ -9,8 +9,7 @@ import pytest
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.layers import delayed_te_spec, te_spec
-from tests.megatron.runs import SLOW, STEPS, assert_same, both, loaded, run
-from tests.switching import CAUSED, FIRST
+from tests.megatron.runs import SLOW, STEPS, assert_same, assert_same_while_a_link_turns_slow, both, loaded, run
 
 loaded()
 pytestmark = pytest.mark.multiprocess
@@ -52,17 +51,7 @@ def test_all_kinds_of_layers(fuse):
 
 
 def test_a_link_turns_slow_and_plans_change_in_the_middle():
-    block = {
-        **CAUSED,
-        "simulate": {
-            "links": [{"src": 0, "dst": 1, "latency_ms": 25, "from_iteration": 5}],
-            "compute": {"forward_ms": 2, "backward_input_ms": 2, "backward_weight_ms": 1},
-        },
-    }
-    stock, ours = both(GptJob(dtype="bf16", spec=te_spec), 2, block, steps=(8,) * 9, plans_after=(FIRST, 5))
-    assert_same(stock, ours)
-    versions = {result["status"]["sessions"][0]["plan_version"] for result in ours}
-    assert len(versions) == 1 and versions.pop() >= 2, "at first from measured times, then for the slow link"
+    assert_same_while_a_link_turns_slow(GptJob(dtype="bf16", spec=te_spec), 2)
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain-vpp2", "fused-overlapped"])
