@@ -133,9 +133,10 @@ def assert_same_while_a_link_turns_slow(job: GptJob, world: int, microbatches: i
     assert len(versions) == 1 and versions.pop() >= 2
 
 
-def more_in_matrix(names: Iterable[str], *more: str) -> list[Any]:
+def more_in_matrix(cases: Iterable[Any], *more: Any) -> list[Any]:
     """Parameters of a test, of which `more` run with the matrix only."""
-    return [pytest.param(name, marks=pytest.mark.matrix) if name in more else name for name in names]
+    marks = {True: [pytest.mark.matrix], False: []}
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks[case in more]) for case in cases]
 
 
 def loaded() -> None:

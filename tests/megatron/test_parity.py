@@ -9,7 +9,17 @@ import pytest
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
 from tests.megatron.layers import gathered_spec, spread_spec
-from tests.megatron.runs import QUIET, SLOW, STEPS, assert_same, assert_same_while_a_link_turns_slow, both, loaded, run
+from tests.megatron.runs import (
+    QUIET,
+    SLOW,
+    STEPS,
+    assert_same,
+    assert_same_while_a_link_turns_slow,
+    both,
+    loaded,
+    more_in_matrix,
+    run,
+)
 
 loaded()
 pytestmark = pytest.mark.multiprocess
@@ -40,7 +50,10 @@ def test_healthy(name):
     assert session["stages"] == job.pipeline * job.chunks
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("pp2-vpp2", "tp2-vpp2")])
+SWITCHING = [name for name in SHAPES if name not in ("pp2-vpp2", "tp2-vpp2")]
+
+
+@pytest.mark.parametrize("name", more_in_matrix(SWITCHING, "pp4", "tp2", "dp2-vpp2"))
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = SHAPES[name]
     assert_same_while_a_link_turns_slow(job, world, iterations=10)
@@ -61,8 +74,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("name", VARIANTS)
+EACH = [(name, chunks) for name in VARIANTS for chunks in (1, 2)]
+LONG = [(name, 2) for name in ("fp16-loss-scaling", "selective-recompute", "no-bias", "plain-optimizer")]
+
+
+@pytest.mark.parametrize(("name", "chunks"), more_in_matrix(EACH, *LONG))
 def test_variants(name, chunks):
     assert_same(*both(dataclasses.replace(VARIANTS[name], chunks=chunks), 2, SLOW))
 
@@ -82,8 +98,11 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("name", WIDE)
+EACH_WIDE = [(name, chunks) for name in WIDE for chunks in (1, 2)]
+LONG_WIDE = [(name, 2) for name in ("sequence-parallel", "distributed-optimizer", "overlapped", "context-parallel")]
+
+
+@pytest.mark.parametrize(("name", "chunks"), more_in_matrix(EACH_WIDE, *LONG_WIDE))
 def test_variants_with_more_ranks_a_stage(name, chunks):
     assert_same(*both(dataclasses.replace(WIDE[name], chunks=chunks), 4, SLOW))
 
