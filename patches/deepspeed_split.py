@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptra_plugin.runtime.census import State
+from adaptra_plugin.patches.function_calls import FunctionCalls
 from adaptra_plugin.runtime.split import Rebinding, SplitLinears
 from adaptra_plugin.runtime.weight_grad_store import Formula, Product, WeightGradStore
 
@@ -74,45 +74,30 @@ def _rebinding(home: ModuleType) -> Rebinding:
     return calls.rebinding
 
 
-class _Calls:
-    """Stands in for the stock Function, of which layers use nothing but `apply`."""
-
-    rebinding: Rebinding
-
+class _Calls(FunctionCalls):
     def __init__(self, stock: Any, home: Any) -> None:
-        self.stock, self.home = stock, home
-        self.split = _split_function(stock)
+        super().__init__(stock)
+        self._home = home
+        self._split = _split_function(stock)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stock, name)
+    def can_split(self, weight: Tensor, *more: Any) -> bool:
+        fusion = more[1]
+        return not (fusion and hasattr(weight, "main_grad"))  # the Function may add to it by itself
 
-    def apply(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, fusion: bool, allreduce: bool, sequence_parallel: bool
+    def split(
+        self,
+        taker: Any,
+        x: Tensor,
+        weight: Tensor,
+        detached: Tensor,
+        bias: Tensor | None,
+        fusion: bool,
+        allreduce: bool,
+        sequence_parallel: bool,
     ) -> Tensor:
-        """Arguments as of the stock Function."""
-        taker = self.rebinding.taker if torch.is_grad_enabled() else None
-        arguments = (x, weight, bias, fusion, allreduce, sequence_parallel)
-        if (
-            taker is None
-            or (state := taker.census.state(weight)) in (None, State.FUSED)
-            or torch.is_autocast_enabled(x.device.type)
-            or (fusion and hasattr(weight, "main_grad"))  # the Function may add to it by itself
-        ):
-            return self.stock.apply(*arguments)
-        if state is State.OBSERVED:
-            y: Tensor = self.stock.apply(*arguments)
-            taker.census.observe(weight, x, y)
-            return y
-        return self.split.apply(
-            x,
-            # it requires grad, as in stock: at::matmul goes another way, to other last bits, where nothing does
-            weight.detach().requires_grad_(),
-            bias,
-            (taker.queue, weight, self.home.get_tensor_model_parallel_group()),
-            taker.anchor(weight),
-            allreduce,
-            sequence_parallel,
-        )
+        box = taker.queue, weight, self._home.get_tensor_model_parallel_group()
+        y: Tensor = self._split.apply(x, detached, bias, box, taker.anchor(weight), allreduce, sequence_parallel)
+        return y
 
 
 def _split_function(stock: Any) -> Any:

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 from torch import Tensor, nn
 
+from adaptra_plugin.patches.function_calls import FunctionCalls
 from adaptra_plugin.patches.megatron_te import TransformerEngineLayers, can_split, delays
 from adaptra_plugin.runtime.census import State
 from adaptra_plugin.runtime.split import Rebinding, SplitLayers
@@ -34,20 +35,26 @@ NAME = "LinearWithGradAccumulationAndAsyncCommunication"
 _STOCK: Any = getattr(layers, NAME)
 
 
-class _Calls:
-    """Stands in for the stock Function, of which layers use nothing but `apply`."""
-
+class _Calls(FunctionCalls):
     def __init__(self, stock: Any) -> None:
-        self.stock = stock
-        self.split = _split_function(stock)
+        super().__init__(stock)
+        self._split = _split_function(stock)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stock, name)
+    def can_split(self, weight: Tensor, *more: Any) -> bool:
+        buffer = more[4]
+        return (
+            buffer is None  # otherwise Megatron defers this one itself
+            and not hasattr(weight, "__fsdp_param__")
+            # arguments of newer versions: weights that are spread and gathered anew
+            and all(value in (None, 0, 1) for value in more[7:])
+        )
 
-    def apply(
+    def split(
         self,
+        taker: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Any,
+        detached: Tensor,
         bias: Tensor | None,
         fusion: bool,
         allreduce_dgrad: bool,
@@ -57,35 +64,10 @@ class _Calls:
         tp_group: Any,
         *more: Any,
     ) -> Tensor:
-        """Arguments as of the stock Function; `more` are those of newer versions."""
-        taker = REBINDING.taker if torch.is_grad_enabled() else None
-        arguments = (x, weight, bias, fusion, allreduce_dgrad, sequence_parallel, buffer, limit, tp_group, *more)
-        if (
-            taker is None
-            or (state := taker.census.state(weight)) in (None, State.FUSED)
-            or buffer is not None  # Megatron defers this one itself
-            or torch.is_autocast_enabled(x.device.type)
-            or hasattr(weight, "__fsdp_param__")
-            or any(value not in (None, 0, 1) for value in more)  # weights that are spread and gathered anew
-        ):
-            return self.stock.apply(*arguments)
-        if state is State.OBSERVED:
-            y: Tensor = self.stock.apply(*arguments)
-            taker.census.observe(weight, x, y)
-            return y
         gather = tp_group if sequence_parallel else None
         gradient = _fused_gradient(weight, gather) if fusion else _plain_gradient(gather)
-        y = self.split.apply(
-            x,
-            # it requires grad, as in stock: at::matmul goes another way, to other last bits, where nothing does
-            weight.detach().requires_grad_(),
-            (taker.queue, weight, gradient),
-            taker.anchor(weight),
-            allreduce_dgrad,
-            sequence_parallel,
-            tp_group,
-            *more,
-        )
+        box, anchor = (taker.queue, weight, gradient), taker.anchor(weight)
+        y: Tensor = self._split.apply(x, detached, box, anchor, allreduce_dgrad, sequence_parallel, tp_group, *more)
         return y if bias is None else _AddBias.apply(y, bias)
 
 
@@ -175,7 +157,8 @@ def _fused_gradient(weight: nn.Parameter, gather: Any) -> Product:
     return gradient
 
 
-REBINDING = Rebinding(_STOCK, _Calls(_STOCK), lambda: [(layers, NAME)])
+_calls = _Calls(_STOCK)
+REBINDING = _Calls.rebinding = Rebinding(_STOCK, _calls, lambda: [(layers, NAME)])
 
 
 class MegatronSplit(SplitLayers):

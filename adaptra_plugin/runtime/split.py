@@ -139,7 +139,7 @@ def _names_of_linear() -> list[tuple[ModuleType, str]]:
 _REBINDING = Rebinding(_LINEAR, _linear, _names_of_linear)
 
 
-_autocasts = torch._C._is_any_autocast_enabled  # asking by x.device would take longer than all the rest
+autocasts = torch._C._is_any_autocast_enabled  # asking by x.device would take longer than all the rest
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
@@ -157,7 +157,7 @@ def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
         (bias is None or _is_ordinary(bias))
         and _is_ordinary(x)
         and not (
-            _autocasts()  # casts are kept for the whole forward, and shared between layers
+            autocasts()  # casts are kept for the whole forward, and shared between layers
             or torch._C._are_functorch_transforms_active()
             or torch.jit.is_tracing()
             or forward_ad._current_level >= 0
