@@ -80,7 +80,8 @@ def test_experts_without_tokens():
     assert_same(*both(job, 2, SLOW, steps=(6, 6, 6)))
 
 
-SEEDS = range(16)
+SEEDS = (*range(16), 20, 27, 38)
+"""The last ones with eight ranks."""
 
 
 @pytest.mark.matrix
