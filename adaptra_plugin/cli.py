@@ -223,12 +223,15 @@ def run_simulate(options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """Says what a job can have."""
     from adaptra_plugin.doctor.job import run
+    from adaptra_plugin.errors import ConfigError
     from adaptra_plugin.patches.hosts import HOSTS
 
     name, words = next((name, found) for name in HOSTS if (found := getattr(options, name)) is not None)
     as_json = options.json
-    if HOSTS[name].takes_arguments and "--json" in words:  # it takes all that follows
-        as_json, words = True, [word for word in words if word != "--json"]
+    if HOSTS[name].takes_arguments:  # it takes all that follows
+        if misplaced := [word for word in words if word.split("=")[0] in ("--stages", "--tensor")]:
+            raise ConfigError(f"{misplaced[0]} is an option of adaptra check: give it before --{name}, or leave it out")
+        as_json, words = as_json or "--json" in words, [word for word in words if word != "--json"]
     return run(HOSTS[name], words, options.stages, options.tensor, as_json)
 
 

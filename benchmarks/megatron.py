@@ -1,10 +1,12 @@
 """Megatron-core pipelines with a link that turns slow: Adaptra against the stock schedules it replaces, in the same run.
 
-    python -m benchmarks.megatron [--chunks 1 2] [--experts 4] [--stock-order] [--latency-ms 120] [--iterations 24] [--json FILE]
+    python -m benchmarks.megatron [--chunks 1 2] [--experts 4] [--stock-order] [--scale 2] [--latency-ms 120]
+        [--iterations 24] [--json FILE]
 
 Four ranks under torchrun train a GPT of Megatron's layers. **Compute is paced**: a stage really trains, then sleeps to its budget
-(F/I/W 20/20/12 ms for each model chunk). Runs: stock and Adaptra, each healthy and with link 1-2 late by `--latency-ms` from the middle
-on. Printed are medians over the iterations of the second half, those before the new plan included.
+(F/I/W 20/20/12 ms for each model chunk; `--scale` multiplies them and the latency, for models that compute longer). Runs: stock and
+Adaptra, each healthy and with link 1-2 late by `--latency-ms` from the middle on. Printed are medians over the iterations of the second
+half, those before the new plan included.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ RUN_DEADLINE_S = 300.0
 
 
 def train(
-    folder: Path, chunks: int, adaptra: bool, links: list[dict[str, Any]], iterations: int, model: Sequence[str]
+    folder: Path,
+    chunks: int,
+    adaptra: bool,
+    links: list[dict[str, Any]],
+    iterations: int,
+    model: Sequence[str],
+    scale: float,
 ) -> dict[str, Any]:
     """One training run: iteration times of the last rank, losses, and the hashes of all ranks' parameters."""
     name = f"{'adaptra' if adaptra else 'stock'}-{chunks}-{'slow' if links else 'healthy'}"
@@ -36,7 +44,7 @@ def train(
     block = {
         "report": {"directory": str(folder / f"{name}-events"), "wandb": "off"},
         "transport": {"bind": "127.0.0.1"},
-        "simulate": {"compute": COMPUTE, "links": links},
+        "simulate": {"compute": {name: ms * scale for name, ms in COMPUTE.items()}, "links": links},
     }
     config.write_text(json.dumps({"adaptra": block}))
     command = [
@@ -56,13 +64,13 @@ def train(
     return {**last, "parameters_sha256": [result["parameters_sha256"] for result in results]}
 
 
-def measure(chunks: int, latency_ms: float, iterations: int, model: Sequence[str]) -> dict[str, Any]:
+def measure(chunks: int, latency_ms: float, iterations: int, model: Sequence[str], scale: float) -> dict[str, Any]:
     """All four runs of one kind of schedule, and what follows from them."""
     half = iterations // 2
-    slow = [{"src": 1, "dst": 2, "latency_ms": latency_ms, "from_iteration": half}]
+    slow = [{"src": 1, "dst": 2, "latency_ms": latency_ms * scale, "from_iteration": half}]
     with tempfile.TemporaryDirectory(prefix="adaptra-megatron-") as folder:
         runs = {
-            (name, state): train(Path(folder), chunks, name == "adaptra", links, iterations, model)
+            (name, state): train(Path(folder), chunks, name == "adaptra", links, iterations, model, scale)
             for name in ("stock", "adaptra")
             for state, links in (("healthy", []), ("slow", slow))
         }
@@ -71,6 +79,7 @@ def measure(chunks: int, latency_ms: float, iterations: int, model: Sequence[str
     return {
         "chunks": chunks,
         "model": list(model),
+        "scale": scale,
         "latency_ms": latency_ms,
         "iteration_ms": {" ".join(key): round(value, 1) for key, value in times.items()},
         "times_stock_slow": round(times["stock", "slow"] / times["adaptra", "slow"], 2),
@@ -85,15 +94,19 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2], help="model chunks a rank")
     parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: dense layers")
     parser.add_argument("--stock-order", action="store_true", help="measure the level at which no plans run")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the budgets and the latency")
     parser.add_argument("--latency-ms", type=float, default=120.0)
     parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    print(f"{RANKS} ranks, 12 microbatches, compute paced to {COMPUTE}, {os.cpu_count()} processors", flush=True)
+    print(
+        f"{RANKS} ranks, 12 microbatches, compute paced to {options.scale} x {COMPUTE}, {os.cpu_count()} processors",
+        flush=True,
+    )
     model = ["--experts", str(options.experts), *(["--stock-order"] if options.stock_order else [])]
     rows = []
     for chunks in options.chunks:
-        row = measure(chunks, options.latency_ms, options.iterations, model)
+        row = measure(chunks, options.latency_ms, options.iterations, model, options.scale)
         rows.append(row)
         schedule = "1F1B" if chunks == 1 else f"interleaved, {chunks} chunks a rank"
         print(f"{schedule}: ms an iteration {row['iteration_ms']}")

@@ -20,6 +20,13 @@ FIELDS = {
     "num_virtual_stages_per_pipeline_rank": "virtual_pipeline_model_parallel_size",
 }
 """Arguments whose fields are called otherwise."""
+QUANTISED = (
+    (("kitchen_config_file", "kitchen_recipe_number"), "use_kitchen"),
+    (("te_precision_config_file",), "quant_recipe"),
+)
+"""Arguments that name a recipe, and the field that it becomes."""
+COUNTED = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+"""With each, one layer more is laid out."""
 DEFAULTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 """Of both, where a default decides."""
 STAGES = "pipeline_model_parallel_size"
@@ -63,6 +70,9 @@ def _value(word: str) -> Any:
 def fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `TransformerConfig` that the settings make, as far as they are judged."""
     found = {**DEFAULTS, **{FIELDS.get(name, name): value for name, value in settings.items()}}
+    for files, field in QUANTISED:
+        if any(settings.get(name) is not None for name in files):
+            found[field] = True
     offloaded = found.get("cpu_offloading_num_layers")
     if isinstance(offloaded, int) and offloaded > 0:
         found["cpu_offloading"] = True
@@ -91,9 +101,10 @@ def chunks(settings: Mapping[str, Any]) -> int:
     each = _size(settings, PER_CHUNK, None)
     if each is None:
         return 1
-    layers = _size(settings, "num_layers", None)
+    layers = _size(settings, "decoder_num_layers", _size(settings, "num_layers", None))
     if layers is None:
         raise ConfigError(f"{PER_CHUNK} is {each}: num_layers is needed with it")
+    layers += sum(bool(settings.get(name)) for name in COUNTED)
     return _whole(layers, stages * each, f"num_layers is {{}}, with {PER_CHUNK} {each}")
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 from adaptra_plugin.support import Level, Reason, Rule, in_stock_order, judge, refused
 
-DRAWING = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps", "moe_router_force_load_balancing")
+DRAWING = (
+    *("hidden_dropout", "attention_dropout", "moe_input_jitter_eps"),
+    *("moe_router_force_load_balancing", "moe_router_force_biased"),
+)
 """Fields with which forwards draw random numbers."""
 ORDERLESS_FP8 = ("tensorwise", "blockwise", "mxfp8")
 """Recipes of fp8 that compute a scale from each tensor alone."""
@@ -40,7 +43,9 @@ def _graphs(job: Settings) -> bool:
 
 
 def whole_graph(config: Any) -> bool:
-    """Whether one CUDA graph replays whole iterations, transfers included."""
+    """Whether one CUDA graph replays whole iterations, transfers included. Newer versions call it a kind of graph, older ones a scope."""
+    if getattr(config, "cuda_graph_impl", None) == "full_iteration":
+        return True
     scopes = getattr(config, "cuda_graph_scope", None)
     each = scopes if isinstance(scopes, list | tuple | set) else str(scopes).split(",")
     graphs = _graphs(Settings(config))
@@ -50,6 +55,14 @@ def whole_graph(config: Any) -> bool:
 def _fp8_with_history(job: Settings) -> bool:
     recipe = job.get("fp8_recipe") or "delayed"
     return bool(job.get("fp8")) and str(getattr(recipe, "value", recipe)) not in ORDERLESS_FP8
+
+
+def asks_for_delayed(config: Any) -> bool:
+    """Whether Megatron itself runs weight gradients that layers delay, inside of its own backward."""
+    return any(
+        getattr(config, name, False)
+        for name in ("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad")
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -79,6 +92,20 @@ RULES: tuple[Rule, ...] = (
         in_stock_order(
             "fp8 with delayed scaling keeps scaling factors that are updated in the stock order of microbatches",
             f"plans need fp8_recipe to be one of {', '.join(ORDERLESS_FP8)}",
+        ),
+    ),
+    (
+        lambda job: bool(job.get("fp8")) and _on("fp8_dot_product_attention", "fp8_multi_head_attention")(job),
+        in_stock_order(
+            "attention in fp8 keeps scaling factors that are updated in the stock order of microbatches, whatever the recipe",
+            "plans need fp8_dot_product_attention and fp8_multi_head_attention to be off",
+        ),
+    ),
+    (
+        _on("overlap_dispatch_backward_with_experts_wgrad"),
+        in_stock_order(
+            "overlap_dispatch_backward_with_experts_wgrad runs the experts' weight gradients inside of the backward",
+            "plans need it switched off",
         ),
     ),
     (

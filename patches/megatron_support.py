@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron.core.transformer.moe import moe_utils
+
 from adaptra_plugin.patches.megatron_draws import draws
+from adaptra_plugin.patches.megatron_rules import asks_for_delayed
 from adaptra_plugin.patches.megatron_te import delays
 from adaptra_plugin.support import Reason, in_stock_order, refused
 
@@ -17,6 +20,16 @@ def reasons_of_model(chunks: Sequence[Any], config: Any) -> list[Reason]:
     that delay weight gradients which nobody would ask for.
     """
     found: list[Reason] = []
+    asked = asks_for_delayed(config)
+    if getattr(config, "moe_router_force_load_balancing", False) and hasattr(
+        getattr(moe_utils, "RandomSTE", None), "generator"
+    ):
+        found.append(
+            in_stock_order(
+                "moe_router_force_load_balancing draws from a generator of its own in this version, in the stock order of microbatches",
+                "plans need a newer megatron-core",
+            )
+        )
     names = {base.__name__ for chunk in chunks for base in type(chunk).__mro__}
     if sharded := sorted(name for name in names if "FullyShardedDataParallel" in name or "FSDP" in name):
         found.append(
@@ -39,14 +52,14 @@ def reasons_of_model(chunks: Sequence[Any], config: Any) -> list[Reason]:
                 )
             )
         delayed = any(delays(layer) for layer in chunk.modules()) and not config.gradient_accumulation_fusion
-        if delayed and not getattr(settings, "delay_wgrad_compute", False):
+        if delayed and not asked and not getattr(settings, "delay_wgrad_compute", False):
             found.append(
                 refused(
                     "layers of Transformer Engine delay weight gradients, and nothing adds up those of several microbatches",
                     "set delay_wgrad_compute in the DistributedDataParallelConfig too, or gradient_accumulation_fusion",
                 )
             )
-        if draws(chunks, config) and any(delays(layer) for layer in chunk.modules()):
+        if draws(chunks, config) and not asked and any(delays(layer) for layer in chunk.modules()):
             found.append(
                 refused(
                     f"with {len(chunks)} model chunks a rank and dropout the first iteration runs by the stock schedule, which asks "
@@ -99,7 +112,7 @@ def reasons_of_shapes(received: Sequence[Any], sent: Sequence[Any]) -> list[Reas
 def reasons_alone(config: Any) -> list[Reason]:
     """What Megatron's schedule without a pipeline, which runs as it is, would compute wrongly: it never asks for weight gradients
     that are delayed."""
-    if getattr(config, "delay_wgrad_compute", False) and not getattr(config, "overlap_moe_expert_parallel_comm", False):
+    if getattr(config, "delay_wgrad_compute", False) and not asks_for_delayed(config):
         return [
             refused("delay_wgrad_compute is on, and nothing runs what is delayed without a pipeline", "set it to False")
         ]

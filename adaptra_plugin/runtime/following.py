@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.runtime.iteration import Iteration
 from adaptra_plugin.schedule.actions import Action, Kind
-from adaptra_plugin.transport import Direction, Key, Message
+from adaptra_plugin.transport import Direction, Key
 
 STEP = {Direction.ACTIVATION: 1, Direction.GRADIENT: -1}
 """To the position that a message goes to."""
@@ -25,8 +25,9 @@ class Following(Iteration):
     """One executed schedule of somebody else's on one rank. `actions` is empty.
 
     Messages between two neighbours are numbered in each direction: the n-th that one sends is the n-th that the other receives, as between
-    processes that send and receive by themselves. A schedule that does not deadlock if every send waits for its receive does
-    not here, where sends return before.
+    processes that send and receive by themselves. A send returns before its receive; it blocks while the ring is full. Hosts wait
+    for a send, if not at once, then before the next one but one of the same direction, and a ring has room for several
+    messages. So a schedule that does not deadlock with the host's transfers does not here.
     """
 
     _sent: Counter[Direction] = field(default_factory=Counter)
@@ -74,9 +75,12 @@ class Following(Iteration):
         position = (self.topology.position + STEP[direction]) % self.topology.length
         key = self._key(direction, position, self._sent[direction])
         self._sent[direction] += 1
-        # on a device it is read later, and nobody knows what the schedule does with it until then
-        given = tensor.detach() if tensor.device.type == "cpu" else tensor.detach().clone()
-        with self.presence.waiting():
+        given = tensor.detach()
+        if given.is_cuda:
+            # it is read later, and nobody knows what the schedule does with it until then
+            given = given.clone()
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        with self._aside(), self.presence.waiting():  # it may wait for room
             self._channel(direction, receiving=False).send(key, [given], self.version << 1)
 
     def receive_from(self, position: int, tensor: Tensor) -> None:
@@ -101,7 +105,8 @@ class Following(Iteration):
             TransportError: a message has another number or type of elements than its tensor.
         """
         for key, tensor in expected:
-            (received,) = self._take_aside(key).tensors
+            with self._aside():
+                (received,) = self._take(key).tensors
             if (received.numel(), received.dtype) != (tensor.numel(), tensor.dtype):
                 raise TransportError(
                     f"message {key.microbatch} ({key.direction.name.lower()}) is {received.dtype} of {tuple(received.shape)}, "
@@ -110,14 +115,15 @@ class Following(Iteration):
             with torch.no_grad():
                 tensor.detach().copy_(received.view(tensor.shape))
 
-    def _take_aside(self, key: Key) -> Message:
-        """Waits, with the clock of a computation stopped."""
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Inside, the clock of the computation that is running, if there is one, stands still."""
         if self._inside is None:
-            return self._take(key)
+            yield
+            return
         self._marks.append((self._inside, self._began, self.stopwatch.mark()))
-        message = self._take(key)
+        yield
         self._began = self.stopwatch.mark()
-        return message
 
     def is_neighbour(self, position: int) -> bool:
         return abs(position - self.topology.position) == 1

@@ -11,6 +11,10 @@ from adaptra_plugin.patches import megatron_arguments, megatron_rules
 
 DENSE = ["--pipeline-model-parallel-size", "4"]
 NO_DROPOUT = ["--hidden-dropout", "0.0", "--attention-dropout=0"]
+COUNTED = [
+    *("--num-layers", "30", "--num-layers-per-virtual-pipeline-stage", "4"),
+    *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
+]
 CHUNKS = ["--num-layers", "32", "--num-layers-per-virtual-pipeline-stage", "2"]
 
 
@@ -31,6 +35,7 @@ def check(capsys):
         ([*DENSE, *CHUNKS, *NO_DROPOUT], "full", 4, None),
         ([*DENSE, *CHUNKS], "full", 4, None),
         ([*DENSE, *CHUNKS, "--variable-seq-lengths"], "stock-order", 4, "how much a forward draws"),
+        ([*DENSE, *COUNTED, *NO_DROPOUT], "full", 2, None),
         ([*DENSE, "--num-virtual-stages-per-pipeline-rank", "2", *NO_DROPOUT], "full", 2, None),
         ([*DENSE, "--pipeline-model-parallel-layout", "Et*3|(tt|)*6t,L", *NO_DROPOUT], "full", 2, None),
         ([*DENSE, "--num-experts", "64", "--expert-model-parallel-size", "8"], "full", 1, None),
@@ -46,6 +51,9 @@ def check(capsys):
         ),
         ([*DENSE, "--overlap-moe-expert-parallel-comm"], "stock-order", 1, "merged into each other"),
         ([*DENSE, "--cpu-offloading-num-layers", "2"], "stock-order", 1, "cpu_offloading"),
+        ([*DENSE, "--cuda-graph-impl", "full_iteration"], "stock", 1, "whole iterations"),
+        ([*DENSE, "--kitchen-recipe-number", "3"], "stock-order", 1, "Kitchen"),
+        ([*DENSE, "--te-precision-config-file", "x.yaml"], "stock-order", 1, "quant_recipe"),
         ([*DENSE, "--use-megatron-fsdp"], "stock-order", 1, "fully sharded"),
         ([*DENSE, "--overlap-p2p-comm", "--batch-p2p-comm"], "refused", 1, "exclude each other"),
         (["--num-layers", "8"], "stock", 1, "one stage"),
@@ -95,6 +103,7 @@ def test_the_block_is_read_too(check, tmp_path):
         ([*DENSE, "--num-layers", "33", "--num-layers-per-virtual-pipeline-stage", "2"], "a multiple of 8"),
         ([*DENSE, "--num-layers-per-virtual-pipeline-stage", "2"], "num_layers is needed with it"),
         ([*DENSE, "--pipeline-model-parallel-layout", "Et|tL|t"], "has 3 parts: expected a multiple of 4"),
+        ([*DENSE, "--stages", "9"], "--stages is an option of adaptra check: give it before --megatron"),
         (["-x"], "'-x' is no argument of Megatron's"),
         (["none.yaml"], "No such file"),
     ],

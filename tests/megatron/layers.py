@@ -183,3 +183,9 @@ class Kernels:
         main_grad += grad_y.t().float() @ x.float()
 
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def marked(config):
+    """Layers like any others, of a job that says that it counts on the stock order."""
+    config.moe_paged_stash = True
+    return get_gpt_layer_local_spec()

@@ -213,6 +213,9 @@ LEVELS = {
     ),
     "CUDA graphs replay": ("stock-order", {"cuda_graph_impl": "local"}),
     "CUDA graph of whole iterations": ("stock", {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}),
+    "(full_iteration) replays": ("stock", {"cuda_graph_impl": "full_iteration"}),
+    "attention in fp8": ("stock-order", {"fp8": "e4m3", "fp8_recipe": "tensorwise", "fp8_dot_product_attention": True}),
+    "overlap_dispatch_backward": ("stock-order", {"overlap_dispatch_backward_with_experts_wgrad": True}),
     "overlap_moe_expert_parallel_comm runs": ("stock-order", {"overlap_moe_expert_parallel_comm": True}),
     "defer_embedding_wgrad_compute defers": ("stock-order", {"defer_embedding_wgrad_compute": True}),
     "fp8 with delayed scaling": ("stock-order", {"fp8": "hybrid"}),
@@ -320,6 +323,9 @@ def test_takes_models_that_are_like_them_but_right():
     assert reasons_of_model([Wrapped(torch.nn.Dropout(0.1), delay_wgrad_compute=False)] * 2, config) == []
     config.gradient_accumulation_fusion, config.no_sync_func = True, None
     assert reasons_of_model([Wrapped(Linear(4, 4, delay_wgrad_compute=True))], config) == []
+    config.gradient_accumulation_fusion, config.overlap_moe_expert_parallel_comm = False, True
+    drawing = torch.nn.Sequential(torch.nn.Dropout(0.1), Linear(4, 4, delay_wgrad_compute=True))
+    assert reasons_of_model([Wrapped(drawing)] * 2, config) == [], "Megatron's merged schedule asks for them"
 
 
 def test_delayed_gradients_that_nothing_would_run_are_refused_without_a_pipeline():

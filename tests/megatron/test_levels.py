@@ -6,20 +6,14 @@ import dataclasses
 import time
 
 import pytest
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
 from tests.forked import run_ranks
+from tests.megatron.layers import marked
 from tests.megatron.runs import SLOW, assert_same, both, loaded, run
 
 loaded()
 pytestmark = pytest.mark.multiprocess
-
-
-def marked(config):
-    """Layers like any others, of a job that says that it counts on the stock order."""
-    config.moe_paged_stash = True
-    return get_gpt_layer_local_spec()
 
 
 MARKED = GptJob(spec=marked)
