@@ -53,7 +53,7 @@ def test_healthy(name):
 SWITCHING = [name for name in SHAPES if name not in ("pp2-vpp2", "tp2-vpp2")]
 
 
-@pytest.mark.parametrize("name", more_in_matrix(SWITCHING, "pp4", "tp2", "dp2-vpp2"))
+@pytest.mark.parametrize("name", more_in_matrix(SWITCHING, "pp4", "tp2", "dp2", "dp2-vpp2"))
 def test_a_link_turns_slow_and_plans_change_in_the_middle(name):
     job, world = SHAPES[name]
     assert_same_while_a_link_turns_slow(job, world, iterations=10)
@@ -99,7 +99,13 @@ WIDE = {
 
 
 EACH_WIDE = [(name, chunks) for name in WIDE for chunks in (1, 2)]
-LONG_WIDE = [(name, 2) for name in ("sequence-parallel", "distributed-optimizer", "overlapped", "context-parallel")]
+LONG_WIDE = [
+    (name, 2)
+    for name in (
+        *("sequence-parallel", "sequence-parallel-tied", "context-parallel"),
+        *("distributed-optimizer", "overlapped"),
+    )
+]
 
 
 @pytest.mark.parametrize(("name", "chunks"), more_in_matrix(EACH_WIDE, *LONG_WIDE))

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.multiprocess
         (4, {}),
         (2, {"spec": marked}),
         pytest.param(4, {"spec": marked}, marks=pytest.mark.matrix),
-        (4, {"spec": marked, "extra": {"overlap_p2p_comm_warmup_flush": True}}),
+        pytest.param(
+            *(4, {"spec": marked, "extra": {"overlap_p2p_comm_warmup_flush": True}}), marks=pytest.mark.matrix
+        ),
     ],
     ids=["plans-2", "plans-4", "followed-2", "followed-4", "followed-4-flush"],
 )
