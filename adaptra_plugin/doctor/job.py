@@ -100,10 +100,14 @@ def _print_one(job: Judged) -> None:
 
 
 def _print_all(jobs: Sequence[Judged]) -> None:
-    table = Table("job", "level", "reasons", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    longest = max(len(job.name) for job in jobs)
+    table.add_column("job", no_wrap=True, min_width=longest)  # a path that is cut is of no use
+    table.add_column("level", no_wrap=True)
+    table.add_column("reasons")
     for job in jobs:
         table.add_row(job.name, job.level.value, "\n".join(map(str, job.reasons)))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else longest + 120).print(table)
 
 
 def judge(

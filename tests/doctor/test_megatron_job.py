@@ -75,6 +75,8 @@ def test_levels(check, words, level, chunks, why):
 
 
 def test_several_files_have_a_row_each(check, tmp_path):
+    tmp_path = tmp_path / ("a" * 100) / ("b" * 100)
+    tmp_path.mkdir(parents=True)
     (tmp_path / "dense.yaml").write_text("pipeline_model_parallel_size: 2\n")
     (tmp_path / "graphs.json").write_text(json.dumps({"pipeline_model_parallel_size": 2, "cuda_graph_impl": "local"}))
     names = [str(tmp_path / "dense.yaml"), str(tmp_path / "graphs.json")]
