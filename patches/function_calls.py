@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from adaptra_plugin.runtime.census import State
 from adaptra_plugin.runtime.split import Rebinding, autocasts
 
 
-class FunctionCalls:
+class FunctionCalls(ABC):
     """Stands in for a Function, of which layers use nothing but `apply`.
 
     Attributes:
@@ -44,10 +45,10 @@ class FunctionCalls:
         # it requires grad, as in stock: at::matmul goes another way, to other last bits, where nothing does
         return self.split(taker, x, weight, weight.detach().requires_grad_(), *more)
 
+    @abstractmethod
     def can_split(self, weight: Tensor, *more: Any) -> bool:
         """Whether a call with these arguments can leave out the gradient of its weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def split(self, taker: Any, x: Tensor, weight: Tensor, detached: Tensor, *more: Any) -> Tensor:
         """The call without the gradient of its weight, which goes to the taker's queue. `detached`: what to compute with."""
-        raise NotImplementedError

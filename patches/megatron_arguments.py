@@ -97,7 +97,8 @@ def chunks(settings: Mapping[str, Any]) -> int:
         return given
     layout = settings.get(LAYOUT)
     if layout:
-        return _whole(_parts(layout), stages, f"{LAYOUT} has {{}} parts")
+        parts = _parts(layout)
+        return _whole(parts, stages, f"{LAYOUT} has {parts} parts")
     each = _size(settings, PER_CHUNK, None)
     if each is None:
         return 1
@@ -105,12 +106,12 @@ def chunks(settings: Mapping[str, Any]) -> int:
     if layers is None:
         raise ConfigError(f"{PER_CHUNK} is {each}: num_layers is needed with it")
     layers += sum(bool(settings.get(name)) for name in COUNTED)
-    return _whole(layers, stages * each, f"num_layers is {{}}, with {PER_CHUNK} {each}")
+    return _whole(layers, stages * each, f"num_layers is {layers}, with {PER_CHUNK} {each}")
 
 
 def _whole(number: int, parts: int, what: str) -> int:
     if number % parts:
-        raise ConfigError(f"{what.format(number)}: expected a multiple of {parts}")
+        raise ConfigError(f"{what}: expected a multiple of {parts}")
     return number // parts
 
 

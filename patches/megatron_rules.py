@@ -127,7 +127,7 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda job: _on("cpu_offloading", "fine_grained_activation_offloading")(job),
+        _on("cpu_offloading", "fine_grained_activation_offloading"),
         in_stock_order(
             "offloaded activations (cpu_offloading, fine_grained_activation_offloading) are fetched back in the stock order of "
             "microbatches",
