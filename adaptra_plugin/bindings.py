@@ -1,9 +1,10 @@
-"""Names of other modules that are bound to a given object."""
+"""Names of other modules: which are bound to a given object, and binding them to something else for a while."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -21,3 +22,14 @@ def names_bound_to(*values: Any) -> Iterator[tuple[ModuleType, str, Any]]:
         for name, bound in list(vars(module).items()):
             if id(bound) in wanted:
                 yield module, name, bound
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute of a module or class is `value`."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -10,6 +10,7 @@ import torch
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe import schedule as stock
 
+from adaptra_plugin.bindings import replaced
 from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.schedule.actions import Kind
 
@@ -48,11 +49,8 @@ def delegated(iteration: Following) -> Iterator[None]:
             return iteration.receive_from(src_stage, tensor)
         return before[1](tensor, src_stage, async_op)
 
-    p2p.send, p2p.recv = send, recv
-    try:
+    with replaced(p2p, "send", send), replaced(p2p, "recv", recv):
         yield
-    finally:
-        p2p.send, p2p.recv = before
 
 
 def _commit(iteration: Following, engine: Any) -> None:

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import random
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from adaptra_plugin.bindings import replaced
 from adaptra_plugin.errors import UnsupportedError
 from adaptra_plugin.patches.megatron_rules import DRAWING
 
@@ -58,10 +59,6 @@ class Draws:
         self._counts: dict[int, dict[str, int]] = {}
         self.reasons: list[str] = []
 
-    @property
-    def known(self) -> bool:
-        return bool(self._counts)
-
     @contextmanager
     def counting(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
         """Forwards of the stock schedule run inside."""
@@ -88,11 +85,8 @@ class Draws:
                 ]
             return result
 
-        schedules.forward_step = forward_step
-        try:
+        with replaced(schedules, "forward_step", forward_step):
             yield
-        finally:
-            schedules.forward_step = stock
         self._counts = found
 
     def iteration(self, config: Any, microbatches: int) -> Turns:

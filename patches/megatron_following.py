@@ -12,19 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.pipeline_parallel import combined_1f1b, p2p_communication, schedules
 from torch import Tensor, nn
 
+from adaptra_plugin.bindings import replaced
 from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.schedule.actions import Kind
 from adaptra_plugin.transport import Direction, Key
-
-try:
-    from megatron.core.pipeline_parallel import combined_1f1b
-except ImportError:  # versions without a merged forward and backward
-    combined_1f1b = None
-
-COMBINED = "combined_forward_backward_step"
 
 
 @dataclass
@@ -130,7 +124,8 @@ class Computations:
         def step(forward_step_func: Any, data_iterator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with self.iteration.computing(Kind.FORWARD, self._chunk(model)):
                 result = stock(forward_step_func, data_iterator, model, *args, **kwargs)
-            self._made[id(_first(result[0]))] = self._chunk(model)
+            if self.iteration.training:
+                self._made[id(_first(result[0]))] = self._chunk(model)
             return result
 
         return step
@@ -194,18 +189,15 @@ def delegated(iteration: Following, group: Any, chunks: list[nn.Module]) -> Iter
         chunks: the model of this rank.
     """
     transfers, computations = Transfers(iteration, group), Computations(iteration, chunks)
-    replaced: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    replacements: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (p2p_communication, "_p2p_ops", transfers.apart),
         (p2p_communication, "_batched_p2p_ops", transfers.batched),
         (p2p_communication.P2PCommunicator, "_communicate_shapes", transfers.shapes),
         (schedules, "forward_step", computations.forward),
         (schedules, "backward_step", computations.backward),
+        (combined_1f1b, "combined_forward_backward_step", computations.combined),
     ]
-    if hasattr(combined_1f1b, COMBINED):
-        replaced.append((combined_1f1b, COMBINED, computations.combined))
     with ExitStack() as stack:
-        for owner, name, replace in replaced:
-            stock = getattr(owner, name)
-            stack.callback(setattr, owner, name, stock)
-            setattr(owner, name, replace(stock))
+        for owner, name, replace in replacements:
+            stack.enter_context(replaced(owner, name, replace(getattr(owner, name))))
         yield
