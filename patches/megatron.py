@@ -83,7 +83,7 @@ class Pipeline:
     def count(self, call: Call, stock: Callable[..., Any]) -> Any:
         """The first training iteration of a job that draws random numbers: by the stock schedule."""
         assert self.draws is not None
-        with self.draws.counting(call.chunks):
+        with self.session.inside(), self.draws.counting(call.chunks):
             results = stock(**call.arguments)
         self.agree(self.draws.reasons)
         return results
@@ -311,11 +311,10 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
     model = call.chunks[0]
     found = foreign.reasons_for_stock(call.p2p_communicator, call.arguments.get(call.groups_name))
     found += [str(it) for it in reasons_of_config(call.config, len(call.chunks)) if it.level is Level.STOCK]
-    own_order = foreign.reasons_for_own_order(stock, call.chunks)
     pipeline = _pipelines.get(model)
     if model not in _pipelines or (pipeline is not None and pipeline.session.closed):
-        pipeline = _pipelines[model] = _start(config, call, found, own_order)
-    elif pipeline is not None and (late := found or (own_order if not pipeline.session.follows else [])):
+        pipeline = _pipelines[model] = _start(config, call, stock, found)
+    elif pipeline is not None and (late := found or _late_order(pipeline, call, stock)):
         raise UnsupportedError(
             f"replaced after training with Adaptra had begun: {'; '.join(late)}. Replace it before the first iteration, and "
             "the job runs with it"
@@ -334,7 +333,12 @@ def run(stock: Callable[..., Any], config: AdaptraConfig, arguments: Mapping[str
     return pipeline.run(call)
 
 
-def _start(config: AdaptraConfig, call: Call, found: list[str], own_order: list[str]) -> Pipeline | None:
+def _late_order(pipeline: Pipeline, call: Call, stock: Callable[..., Any]) -> list[str]:
+    """What has been put there since the first call that a plan would go around; a schedule that is followed has it anyway."""
+    return [] if pipeline.session.follows else foreign.reasons_for_own_order(stock, call.chunks)
+
+
+def _start(config: AdaptraConfig, call: Call, stock: Callable[..., Any], found: list[str]) -> Pipeline | None:
     """The pipeline of a model; None if a rank has found a reason why Adaptra must not touch it. All ranks decide alike.
 
     Raises:
@@ -352,7 +356,7 @@ def _start(config: AdaptraConfig, call: Call, found: list[str], own_order: list[
     ]
     refuse_what_must_be(reasons, support.OTHERWISE)
     pipeline = Pipeline(config, call, meeting)
-    found = [*own_order, *map(str, reasons)]
+    found = [*foreign.reasons_for_own_order(stock, call.chunks), *map(str, reasons)]
     if pipeline.draws is None or any(meeting.gather("order", bool(found), world_size).values()):
         pipeline.agree(found)
     return pipeline
