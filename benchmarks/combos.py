@@ -18,7 +18,8 @@ import sys
 import time
 import traceback
 
-from tests.patches.combos import COUNTS, Combo, StockFails, compare
+from tests.combos import StockFails
+from tests.patches.combos import COUNTS, Combo, compare
 
 SECONDS = 30.0
 """Allowed for a step, of both runs."""

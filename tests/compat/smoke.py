@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -52,9 +51,9 @@ def _deepspeed_rank(rank: int) -> None:
 def megatron_core() -> None:
     pretend_triton()
     from adaptra_plugin.launch.megatron_gpt import GptJob
+    from tests.megatron.layers import marked
     from tests.megatron.moe_models import experts, predicting
     from tests.megatron.runs import SLOW, assert_same, both, loaded
-    from tests.megatron.test_levels import MARKED
 
     loaded()
     sharded = GptJob(dtype="bf16", overlap_grad_reduce=True, distributed_optimizer=True, overlap_param_gather=True)
@@ -66,7 +65,7 @@ def megatron_core() -> None:
         (sharded, 4),
         (experts(balanced, expert=2, chunks=2), 4),
         (predicting(1), 2),
-        (replace(MARKED, chunks=2), 2),  # its own schedule, followed
+        (GptJob(chunks=2, spec=marked), 2),  # its own schedule, followed
     )
     for job, world in jobs:
         assert_same(*both(job, world, SLOW, steps=(4, 4, 4), evaluate_after=(1,)))

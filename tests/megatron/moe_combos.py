@@ -4,12 +4,13 @@ and with ours, and has to give the same bits."""
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from adaptra_plugin.launch.megatron_gpt import GptJob
+from tests.combos import Described, StockFails
 from tests.forked import run_ranks
 from tests.megatron.moe_models import experts, predicting
 from tests.megatron.runs import assert_same, run
@@ -97,7 +98,7 @@ LAYOUTS: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
 
 
 @dataclass(frozen=True)
-class Combo:
+class Combo(Described):
     """One job; names are those of the tables above.
 
     Attributes:
@@ -221,13 +222,6 @@ class Combo:
     def adaptra(self) -> dict[str, Any]:
         links = [{"src": 0, "dst": 1, "latency_ms": 25}] if self.slow else []
         return {**CAUSED, "simulate": {"links": links}}
-
-    def __str__(self) -> str:
-        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-
-
-class StockFails(Exception):
-    """A combination that Megatron itself cannot run."""
 
 
 def compare(combo: Combo, timeout: float = 100.0) -> list[dict[str, Any]]:

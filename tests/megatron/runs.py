@@ -18,7 +18,6 @@ from tests.forked import import_what_optimizers_import, run_ranks, spare_the_ran
 from tests.switching import CAUSED, FIRST, plans_follow
 
 import_what_optimizers_import()
-spare_the_ranks()
 QUIET = {"report": {"directory": None, "wandb": "off"}, "transport": {"bind": "127.0.0.1"}}
 STEPS = (8, 8, 6, 8)
 """Microbatches of each iteration."""
@@ -145,3 +144,4 @@ def loaded() -> None:
     from adaptra_plugin.schedule.prepare import prepare
 
     prepare()
+    spare_the_ranks()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import re
 import traceback
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.combos import Described, StockFails
 from tests.forked import import_deepspeed, run_ranks
 from tests.patches.models import Block, Embed, Head, assert_same, head_forward, overflowing, train
 from tests.patches.tensor_models import TensorBlock
@@ -42,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Combo:
+class Combo(Described):
     """One job.
 
     Attributes:
@@ -190,18 +191,11 @@ class Combo:
             TiedLayerSpec("embed", Embed, forward_fn=head_forward, **tied),
         ]
 
-    def __str__(self) -> str:
-        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-
 
 def changing(engine: Any, batches: Any) -> Any:
     """Microbatches of three lengths."""
     for number, (tokens, labels) in enumerate(batches):
         yield tokens[:, : 4 + number % 3], labels[:, : 4 + number % 3]
-
-
-class StockFails(Exception):
-    """A combination that DeepSpeed itself cannot run."""
 
 
 def compare(combo: Combo, timeout: float = 100.0) -> list[dict[str, Any]]:
