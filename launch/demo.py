@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from adaptra_plugin.errors import AdaptraError
-from adaptra_plugin.launch import PROGRESS
+from adaptra_plugin.launch import progress
 from adaptra_plugin.launch.demo_report import Summary, picture, summarise, table
 from adaptra_plugin.launch.ports import free_port
 
@@ -161,9 +161,9 @@ def _stream(
     try:
         for line in process.stdout:
             write(line)
-            if line.startswith(PROGRESS):
-                _, done, loss, ms = line.split()
-                advance(int(done), f"loss {loss}  {float(ms):.0f} ms")
+            said = progress.read(line)
+            if said is not None:
+                advance(said.done, f"loss {said.loss:.4f}  {said.ms:.0f} ms")
             if time.monotonic() > deadline:
                 raise AdaptraError(f"a run took longer than {RUN_DEADLINE_S:.0f} s")
         return process.wait(timeout=60)

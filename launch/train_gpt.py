@@ -17,9 +17,9 @@ import deepspeed
 import torch
 
 from adaptra_plugin.config import parse_config
-from adaptra_plugin.launch import PROGRESS
 from adaptra_plugin.launch.corpus import Windows, read_corpus
 from adaptra_plugin.launch.model import GptSize, build_pipeline
+from adaptra_plugin.launch.progress import Progress
 from adaptra_plugin.launch.stock import StockSimulation
 
 SEED = 1234
@@ -58,7 +58,7 @@ def main() -> None:
         computed.append((time.process_time() - computed_before) * 1e3)
         losses.append(loss.item())
         if engine.global_rank == 0:
-            print(f"{PROGRESS} {iteration + 1} {losses[-1]:.4f} {times[-1]:.1f}", flush=True)
+            Progress(iteration + 1, losses[-1], times[-1]).say()
 
     result = {
         "engine": type(engine).__name__,

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from adaptra_plugin.config import parse_config
-from adaptra_plugin.launch import PROGRESS
 from adaptra_plugin.launch.corpus import Windows, read_corpus
 from adaptra_plugin.launch.megatron_cpu import install
+from adaptra_plugin.launch.progress import Progress
 from adaptra_plugin.patches.megatron_gate import add_arguments
 
 SEED = 1234
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         times.append((time.perf_counter() - begun) * 1e3)
         if last:
             losses.append(statistics.fmean(found["losses"]))
-            print(f"{PROGRESS} {iteration + 1} {losses[-1]:.4f} {times[-1]:.1f}", flush=True)
+            Progress(iteration + 1, losses[-1], times[-1]).say()
     if arguments.result is not None:
         arguments.result.mkdir(parents=True, exist_ok=True)
         result = {"losses": losses, "iteration_ms": times, "parameters_sha256": trainer.hash_parameters()}

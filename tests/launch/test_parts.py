@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import torch
 from adaptra_plugin.config import SimulateConfig
 from adaptra_plugin.launch.corpus import Windows, read_corpus
 from adaptra_plugin.launch.demo_report import measured
+from adaptra_plugin.launch.progress import Progress, read
 from tests.forked import import_deepspeed
 
 import_deepspeed()
@@ -34,6 +37,34 @@ def test_windows_leave_torchs_generator_alone():
     torch.manual_seed(3)
     next(Windows(read_corpus(200_000), 2, 8, seed=1))
     assert torch.equal(torch.rand(1), expected)
+
+
+class _Pipe(io.RawIOBase):
+    """Keeps each write by itself: between two of them, another process may write to a shared pipe."""
+
+    def __init__(self) -> None:
+        self.writes: list[str] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        self.writes.append(bytes(data).decode())  # type: ignore[call-overload]
+        return len(self.writes[-1].encode())
+
+
+def test_progress_is_read_from_a_pipe_that_other_processes_write_to(monkeypatch: pytest.MonkeyPatch):
+    pipe = _Pipe()
+    # as `python -u` opens it
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=True))
+    Progress(14, 3.41974, 416.34).say()
+    (line,) = pipe.writes
+    assert line.endswith("\n")
+    assert read(line) == read("half a line of another rank's log" + line) == Progress(14, 3.4197, 416.3)
+    assert read("adaptra-progress 14 3.41") is None and read("loss 3.4\n") is None
+    Progress(15, float("nan"), 1.0).say()
+    said = read(pipe.writes[-1])
+    assert said is not None and said.done == 15 and said.loss != said.loss
 
 
 def test_a_stock_transfer_over_a_slow_link_blocks_the_sender(monkeypatch: pytest.MonkeyPatch):
