@@ -47,6 +47,9 @@ class TransportConfig(_Block):
     """Which kind of rail carries the bytes. `auto` takes the best one that both ends have."""
     proxy: Literal["process", "thread"] = "process"
     """What moves the bytes: a process of its own per rank, or a thread of the training process."""
+    direct: bool = True
+    """Ranks of one host tell each other of messages in shared memory themselves, past their proxies. Not over a link to which
+    `simulate` does something."""
     connections_per_direction: int = Field(2, ge=1, le=16)
     """Lanes per link for activations, and as many for gradients. Each has staging rings and a TCP connection of its own."""
     ring_mib: Literal["auto"] | int = "auto"

@@ -18,9 +18,10 @@ Control messages to the proxy, by `op`:
 and from it, by `event`:
     ready           card (text)
     start_failed    text
-    connected       links {rank: {rails [names], why}}
+    connected       links {rank: {rails [names], why, direct}}; direct: both ends have the pair of sockets for it
     connect_failed  error (class name), text
-    memfds          rank, descriptors: the peer's rings, for each direction, for each lane, or none if `rails` is false
+    memfds          rank, direct, descriptors: the peer's rings, for each direction, for each lane, and if `direct`, this rank's end
+                    of a pair of sockets (SOCK_SEQPACKET) over which it exchanges records with the peer itself
     lost, left      rank, error (class name), reason, remedy
     control         rank, message (an object)
     backlog         rank, waiting (bytes): the control messages that wait for `rank` have become more, or less, than may be

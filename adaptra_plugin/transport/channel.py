@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +13,9 @@ import torch
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import explain
-from adaptra_plugin.transport.bridge import Op, unpacked_time
+from adaptra_plugin.transport.bridge import RECORD, Op, unpacked_time
+from adaptra_plugin.transport.direct import DirectPath
+from adaptra_plugin.transport.event_pump import Source
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.lanes import RecvLane, SendLane
@@ -44,9 +49,12 @@ class Link:
         self.info = info
         self.connections = shared.config.connections_per_direction
         self.severed = False
-        """No record comes after this; the control stream says why."""
+        """No record of the proxy comes after this; the control stream says why."""
         self.pauses = Pauses(shared.pump.drain)
         self._malformed = malformed
+        self._shared = shared
+        self._path: DirectPath | None = None
+        self._source: Source | None = None
         self.sending: dict[Direction, list[SendLane]] = {d: [] for d in Direction}
         self.receiving: dict[Direction, list[RecvLane]] = {d: [] for d in Direction}
         extent = extent_of(shared.config.segment_kib << 10, grows=shared.config.ring_grows)
@@ -120,6 +128,68 @@ class Link:
             else:
                 lane.remote = Memory(memfd)
 
+    # --- the direct path
+
+    def adopt(self, sock: socket.socket, me: int) -> None:
+        """The peer, whose rings are mapped, can tell this rank of messages directly. A pair that came before was never used."""
+        if self._path is not None:
+            if self.sending[Direction.ACTIVATION][0].direct is not None:
+                sock.close()
+                return
+            self._path.close()
+        self._path = path = DirectPath(sock, me, self._shared.pump, self._shared.config.deadline_s)
+        self._source = Source(sock, self._direct_record, functools.partial(self._path_ended, path), path.flush)
+        self._shared.pump.add(self._source)
+
+    def go_direct(self) -> None:
+        """The peer listens at its end: what is sent from now on goes directly."""
+        for lane in self.lanes():
+            lane.direct = self._path
+
+    def _path_ended(self, path: DirectPath) -> None:
+        path.ended = True
+        path.shut()  # the peer may not have noticed
+        for lane in self.lanes():
+            if isinstance(lane, SendLane):
+                lane.fall_back()
+            else:
+                lane.direct = None
+
+    @property
+    def path_ended(self) -> bool:
+        """Nothing more comes directly."""
+        return self._path is None or self._path.ended
+
+    def shut_path(self) -> None:
+        """Nothing more goes directly."""
+        if self._path is not None:
+            self._path.shut()
+
+    def _direct_record(self, packet: bytes) -> None:
+        """What the peer itself says."""
+        if len(packet) != RECORD.size:
+            self._nonsense("directly", f"{len(packet)} bytes are no record")
+            return
+        for op, code, index, _, rank, position, total, _, at in RECORD.iter_unpack(packet):
+            if rank != self.info.rank or code > Direction.GRADIENT or index >= self.connections:
+                self._nonsense(
+                    "directly", f"a record of rank {rank} about connection {index} of direction {code} is announced"
+                )
+                return
+            direction = Direction(code)
+            if op == Op.ARRIVED:
+                receiver = self.receiving[direction][index]
+                try:
+                    # the clock of the host as this rank's endpoint has it
+                    came_s = unpacked_time(at) + receiver.clock() - time.monotonic()
+                    receiver.deliver_direct(position, total, came_s)
+                except MalformedMessage as error:
+                    self._nonsense(f"on connection {receiver.direction.word} {receiver.index}", str(error))
+            elif op in (Op.CONSUMED, Op.PEER_STUCK):
+                self.record(op, code, index, 0, position, total, 0.0, 0)
+            else:
+                self._nonsense("directly", f"a record with op {op} came")
+
     # --- records
 
     def record(
@@ -128,17 +198,22 @@ class Link:
         """Enters what the proxy says into the books."""
         if op == Op.ARRIVED:
             receiver = self.receiving[Direction(direction)][lane]
+            # what the peer has told directly before it had to tell its proxy comes first
+            while self._source is not None and self._source.read():
+                pass
             try:
                 reference, came_s = bool(flags & 1), unpacked_time(after)
                 receiver.deliver(position, total, by_reference=reference, delay_ms=value, came_s=came_s)
             except MalformedMessage as error:
-                self._nonsense(receiver, error)
+                self._nonsense(f"on connection {receiver.direction.word} {receiver.index}", str(error))
         elif op == Op.ACKED:
             self.sending[Direction(direction)][lane].acked(position)
         elif op == Op.CONSUMED:
             self.sending[Direction(direction)][lane].consumed(position)
         elif op == Op.PEER_STUCK:
             self.receiving[Direction(direction)][lane].peer_stuck = bool(total)
+            if self._path is not None:
+                self._path.flush()
         elif op == Op.STOOD:
             self.pauses.add(value, value + total / 1e6)
         elif op == Op.LOST:
@@ -146,9 +221,8 @@ class Link:
         else:
             raise TransportError(f"the proxy has sent a record with unknown op {op}: this is a defect")
 
-    def _nonsense(self, lane: RecvLane, error: MalformedMessage) -> None:
-        where = f"{lane.direction.word} {lane.index}"
-        loss = Loss(TransportError, f"it sent a malformed message on connection {where}: {error}", _REINSTALL)
+    def _nonsense(self, where: str, what: str) -> None:
+        loss = Loss(TransportError, f"it sent a malformed message {where}: {what}", _REINSTALL)
         self.abort(loss)
         log.error("lost: %s: %s", self.info, loss.reason)
         self._malformed(self.info, loss)
@@ -164,6 +238,8 @@ class Link:
         """Gives the memory back."""
         for lane in self.lanes():
             lane.close()
+        if self._path is not None:
+            self._path.close()
 
     def stats(self) -> dict[str, Any]:
         return {

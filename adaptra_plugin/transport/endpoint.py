@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import socket
 import threading
 import time
 import weakref
@@ -263,6 +264,8 @@ class Endpoint:
                     lane.refuse(_CLOSING)
             self._pump.wake()
             self._copier.finish(linger_s)
+            for link in list(self._links.values()):
+                link.shut_path()
             self._tell("close", linger_s=linger_s)
         if threading.current_thread() is not self._thread:
             self._thread.join(linger_s + _MARGIN_S)
@@ -362,13 +365,16 @@ class Endpoint:
         elif kind in ("lost", "left"):
             self._gone(kind, event)
         elif kind == "memfds":
-            self._memfds(event["rank"], descriptors)
+            self._memfds(event["rank"], descriptors, with_path=event["direct"])
         elif kind == "ready":
             self.endpoint_info = EndpointInfo.parse(event["endpoint_info"])
             self._gate.set()
         elif kind == "connected":
             for rank, link in sorted(event["links"].items(), key=lambda item: int(item[0])):
                 why = f" ({link['why']})" if link["why"] else ""
+                if link["direct"]:
+                    self._links[int(rank)].go_direct()
+                    why += "; messages pass the proxies by"
                 log.info("connected: %s by %s%s", self._peers[int(rank)], ", ".join(link["rails"]), why)
             self._gate.set()
         elif kind in ("start_failed", "connect_failed"):
@@ -394,19 +400,24 @@ class Endpoint:
         else:
             log.warning("event %r of the proxy is unknown", kind)
 
-    def _memfds(self, rank: int, descriptors: list[int]) -> None:
+    def _memfds(self, rank: int, descriptors: list[int], *, with_path: bool) -> None:
         link = self._links.get(rank)
         if link is None:
             for fd in descriptors:
                 os.close(fd)
             return
+        path = socket.socket(fileno=descriptors.pop()) if with_path and descriptors else None
         try:
             link.map_remote(descriptors)
         except (ValueError, OSError) as error:
             why = str(error) if descriptors else "this process has no room for more descriptors (ulimit -n)"
             log.warning("the rings of %s cannot be mapped (%s): shared memory is not used", link.info, why)
+            if path is not None:
+                path.close()
             self._tell("unmapped", rank=rank, why=why)
             return
+        if path is not None:
+            link.adopt(path, self.me.rank)
         self._tell("mapped", rank=rank)
 
     def _gone(self, kind: str, event: dict[str, Any]) -> None:
@@ -416,7 +427,7 @@ class Endpoint:
         if link is not None:
             # what has arrived lies in the data socket in front of the record that nothing follows
             def severed() -> bool:
-                return link.severed or self._fate.error is not None
+                return (link.severed and link.path_ended) or self._fate.error is not None
 
             self._pump.wait(severed, time.monotonic() + _LAST_RECORDS_S)
             link.abort(loss)

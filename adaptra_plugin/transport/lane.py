@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from adaptra_plugin.transport.bridge import Op
+from adaptra_plugin.transport.direct import DirectPath
 from adaptra_plugin.transport.memory import MIB, Memory
 from adaptra_plugin.transport.shared import BackpressureDrainer, Counters, Loss, Shared
 from adaptra_plugin.transport.types import Direction, PeerInfo
@@ -29,6 +30,8 @@ class Lane(ABC):
         self.limit = min(self.capacity, self.config.max_message_mib * MIB)
         self.counters = Counters()
         self.loss: Loss | None = None
+        self.direct: DirectPath | None = None
+        """How the peer is told, while that can be without the proxies."""
         self.drainer = BackpressureDrainer()
         self._lock = threading.Lock()
 

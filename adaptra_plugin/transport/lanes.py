@@ -40,7 +40,8 @@ class SendLane(Lane):
         self.allocator = RingAllocator(self.capacity, grows=self.config.ring_grows)
         self._newest: dict[Key, RingEntry] = {}  # of each key, the last message, or part, that is not consumed
         self._line: deque[object] = deque()  # producers; the first one may fill the ring
-        self._copying = 0  # messages that the copier has not told the proxy of yet
+        self._copying = 0  # messages that the copier has not told of yet
+        self._stuck = False  # the peer has been told that a producer waits for room
         self._warned = False
 
     def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int) -> SendWork:
@@ -115,7 +116,7 @@ class SendLane(Lane):
             for outgoing, _ in placed:
                 self.allocator.add(outgoing)
             self._newest[key] = placed[-1][0]
-            # the proxy hears of messages in the order of their positions
+            # others hear of messages in the order of their positions
             behind = self._copying > 0 or any(later for _, later in placed)
             self._copying += behind * len(placed)
         self.counters.messages += 1
@@ -129,18 +130,54 @@ class SendLane(Lane):
                     later,
                     event,
                     str(key),
-                    functools.partial(self._copied, outgoing.position, outgoing.total, after),
+                    functools.partial(self._copied, outgoing, after),
                 )
             else:
-                # stamped last: neither the wait for room nor that for the device is the link's doing
-                self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), after)
+                self._tell(outgoing, after)
         return work
 
-    def _copied(self, position: int, total: int, after: int) -> None:
+    def _copied(self, outgoing: RingEntry, after: int) -> None:
         """On the copier's thread."""
-        self._post(Op.SEND, position, total, self.clock(), after)
+        self._tell(outgoing, after)
         with self._lock:
             self._copying -= 1
+
+    def _tell(self, outgoing: RingEntry, after: int) -> None:
+        """A message lies in the ring: the peer hears of it, or the proxy."""
+        if self.direct is not None:
+            with self._lock:
+                direct = self.direct
+                if direct is not None:
+                    outgoing.told = True
+                    outgoing.work.arrived(outgoing.position)  # it lies where the peer reads it
+            if direct is not None:
+                direct.arrived(self.direction, self.index, outgoing.position, outgoing.total)
+                return
+        # stamped last: neither the wait for room nor that for the device is the link's doing
+        self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), after)
+
+    def fall_back(self) -> None:
+        """The direct path is broken: the proxy is told all that the peer has not consumed, as far as anybody knows."""
+        with self._lock:  # whoever sends meanwhile comes after that
+            if self.direct is None:
+                return
+            self.direct = None
+            before: dict[Key, int] = {}
+            for outgoing in self.allocator.waiting():
+                key = outgoing.work.key
+                if outgoing.told:
+                    self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), before.get(key, 0))
+                before[key] = outgoing.position + 1
+            if self._stuck:
+                self._post(Op.STUCK, total=1)
+
+    def _tell_stuck(self, stuck: bool) -> None:
+        with self._lock:
+            self._stuck, direct = stuck, self.direct
+        if direct is not None:
+            direct.stuck(self.direction, self.index, stuck)
+        else:
+            self._post(Op.STUCK, total=int(stuck))
 
     def _fits(self, total: int) -> bool:
         with self._lock:
@@ -173,7 +210,7 @@ class SendLane(Lane):
                 if first and not told:
                     told = True
                     self.counters.full += 1
-                    self._post(Op.STUCK, total=1)
+                    self._tell_stuck(True)
                 if not self._warned and waited >= warn_after:
                     self._warned = True
                     log.warning("blocked: %s waits for room towards %s: %s", key, self.peer, self.situation())
@@ -182,7 +219,7 @@ class SendLane(Lane):
                     self.pump.wait(may_go_on, started + limit)
         finally:
             if told:
-                self._post(Op.STUCK, total=0)
+                self._tell_stuck(False)
             self.counters.blocked_ms += (time.monotonic() - started) * 1e3
 
     def _check(self, key: Key, waited: float) -> None:
@@ -244,6 +281,7 @@ class RecvLane(Source):
         self._parts: dict[Key, MessageHeader] = {}  # the newest part of messages that are not complete
         self._entering: Arrived | None = None  # what `deliver` is at
         self._entered = -1  # position of the newest one that it is done with
+        self._direct_through = -1  # position of the newest one that came directly
         self._ahead: RecvWork | None = None  # is on its way to the device, or there, and nobody has waited for it
 
     def post(self, key: Key, device: torch.device | None = None) -> RecvWork:
@@ -271,12 +309,38 @@ class RecvLane(Source):
         return work
 
     def deliver(self, position: int, total: int, *, by_reference: bool, delay_ms: float, came_s: float = 0.0) -> None:
-        """A whole message is there. After an exception that has interrupted it, that of a signal handler, it is called
+        """The proxy has a whole message. After an exception that has interrupted it, that of a signal handler, it is called
         once more for the same message before any other one, and completes what is left to do. Raises MalformedMessage."""
+        if position <= self._direct_through:
+            self._known(position, total)
+        else:
+            self._deliver(position, total, by_reference, delay_ms, came_s, direct=False)
+
+    def deliver_direct(self, position: int, total: int, came_s: float) -> None:
+        """The same of a message that lies in the peer's ring, and that no link was in the way of."""
+        if position < self._direct_through:
+            raise MalformedMessage(f"a message at {position} came after one at {self._direct_through}")
+        self._deliver(position, total, True, 0.0, came_s, direct=True)
+        self._direct_through = position
+
+    def _known(self, position: int, total: int) -> None:
+        """A message that came directly is told of again, because that path has broken since: its sender still has to hear when it is
+        copied out."""
+        with self._lock:
+            held = self._held.get(position)
+            if held is not None:
+                held.direct = False
+                return
+        self._post(Op.RELEASE, position, total)
+
+    def _deliver(
+        self, position: int, total: int, by_reference: bool, delay_ms: float, came_s: float, *, direct: bool
+    ) -> None:
         if position == self._entered:
             return
         if self._entering is None or self._entering.position != position:
             self._entering = arrived = self._understand(position, total, by_reference, delay_ms, came_s)
+            arrived.direct = direct
             self.counters.messages += arrived.is_last
             self.counters.bytes += total
         arrived = self._entering
@@ -369,7 +433,13 @@ class RecvLane(Source):
         """Caller: it has been copied out."""
         with self._lock:
             self._held.pop(arrived.position, None)
-        self._post(Op.RELEASE, arrived.position, arrived.total)
+            direct, known = self.direct, not arrived.direct
+        if known:
+            self._post(Op.RELEASE, arrived.position, arrived.total)
+        elif direct is not None:
+            # a long message's room is wanted back while it is in the caches
+            urgent = self.peer_stuck or arrived.total >= DRAIN_FROM
+            direct.consumed(self.direction, self.index, arrived.position, urgent=urgent)
 
     def copied(self) -> None:
         """Caller: it has copied a message, and lets others."""

@@ -28,6 +28,8 @@ class RingEntry:
     total: int
     work: SendWork
     consumed: bool = False
+    told: bool = False
+    """The peer has been told of it, directly."""
 
 
 class RingAllocator:

@@ -34,6 +34,7 @@ class Arrived:
     header: MessageHeader
     delay_ms: float
     came_s: float = 0.0
+    direct: bool = False  # its sender is told directly that it has been copied out
     work: RecvWork | None = None  # the receive that it belongs to, once that is posted
 
     @property

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from tests.transport import support
 from tests.transport.fake_proxy import connected
 
 
@@ -75,3 +76,15 @@ def fake_pair():
     for endpoint, fake in made:
         endpoint.close()
         fake.close()
+
+
+@pytest.fixture
+def by_proxies(monkeypatch: pytest.MonkeyPatch):
+    """Messages in shared memory are told of through the proxies, too."""
+    monkeypatch.setitem(support.DEFAULTS, "direct", False)
+
+
+@pytest.fixture(params=["directly", "by proxies"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Messages in shared memory are told of in both ways."""
+    monkeypatch.setitem(support.DEFAULTS, "direct", request.param == "directly")

@@ -60,7 +60,7 @@ class FakeProxy(Running):
         if message["op"] == "start":
             self.tell("ready", endpoint_info=self.endpoint_info.to_text())
         elif message["op"] == "connect":
-            self.tell("connected", links={"1": {"rails": ["fake"], "why": ""}})
+            self.tell("connected", links={"1": {"rails": ["fake"], "why": "", "direct": False}})
         elif message["op"] == "stats":
             self.tell("stats", id=message["id"], data={"refused_connections": 0, "peers": {}})
         elif message["op"] == "close" and self.answers_close:

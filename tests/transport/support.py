@@ -18,10 +18,18 @@ STUCK = SlowLink(src=0, dst=1, latency_ms=3_600_000.0)
 """Nothing of what is sent leaves: no need to fill the kernel's buffers, whose size is nobody's business."""
 
 
+DEFAULTS: dict[str, Any] = {
+    "ring_mib": 1,
+    "deadline_s": PATIENCE_S,
+    "connect_deadline_s": PATIENCE_S,
+    "proxy": "thread",
+    "direct": True,
+}
+
+
 def config(**changes: Any) -> TransportConfig:
     """Small rings and short deadlines. The proxy is a thread, which starts at once, unless a test wants a process."""
-    settings = {"ring_mib": 1, "deadline_s": PATIENCE_S, "connect_deadline_s": PATIENCE_S, "proxy": "thread"}
-    return TransportConfig(**{**settings, **changes})
+    return TransportConfig(**{**DEFAULTS, **changes})
 
 
 def proxy_settings(**changes: Any) -> ProxySettings:

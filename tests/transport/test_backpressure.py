@@ -18,6 +18,8 @@ from adaptra_plugin.transport.works import SendWork
 
 from .support import activation, line, until
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 MESSAGE = torch.arange(300_000 // 8)  # 300 KB: three fill a ring of 1 MiB
 
 

@@ -11,6 +11,8 @@ from adaptra_plugin.transport import Endpoint, Message
 
 from .support import activation, everywhere, gradient, heard, line, until
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 MESSAGE = torch.arange(300_000 // 8)  # 300 KB: three fill a ring of 1 MiB
 COUNT = 40  # 12 MB: more than the rings hold
 

@@ -23,6 +23,8 @@ from adaptra_plugin.transport.works import SendWork
 from .fake_device import FakeDevice, channels, pair
 from .support import activation, config, connect_line, endpoint, everywhere, gradient, line, until
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 KIB, MIB = 1 << 10, 1 << 20
 
 

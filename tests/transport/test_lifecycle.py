@@ -15,6 +15,7 @@ from adaptra_plugin.errors import PeerLostError, TransportError
 from adaptra_plugin.transport import Address, Direction, Endpoint, EndpointInfo, Key, PeerInfo
 from adaptra_plugin.transport import endpoint as endpoint_module
 from adaptra_plugin.transport.bind import choose_bind, listen, local_address_towards
+from adaptra_plugin.transport.types import PROTOCOL
 
 from .conftest import open_descriptors, our_threads
 from .support import SECRET, activation, config, connect_line, endpoint, everywhere, info, line, table, until
@@ -69,7 +70,7 @@ def test_cards_print_and_parse():
         ("boot", None, "boot None"),
         ("unix", 3, "unix 3"),
         ("rdma", ["x"], "rdma"),
-        ("protocol", 1, "speaks protocol version 1, this side 3: install the same release"),
+        ("protocol", 1, f"speaks protocol version 1, this side {PROTOCOL}: install the same release"),
     ],
 )
 def test_what_is_no_card_is_refused(field, value, says):

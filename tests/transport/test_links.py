@@ -10,6 +10,8 @@ from adaptra_plugin.transport.clock import ClockOffset
 
 from .support import activation, gradient, line, until
 
+pytestmark = pytest.mark.usefixtures("by_proxies")
+
 
 def test_offset_comes_from_the_ping_with_the_shortest_way():
     clock = ClockOffset()

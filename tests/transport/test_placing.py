@@ -12,6 +12,8 @@ from adaptra_plugin.config import parse_config
 from adaptra_plugin.errors import TransportError
 from tests.transport.support import activation, config, endpoint, line
 
+pytestmark = pytest.mark.usefixtures("by_proxies")
+
 
 def test_the_proxy_process_runs_where_and_as_it_is_told():
     cpu = max(os.sched_getaffinity(0))

@@ -11,11 +11,14 @@ import sys
 import textwrap
 import time
 
+import pytest
 import torch
 
 from adaptra_plugin.transport import bridge
 from adaptra_plugin.transport.bridge import Reader
 from tests.transport.support import activation, config, endpoint, line, until
+
+pytestmark = pytest.mark.usefixtures("by_proxies")
 
 
 def cut(link, rail, reason="cut by the test"):

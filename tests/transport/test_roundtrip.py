@@ -19,13 +19,14 @@ DTYPES = [dtype for dtype in _DTYPES.values() if dtype != torch.complex32]
 
 @pytest.fixture(
     scope="module",
-    params=[("thread", "auto"), ("thread", "tcp"), ("process", "auto"), ("process", "tcp")],
+    params=[("thread", "directly"), ("thread", "tcp"), ("process", "directly"), ("process", "shm"), ("process", "tcp")],
     ids=lambda param: "-".join(param),
 )
 def pair(request):
     """Messages by reference to shared memory, and in pieces over TCP, which wrap around in the receive ring as in the ring."""
-    proxy, rail = request.param
-    with line(2, proxy=proxy, rail=rail, segment_kib=64) as endpoints:
+    proxy, way = request.param
+    rail = {"directly": "auto"}.get(way, way)
+    with line(2, proxy=proxy, rail=rail, direct=way == "directly", segment_kib=64) as endpoints:
         yield endpoints
 
 

@@ -11,9 +11,10 @@ import torch
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport import staging
-from adaptra_plugin.transport.bridge import Op
 from tests.transport.fake_device import SLOW_S, THERE, FakeDevice, channels, late, pair, tensors_of_all_kinds
 from tests.transport.support import activation, gradient, heard, until
+
+pytestmark = pytest.mark.usefixtures("either_way")
 
 
 @pytest.fixture(params=[True, False], ids=["pinned", "detour"])
@@ -63,19 +64,18 @@ def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(devic
         assert [lane._copying for lane in lanes] == [0, 0, 0, 0]
 
 
-def test_the_proxy_hears_of_messages_in_the_order_of_their_positions(device):
+def test_others_hear_of_messages_in_the_order_of_their_positions(device):
     with pair(device, connections_per_direction=1) as ends:
         out, into = channels(ends)
         [lane] = [lane for lane in ends[0]._links[1].send_lanes() if lane.direction == 0]
         posted = []
-        post = lane._post
+        tell = lane._tell
 
-        def record(op, position=0, *rest, **more):
-            if op == Op.SEND:
-                posted.append(position)
-            post(op, position, *rest, **more)
+        def record(outgoing, after):
+            posted.append(outgoing.position)
+            tell(outgoing, after)
 
-        lane._post = record
+        lane._tell = record
         tensor = device.put(torch.zeros(1000))
         device.compute.run(late(tensor, 1.0))
         for microbatch in range(6):  # those in host memory are ready long before

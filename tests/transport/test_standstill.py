@@ -13,7 +13,7 @@ import torch
 
 from .support import activation, gradient, line
 
-pytestmark = pytest.mark.timing
+pytestmark = [pytest.mark.timing, pytest.mark.usefixtures("by_proxies")]
 PAUSE_S = 1.5
 ROUNDS = 6
 MESSAGES = 8

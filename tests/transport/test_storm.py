@@ -24,7 +24,7 @@ from tests.transport.proxy.strategies import faults
 
 from .support import activation, everywhere, gradient, line
 
-pytestmark = pytest.mark.timing
+pytestmark = [pytest.mark.timing, pytest.mark.usefixtures("by_proxies")]
 STORMS = max(1, int(os.environ.get("ADAPTRA_EXAMPLES", "200")) // 25)
 SOAK = int(os.environ.get("ADAPTRA_SOAK", "240"))
 STORM_S = 1.0

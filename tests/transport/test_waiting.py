@@ -15,6 +15,7 @@ from adaptra_plugin.transport import Direction
 from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, pairs
 from adaptra_plugin.transport.event_pump import EventPump
 from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.types import PROTOCOL
 
 from .support import activation, everywhere, gradient, heard, line, until
 
@@ -316,7 +317,7 @@ def test_messages_arrive_in_any_order_in_the_mirror_and_in_the_peers_own_ring(fa
     first, fake = fake_pair()
     channel = first.channel(1)
     rings = [Memfd.create(1 << 20) for _ in Direction]
-    fake.tell("memfds", [ring.fd for ring in rings], rank=1)
+    fake.tell("memfds", [ring.fd for ring in rings], rank=1, direct=False)
     until(lambda: {"op": "mapped", "rank": 1} in fake.heard, "mapped")
     late, early = channel.recv(gradient(1)), channel.recv(gradient(0))
     end = (1 << 20) - 128  # over the end of the ring
@@ -336,8 +337,8 @@ def test_messages_arrive_in_any_order_in_the_mirror_and_in_the_peers_own_ring(fa
 def test_rings_of_a_peer_that_are_too_small_are_refused(fake_pair, caplog):
     _, fake = fake_pair()
     rings = [Memfd.create(1 << 20), Memfd.create(1 << 19)]
-    fake.tell("memfds", [ring.fd for ring in rings], rank=1)
-    fake.tell("memfds", [rings[0].fd], rank=1)
+    fake.tell("memfds", [ring.fd for ring in rings], rank=1, direct=False)
+    fake.tell("memfds", [rings[0].fd], rank=1, direct=False)
     until(lambda: caplog.text.count("cannot be mapped") == 2, "warning")
     assert "524288 bytes, 1048576 were announced" in caplog.text and "1 rings came, 2 were expected" in caplog.text
     assert not [m for m in fake.heard if m["op"] == "mapped"]
@@ -406,7 +407,7 @@ def test_other_settings_of_a_peer_are_refused_before_anything_is_dialled():
 
     for change, says in (
         ({"connections": 3}, "connections_per_direction 3, this rank 2"),
-        ({"protocol": 1}, "protocol version 1, this rank 3"),
+        ({"protocol": 1}, f"protocol version 1, this rank {PROTOCOL}"),
     ):
         first = endpoint(0, config())
         try:

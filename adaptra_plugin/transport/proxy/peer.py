@@ -62,7 +62,10 @@ class Owner(Protocol):
     def peer_done(self, peer: Peer) -> None: ...
     def peer_control(self, peer: Peer, message: dict[str, Any]) -> None: ...
     def peer_rail(self, peer: Peer, rail: Rail, state: State, why: str) -> None: ...
-    def memfds(self, peer: Peer, descriptors: list[int]) -> None: ...
+    def may_be_direct(self, peer: Peer) -> bool:
+        """Whether nothing but this host's memory is to be between the two endpoints."""
+
+    def memfds(self, peer: Peer, rings: list[int], direct: int | None) -> None: ...
     def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None: ...
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
@@ -106,6 +109,7 @@ class Peer:
         self._timers: dict[str, Timer] = {}
         self._exchange: RingExchange | None = None
         self._mapped_here = self._mapped_there = False
+        self._paired = False  # both endpoints are given a pair of sockets
         self._announced = False
         self._closing = False
         self._garbled = False  # the last rail has ended because what came over it was no frame
@@ -199,6 +203,11 @@ class Peer:
             self._announced = True
             self._owner.peer_up(self)
 
+    @property
+    def direct(self) -> bool:
+        """The two endpoints can tell each other of messages."""
+        return self._paired and self._mapped_here and self._mapped_there
+
     def missing(self) -> str:
         """In words, for an error: which rails have not come, and why."""
         waiting = sorted(self._expected - self.skipped.keys() - self.link.connections.keys())
@@ -290,15 +299,21 @@ class Peer:
                 self._exchange.close()
             rings = [self._rings[key].ring.fd for key in self._rings]
             timeout_s = self._owner.settings.handshake_timeout_s
-            self._exchange = RingExchange(self._loop, sock, rings, self._rings_came, self._no_rings, timeout_s)
+            self._exchange = RingExchange(
+                *(self._loop, sock, rings, self._rings_came, self._no_rings, timeout_s),
+                # later the endpoint has its way of telling, which it keeps
+                direct=not self._announced and self._owner.may_be_direct(self),
+                pairs=self._dials,
+            )
         else:
             self._add(StreamRail(RailKind.TCP, claim.rail, self.link, self._loop, sock), ready=True)
         return None
 
-    def _rings_came(self, sock: socket.socket, descriptors: list[int]) -> None:
+    def _rings_came(self, sock: socket.socket, rings: list[int], direct: int | None) -> None:
         self._exchange = None
         self._mapped_here = False
-        self._owner.memfds(self, descriptors)
+        self._paired = direct is not None
+        self._owner.memfds(self, rings, direct)
         # the peer may have said that it has mapped this rank's rings before theirs came
         self._add(StreamRail(RailKind.SHM, "shm", self.link, self._loop, sock), ready=self._mapped_there)
 

@@ -295,6 +295,7 @@ class Proxy:
             links = {
                 peer.info.rank: {
                     "rails": sorted(peer.link.connections),
+                    "direct": peer.direct,
                     "why": "; ".join(f"no {name}: {why}" for name, why in sorted(peer.skipped.items())),
                 }
                 for peer in self._each_peer()
@@ -337,8 +338,12 @@ class Proxy:
         level("rail %s to %s is %s: %s", rail.describe(), peer.info, state.value, why)
         self._tell("rail", rank=peer.info.rank, rail=rail.name, state=state.value, why=why)
 
-    def memfds(self, peer: Peer, descriptors: list[int]) -> None:
-        self._tell("memfds", descriptors, rank=peer.info.rank)
+    def may_be_direct(self, peer: Peer) -> bool:
+        return self.settings.direct and not self._faults.between(peer.info.pp_rank)
+
+    def memfds(self, peer: Peer, rings: list[int], direct: int | None) -> None:
+        descriptors = rings if direct is None else [*rings, direct]
+        self._tell("memfds", descriptors, rank=peer.info.rank, direct=direct is not None)
         self._passing.append(descriptors)
         self._flush_control()
 

@@ -16,6 +16,7 @@ class ProxySettings:
     defaults."""
 
     rail: str
+    direct: bool
     connections_per_direction: int
     ring_mib: str | int
     ring_max_mib: int

@@ -86,6 +86,10 @@ class Faults:
         self._faults += [RailFault.of(block) for block in simulate.get("faults") or ()]
         self._connections: Counter[tuple[int, str]] = Counter()
 
+    def between(self, peer: int) -> bool:
+        """Whether anything is configured for the link to a peer."""
+        return any({fault.src, fault.dst} == {self._pp_rank, peer} for fault in self._faults)
+
     def wrap(self, rail: Rail, peer: int) -> Rail:
         """A new connection to a peer, with what is configured for it; the rail itself if that is nothing."""
         found = [

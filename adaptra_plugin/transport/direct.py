@@ -1,0 +1,118 @@
+"""The short way between two ranks of one host: their records go from rank to rank, with no proxy in between.
+
+Each has mapped the other's rings, so a record is all that has to travel. The pair of sockets comes with the rings. It breaks
+only if somebody closes it, or with a process; then what the peer has not consumed is told to the proxies (`SendLane.fall_back`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import threading
+import time
+from collections import deque
+
+from adaptra_plugin.errors import TransportError
+from adaptra_plugin.transport.bridge import MAX_PACKET, RECORD, Op, packed_time
+from adaptra_plugin.transport.event_pump import EventPump, put
+from adaptra_plugin.transport.types import Direction
+
+_BUFFER_BYTES = 1 << 20  # asked for; the system gives less, room for some hundred records
+_PACKET_RECORDS = MAX_PACKET // RECORD.size
+_MOST_LATE = 32
+"""Messages that may be copied out before the peer hears of it."""
+
+
+class DirectPath:
+    """This rank's end of the pair. Records are those of a proxy (`bridge.Op`), and bear the sender's rank.
+
+    Args:
+        sock: this end; taken over.
+        me: this rank.
+        deadline_s: longest wait for a peer that does not read.
+    """
+
+    def __init__(self, sock: socket.socket, me: int, pump: EventPump, deadline_s: float) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        self.sock = sock
+        self.ended = False
+        """Nothing more comes."""
+        self._me = me
+        self._pump = pump
+        self._deadline_s = deadline_s
+        self._late: deque[bytes] = deque()  # news of room that has not been sent
+        self._lock = threading.Lock()  # of the order in which they go
+
+    def arrived(self, direction: Direction, lane: int, position: int, total: int) -> None:
+        """A message lies in the ring of a lane. Blocks while the socket is full, and reads meanwhile.
+
+        Raises TransportError: the peer reads nothing.
+        """
+        self._put(Op.ARRIVED, direction, lane, position, total)
+
+    def stuck(self, direction: Direction, lane: int, stuck: bool) -> None:
+        """A producer waits for room in a lane, or no longer."""
+        self._put(Op.PEER_STUCK, direction, lane, 0, int(stuck))
+
+    def consumed(self, direction: Direction, lane: int, position: int, *, urgent: bool) -> None:
+        """A message has been copied out. Unless it is `urgent`, the peer, which a packet would wake, hears of that with the next
+        record, or when this rank has nothing else to do. Never blocks: a peer that reads nothing now may wait for this rank elsewhere."""
+        record = self._packed(Op.CONSUMED, direction, lane, position, 0)
+        with self._lock:
+            self._late.append(record)
+        if urgent or len(self._late) >= _MOST_LATE:
+            self.flush()
+
+    def flush(self) -> bool:
+        """Sends what has waited; False if the socket is full."""
+        late = self._late
+        while late:
+            with self._lock:
+                count = min(len(late), _PACKET_RECORDS)
+                if not count:  # another thread was quicker, and an empty packet would be the end
+                    return True
+                try:
+                    self.sock.send(b"".join(itertools.islice(late, count)))
+                except BlockingIOError:
+                    return False
+                except OSError:  # the peer is gone, and hears it from the proxies if it is not
+                    late.clear()
+                    return True
+                self._sent(count)
+        return True
+
+    def _sent(self, count: int) -> None:
+        # after the packet: an exception in between has it sent once more, which does nothing
+        for _ in range(count):
+            self._late.popleft()
+
+    def _packed(self, op: Op, direction: Direction, lane: int, position: int, total: int) -> bytes:
+        return RECORD.pack(op, direction, lane, 1, self._me, position, total, 0.0, packed_time(time.monotonic()))
+
+    def _put(self, op: Op, direction: Direction, lane: int, position: int, total: int) -> None:
+        record = self._packed(op, direction, lane, position, total)
+        with self._lock:
+            count = min(len(self._late), _PACKET_RECORDS - 1)
+            try:
+                self.sock.send(b"".join((*itertools.islice(self._late, count), record)) if count else record)
+                self._sent(count)
+                return
+            except BlockingIOError:
+                pass
+            except OSError:
+                return  # as above
+        if not put(self.sock, record, self._deadline_s, self._pump.drain):
+            raise TransportError(
+                f"the peer has taken no record for {self._deadline_s:g} s: its process is stopped, or computes for longer than "
+                "adaptra.transport.deadline_s"
+            )
+
+    def shut(self) -> None:
+        """Nothing more is sent: the peer can read what has been, until its end."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.sock.close()
