@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--width", type=int, default=GptSize.width, help="of the model")
     parser.add_argument(
         "--result", required=True, help="folder for rank<N>.json: losses, iteration and CPU times, parameters' hash"
     )
@@ -40,7 +41,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-    size = GptSize()
+    size = GptSize(width=arguments.width)
     model = build_pipeline(size, arguments.stages, SEED)
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=parameters)

@@ -55,8 +55,9 @@ class Link:
         self._shared = shared
         self._path: DirectPath | None = None
         self._source: Source | None = None
-        self.sending: dict[Direction, list[SendLane]] = {d: [] for d in Direction}
-        self.receiving: dict[Direction, list[RecvLane]] = {d: [] for d in Direction}
+        self._ahead_s = shared.clock() - time.monotonic()  # the endpoint's clock before the host's
+        self.sending: dict[int, list[SendLane]] = {d: [] for d in Direction}
+        self.receiving: dict[int, list[RecvLane]] = {d: [] for d in Direction}
         extent = extent_of(shared.config.segment_kib << 10, grows=shared.config.ring_grows)
         try:
             for direction in Direction:
@@ -170,25 +171,23 @@ class Link:
         if len(packet) != RECORD.size:
             self._nonsense("directly", f"{len(packet)} bytes are no record")
             return
-        for op, code, index, _, rank, position, total, _, at in RECORD.iter_unpack(packet):
-            if rank != self.info.rank or code > Direction.GRADIENT or index >= self.connections:
-                self._nonsense(
-                    "directly", f"a record of rank {rank} about connection {index} of direction {code} is announced"
-                )
-                return
-            direction = Direction(code)
-            if op == Op.ARRIVED:
-                receiver = self.receiving[direction][index]
-                try:
-                    # the clock of the host as this rank's endpoint has it
-                    came_s = unpacked_time(at) + receiver.clock() - time.monotonic()
-                    receiver.deliver_direct(position, total, came_s)
-                except MalformedMessage as error:
-                    self._nonsense(f"on connection {receiver.direction.word} {receiver.index}", str(error))
-            elif op in (Op.CONSUMED, Op.PEER_STUCK):
-                self.record(op, code, index, 0, position, total, 0.0, 0)
-            else:
-                self._nonsense("directly", f"a record with op {op} came")
+        op, code, index, _, rank, position, total, _, at = RECORD.unpack(packet)
+        if rank != self.info.rank or code > Direction.GRADIENT or index >= self.connections:
+            self._nonsense(
+                "directly", f"a record of rank {rank} about connection {index} of direction {code} is announced"
+            )
+        elif op == Op.ARRIVED:
+            receiver = self.receiving[code][index]
+            try:
+                receiver.deliver_direct(position, total, unpacked_time(at) + self._ahead_s)
+            except MalformedMessage as error:
+                self._nonsense(f"on connection {receiver.direction.word} {receiver.index}", str(error))
+        elif op == Op.CONSUMED:
+            self.sending[code][index].consumed(position)
+        elif op == Op.PEER_STUCK:
+            self.record(op, code, index, 0, position, total, 0.0, 0)
+        else:
+            self._nonsense("directly", f"a record with op {op} came")
 
     # --- records
 

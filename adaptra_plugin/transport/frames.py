@@ -9,7 +9,7 @@ Everything is little-endian and checked before a byte of the payload is touched.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.tensors import ALIGNMENT, MAX_META_BYTES, MAX_TENSORS
@@ -25,8 +25,7 @@ class MalformedMessage(TransportError):
     """An authenticated peer sent something that is no message."""
 
 
-@dataclass(frozen=True, slots=True)
-class MessageHeader:
+class MessageHeader(NamedTuple):
     """`payload_bytes`: of this part; so many bytes of the payload are in the parts before (`at`) and after it (`rest`)."""
 
     key: Key

@@ -88,9 +88,10 @@ class Memfd:
     def pieces(self, position: int, nbytes: int) -> list[tuple[int, int]]:
         """(start, stop) offsets of the bytes at `position`: one piece or, around the end, two; none for no bytes."""
         start = position % self.capacity
-        first = min(nbytes, self.capacity - start)
-        found = [(start, start + first)] if first else []
-        return found if first == nbytes else [*found, (0, nbytes - first)]
+        stop = start + nbytes
+        if stop <= self.capacity:
+            return [(start, stop)] if nbytes else []
+        return [(start, self.capacity), (0, stop - self.capacity)]
 
     def extents(self, position: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
         """(number of the extent, start, stop) of the bytes at `position`; offsets count from the start of the extent."""
@@ -110,7 +111,8 @@ class Memfd:
         return [view[start:stop] for start, stop in self.pieces(position, nbytes)]
 
     def read(self, position: int, nbytes: int) -> bytes:
-        return b"".join(self.slices(position, nbytes))
+        view = self.view
+        return b"".join([view[start:stop] for start, stop in self.pieces(position, nbytes)])
 
     def write(self, position: int, data: bytes | memoryview) -> None:
         done = 0

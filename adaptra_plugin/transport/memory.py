@@ -36,20 +36,20 @@ class Memory:
         return self._tensor
 
     def copy_in(self, position: int, data: torch.Tensor) -> None:
-        """Copies a flat uint8 tensor in host memory to `position`; other threads run meanwhile."""
+        """Copies a contiguous tensor in host memory to `position`; other threads run meanwhile."""
         area = self.tensor  # holds the mapping, should the ring be closed meanwhile
-        done = 0
-        for start, stop in self.memfd.pieces(position, data.numel()):
-            memcpy(area.data_ptr() + start, data.data_ptr() + done, stop - start)
-            done += stop - start
+        ring, source = area.data_ptr(), data.data_ptr()
+        for start, stop in self.memfd.pieces(position, data.nbytes):
+            memcpy(ring + start, source, stop - start)
+            source += stop - start
 
     def copy_out(self, position: int, data: torch.Tensor) -> None:
-        """Copies from `position` into a flat uint8 tensor in host memory; other threads run meanwhile."""
+        """Copies from `position` into a contiguous tensor in host memory; other threads run meanwhile."""
         area = self.tensor
-        done = 0
-        for start, stop in self.memfd.pieces(position, data.numel()):
-            memcpy(data.data_ptr() + done, area.data_ptr() + start, stop - start)
-            done += stop - start
+        ring, target = area.data_ptr(), data.data_ptr()
+        for start, stop in self.memfd.pieces(position, data.nbytes):
+            memcpy(target, ring + start, stop - start)
+            target += stop - start
 
     def close(self) -> None:
         """The mapping goes when a copy that is under way, if any, has ended."""

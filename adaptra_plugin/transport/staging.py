@@ -25,7 +25,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -366,8 +366,7 @@ class Copier:
         memory.copy_in(position, buffer)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """A tensor's bytes, and where they begin in the payload."""
 
     start: int
@@ -412,7 +411,8 @@ def stage(memory: Memory, position: int, payload: Sequence[Block], at: int, nbyt
     later: list[Piece] = []
     for index, first, last in overlaps(payload, at, at + nbytes):
         block = payload[index]
-        to, data = position + block.start + first - at, block.data[first:last]
+        to = position + block.start + first - at
+        data = block.data if last - first == block.nbytes else block.data[first:last]
         if block.later:
             later.append(Piece(to, data))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ _DTYPE_NAMES = (
 _DTYPES: dict[int, torch.dtype] = {code: getattr(torch, name) for code, name in _DTYPE_NAMES if hasattr(torch, name)}
 _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in _DTYPES.items()}
 
+_SHORT_META = 1024  # bytes; descriptions that are remembered
 _SPEC = struct.Struct("<BB6x")  # dtype, number of dimensions; the dimensions follow as u64
 
 
@@ -85,9 +87,8 @@ def describe(tensors: Sequence[torch.Tensor]) -> tuple[bytes, int]:
         if code is None or tensor.layout != torch.strided or tensor.is_meta:
             kind = "meta" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
             raise TransportError(f"tensor {index} ({kind}) cannot be sent: make it a dense tensor of a plain dtype")
-        parts.append(_SPEC.pack(code, tensor.dim()))
-        parts.append(struct.pack(f"<{tensor.dim()}Q", *tensor.shape))
-        payload += aligned(tensor.numel() * tensor.dtype.itemsize)
+        parts.append(_spec(code, tensor.shape))
+        payload += aligned(tensor.nbytes)
     meta = b"".join(parts)
     if aligned(len(meta)) > MAX_META_BYTES:
         raise TransportError(
@@ -96,12 +97,22 @@ def describe(tensors: Sequence[torch.Tensor]) -> tuple[bytes, int]:
     return meta.ljust(aligned(len(meta)), b"\0"), payload
 
 
+@functools.lru_cache(maxsize=256)  # a job sends few shapes
+def _spec(code: int, shape: torch.Size) -> bytes:
+    return _SPEC.pack(code, len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+
+
 def understand(meta: bytes, count: int, payload: int) -> tuple[Spec, ...]:
     """The inverse of `describe`, for bytes that are not trusted.
 
     Raises:
         BadLayout: if they do not describe exactly `count` tensors in `payload` bytes.
     """
+    return (_understood if len(meta) <= _SHORT_META else _understood.__wrapped__)(meta, count, payload)
+
+
+@functools.lru_cache(maxsize=256)
+def _understood(meta: bytes, count: int, payload: int) -> tuple[Spec, ...]:
     specs = []
     at = start = 0
     for index in range(count):
@@ -128,8 +139,10 @@ def understand(meta: bytes, count: int, payload: int) -> tuple[Spec, ...]:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat uint8 view of the tensor's data; of a copy where the data is not contiguous, or lazily conjugated."""
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return tensor.reshape(-1).view(torch.uint8)
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return flat(tensor)
 
 
 class Stretch(Protocol):
@@ -143,7 +156,7 @@ class Stretch(Protocol):
 
 def overlaps(tensors: Sequence[Stretch], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Which tensors have bytes between two places of the payload: (index, from, to) in the tensor (bytes)."""
-    index = max(0, bisect.bisect_right(tensors, start, key=lambda tensor: tensor.start) - 1)
+    index = max(0, bisect.bisect_right(tensors, start, key=lambda tensor: tensor.start) - 1) if start else 0
     while index < len(tensors) and tensors[index].start < stop:
         tensor = tensors[index]
         first, last = max(start, tensor.start), min(stop, tensor.start + tensor.nbytes)
@@ -182,8 +195,10 @@ class Assembly:
     def fill(self, memory: Memory, position: int, at: int, nbytes: int) -> None:
         """Copies bytes `at` to `at + nbytes` of the payload, which lie at `position` of a ring."""
         for index, first, last in overlaps(self.specs, at, at + nbytes):
-            start = position + self.specs[index].start + first - at
-            memory.copy_out(start, flat(self.tensors[index])[first:last])
+            spec, tensor = self.specs[index], self.tensors[index]
+            if last - first < spec.nbytes:
+                tensor = flat(tensor)[first:last]
+            memory.copy_out(position + spec.start + first - at, tensor)
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import enum
 import json
 import reprlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptra_plugin.errors import TransportError
 
@@ -23,13 +23,14 @@ class Direction(enum.IntEnum):
     ACTIVATION = 0
     GRADIENT = 1
 
+    __hash__ = int.__hash__  # keys of transfers are looked up all the time
+
     @property
     def word(self) -> str:
         return self.name.lower()
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """Names one transfer. `stage` is the receiving stage; `step_id` counts executed schedules."""
 
     step_id: int
