@@ -70,6 +70,10 @@ class Iteration:
     _delays: dict[tuple[int, int], list[tuple[float, float]]] = field(default_factory=dict)  # (delay, when it came)
     _pauses: dict[tuple[int, int], Pauses | None] = field(default_factory=dict)
     _sizes: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # bytes
+    _around: dict[Action, float] = field(default_factory=dict)
+    """Ms between the computation before and this one, without waiting."""
+    _left: tuple[float, float] | None = None
+    """When the newest computation ended (s), and how long this rank had waited by then (ms)."""
 
     def __post_init__(self) -> None:
         # all receives at once: what arrives early finds its place
@@ -101,10 +105,20 @@ class Iteration:
     @contextmanager
     def compute(self, action: Action) -> Iterator[None]:
         """Brackets the computation of one action: times and paces it."""
+        if self._left is not None:
+            left, waited_ms = self._left
+            self._around[action] = (time.perf_counter() - left) * 1e3 - (self._waited_ms() - waited_ms)
         start = self.stopwatch.mark()
         with self.throttle.pace(action.kind):
             yield
         self._marks.append((action, start, self.stopwatch.mark()))
+        self._left = time.perf_counter(), self._waited_ms()
+
+    def _waited_ms(self) -> float:
+        """For messages, and for room to send them."""
+        return self.wait_ms + sum(
+            link.blocked_ms for link in (self.links.previous, self.links.next) if link is not None
+        )
 
     def send(self, action: Action, tensors: Sequence[Tensor], *, is_tuple: bool = False) -> None:
         """Hands what an action has made for a neighbour to the proxy and returns at once; blocks only while the staging ring
@@ -187,8 +201,11 @@ class Iteration:
         )
 
     def stage_times(self) -> tuple[StageTimes, ...]:
-        """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input."""
+        """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input. Where the device
+        computes on this thread, with what the thread has to do around each of them: a plan has to leave time for that, too."""
         parts: dict[Action, float] = {}  # a computation may have waited in the middle
+        if not self.stopwatch.beside_host:
+            parts.update({action: max(0.0, around) for action, around in self._around.items()})
         for action, start, end in self._marks:
             parts[action] = parts.get(action, 0.0) + self.mark_times_ms[end] - self.mark_times_ms[start]
         durations: dict[tuple[int, Kind], list[float]] = {}

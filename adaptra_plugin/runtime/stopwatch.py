@@ -11,6 +11,9 @@ import torch
 class Stopwatch(Protocol):
     """Marks points of an iteration and tells their times afterwards, in ms since `start`."""
 
+    beside_host: bool
+    """The device computes while the calling thread goes on."""
+
     def start(self) -> None: ...
 
     def mark(self) -> int: ...
@@ -20,6 +23,8 @@ class Stopwatch(Protocol):
 
 class HostStopwatch:
     """For devices that compute on the calling thread."""
+
+    beside_host = False
 
     def __init__(self) -> None:
         self._origin = 0.0
@@ -39,6 +44,8 @@ class HostStopwatch:
 
 class CudaStopwatch:
     """For CUDA: events on the current stream. `times_ms` waits for the last of them, at the end of the iteration."""
+
+    beside_host = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

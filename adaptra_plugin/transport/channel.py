@@ -267,6 +267,11 @@ class Channel:
         self.peer = link.info
         self._link = link
 
+    @property
+    def blocked_ms(self) -> float:
+        """How long sends have waited for room, all together."""
+        return sum(lane.counters.blocked_ms for lane in self._link.send_lanes())
+
     def send(self, key: Key, tensors: Sequence[torch.Tensor], tag: int = 0) -> SendWork:
         """Copies the tensors into the staging ring and returns; those in host memory may be overwritten at once.
 
