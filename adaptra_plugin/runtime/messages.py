@@ -255,9 +255,9 @@ def check_plan(prepared: Prepare, topology: Topology) -> None:
     """Raises PlanError for a plan that the job's pipelines cannot run."""
     profile, schedule = prepared.profile, prepared.plan.schedule
     here = (topology.length, topology.chunks)
-    if (profile.ranks, profile.virtual_stages) != here or len(schedule.ranks) != topology.length:
+    if (profile.ranks, profile.virtual_stages) != here or schedule.length != topology.length:
         raise PlanError(
-            f"a plan for {len(schedule.ranks)} ranks from a profile of {profile.ranks} with {profile.virtual_stages} "
+            f"a plan for {schedule.length} ranks from a profile of {profile.ranks} with {profile.virtual_stages} "
             f"chunks: the pipelines have {topology.length} ranks with {topology.chunks}"
         )
     placed = tuple(stage % topology.length for stage in range(topology.stages))

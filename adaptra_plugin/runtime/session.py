@@ -219,7 +219,7 @@ class Session:
                 self._split.begin()
             with self._losses.presence.waiting():  # for commit or abort
                 version, plan = self._book.begin(self._iteration, microbatches)
-            actions = plan.schedule.ranks[self.topology.position]
+            actions = plan.schedule.of_rank(self.topology.position)
         else:
             version, actions = 0, forward_only(self.topology.own_stages, microbatches, self.topology.length)
         self._losses.check()
