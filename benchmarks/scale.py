@@ -127,7 +127,7 @@ class Job:
 
         def take() -> None:
             reader = bridge.Reader(Stream(data))  # type: ignore[arg-type]
-            while found := reader.receive():
+            while (found := reader.receive()) is not None:
                 for event, _ in found:
                     self.router.receive(event["rank"], event["message"])
 
@@ -216,7 +216,7 @@ def distribution(ranks: int, stages: int = 64, microbatches: int = 512) -> None:
     book = PlanBook(Profile(1, (StageProfile(1.0, 1.0, 1.0),) * stages), "slack-adaptive", 30.0)
 
     def take() -> None:
-        while found := reader.receive():
+        while (found := reader.receive()) is not None:
             for event, _ in found:
                 assert book.vote(read(event["message"]), topology).ok  # type: ignore[arg-type]
 

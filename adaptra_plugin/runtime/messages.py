@@ -27,6 +27,7 @@ from adaptra_plugin.detect import IterationReport
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.report import StragglerEvent
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.packing import PackedPlan
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.transport import PeerInfo
@@ -60,8 +61,9 @@ def _numbered(metrics: dict[str, Any]) -> dict[str, Any]:
 _WRITER = PlainSerializer(lambda value: value.to_json())
 _Report = Annotated[IterationReport, _reader(IterationReport, IterationReport.from_json), _WRITER]
 _Event = Annotated[StragglerEvent, _reader(StragglerEvent, StragglerEvent.from_json), _WRITER]
-_Profile = Annotated[Profile, _reader(Profile, Profile.from_json), _WRITER]
-_Plan = Annotated[Plan, _reader(Plan, Plan.from_json), _WRITER]
+_PackedPlan = Annotated[
+    PackedPlan, _reader(PackedPlan, PackedPlan.from_text), PlainSerializer(lambda packed: packed.text)
+]
 _Overview = Annotated[dict[str, Any], AfterValidator(_numbered)]
 # pydantic refuses what is not UTF-8, such as a file's name in the text of an error
 _Text = Annotated[
@@ -152,10 +154,17 @@ class Prepare(_Base):
     """Increases with every plan that is prepared."""
     first_iteration: _Count
     """The first iteration to run it."""
-    profile: _Profile
-    """What the plan is made from; plans for other numbers of microbatches are computed from it, the same on every rank."""
-    plan: _Plan
-    """For `profile.microbatches`."""
+    packed: _PackedPlan
+    """The plan, for `profile.microbatches`, and what it is made from."""
+
+    @property
+    def profile(self) -> Profile:
+        """Plans for other numbers of microbatches are computed from it, the same on every rank."""
+        return self.packed.profile
+
+    @property
+    def plan(self) -> Plan:
+        return self.packed.plan
 
 
 class Vote(_Base):
