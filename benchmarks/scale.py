@@ -108,10 +108,10 @@ class Job:
     def iteration(self, index: int, slow: tuple[int, int, int] | None) -> None:
         """One iteration of all ranks; `slow`: (replica, stage, stage) of a slow link. After it, `ms` is what it cost rank 0."""
         plan = [book.begin(index, MICROBATCHES)[0] for book in self.books]
-        self.ms = self.cpu_ms(lambda: self.router.send(0, Report(report=self._report(0, index, plan[0], slow))))
+        self.ms = self.cpu_ms(lambda: self.router.send(0, Report.of(self._report(0, index, plan[0], slow))))
         self.bytes = self.received
         self.ms += self.arrive(
-            [(r, Report(report=self._report(r, index, plan[r], slow))) for r in range(1, len(self.books))]
+            [(r, Report.of(self._report(r, index, plan[r], slow))) for r in range(1, len(self.books))]
         )
         self.bytes = self.received - self.bytes
         self.ms += self.cpu_ms(self.coordinator.tick)

@@ -6,6 +6,7 @@ functions below, by those who have them.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -59,7 +60,6 @@ def _numbered(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 _WRITER = PlainSerializer(lambda value: value.to_json())
-_Report = Annotated[IterationReport, _reader(IterationReport, IterationReport.from_json), _WRITER]
 _Event = Annotated[StragglerEvent, _reader(StragglerEvent, StragglerEvent.from_json), _WRITER]
 _PackedPlan = Annotated[
     PackedPlan, _reader(PackedPlan, PackedPlan.from_text), PlainSerializer(lambda packed: packed.text)
@@ -88,7 +88,21 @@ class Report(_Base):
     """To the coordinator: what a rank has measured in one iteration."""
 
     type: Literal["report"] = "report"
-    report: _Report
+    packed: str
+    """Base64 of the report's binary form. It is read where it is judged, not on the control thread."""
+
+    @classmethod
+    def of(cls, report: IterationReport) -> Report:
+        """Raises ValueError for a report that has no form on the wire."""
+        return cls(packed=base64.b64encode(report.to_bytes()).decode())
+
+    def unpack(self) -> IterationReport:
+        """Raises ValueError, with a sentence, for what is no report."""
+        try:
+            data = base64.b64decode(self.packed, validate=True)
+        except ValueError as error:
+            raise ValueError(f"report: {self.packed!r:.80} is not base64: {error}") from None
+        return IterationReport.from_bytes(data)
 
 
 class Rail(_Base):

@@ -92,7 +92,7 @@ class World:
                 chunks=(StageTimes(10.0 * ratio, 10.0 * ratio, 6.0 * ratio),),
                 links=tuple(links),
             )
-            self.queue.append((rank, read(Report(report=report).to_json())))
+            self.queue.append((rank, read(Report.of(report).to_json())))
         self.deliver()
         return versions
 
@@ -140,7 +140,7 @@ def test_the_end_waits_for_the_reports_of_the_last_iteration_that_are_still_on_t
 
     def last(rank: int) -> None:
         mine = IterationReport(pp_rank=rank, rank=rank, chunks=(times,), links=(), **report)
-        world.coordinator.post(rank, Report(report=mine))
+        world.coordinator.post(rank, Report.of(mine))
 
     world.coordinator.start()
     for rank in range(3):
@@ -227,7 +227,7 @@ def test_the_plan_follows_the_profile_without_any_finding(monkeypatch):
 
 def test_garbage_reports_are_refused(caplog):
     world = World()
-    world.coordinator.handle(1, read({"type": "report", "report": {"iteration": -1}}))
+    world.coordinator.handle(1, read({"type": "report", "packed": "AAAA"}))
     assert "a report of rank 1 is refused" in caplog.text
 
 

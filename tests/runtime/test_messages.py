@@ -114,7 +114,6 @@ NAMES = [
     "commit",
     "event",
     "pipeline",
-    "report",
     "first_iteration",
     "packed",
 ]
