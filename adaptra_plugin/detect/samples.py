@@ -158,7 +158,7 @@ class IterationReport:
         if host_at + host_bytes != len(data):
             raise ValueError(f"report: {len(data)} bytes, {host_at + host_bytes} are announced")
         replica, pp_rank, rank, iteration, microbatches, plan_version = _NUMBERS.unpack_from(data, _HEAD.size)
-        if not 0 < microbatches or max(iteration, plan_version) >= 1 << 53:
+        if microbatches < 1 or max(iteration, plan_version) >= 1 << 53:
             raise ValueError(
                 f"report: {microbatches} microbatches in iteration {iteration} of plan v{plan_version}: expected at least "
                 f"one, and numbers below 2**53"
