@@ -53,7 +53,9 @@ class PackedPlan:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise PlanError(f"a packed plan of {len(text)} characters is not base64: {error}") from None
-        return cls(*unpack(data))
+        found = cls(*unpack(data))
+        found.__dict__["text"] = text  # what is passed on needs no other one
+        return found
 
 
 def pack(profile: Profile, plan: Plan) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adaptra_plugin.config import parse_config
+from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.runtime import deciding
 from adaptra_plugin.runtime.coordinator import Coordinator
@@ -37,19 +37,19 @@ class World:
         self.sent: list[tuple[int, Message]] = []
         start = Profile(1, (StageProfile(1.0, 1.0, 1.0),) * stages)
         self.books = [PlanBook(start, "slack-adaptive", 0.0) for _ in range(self.topology.world_size)]
-        self.coordinator = Coordinator(
-            self.topology,
+        self.queue: list[tuple[int, Message | Refused]] = []
+        self.coordinator = self.made(
             parse_config(config),
-            {rank: f"n{rank}" for rank in range(self.topology.world_size)},
+            hosts={rank: f"n{rank}" for rank in range(self.topology.world_size)},
             send=self.send,
             on_event=self.events.append,
             on_plan=lambda *args: self.plans.append(args),
             on_overview=self.overviews.append,
             book=self.books[0],
-            limits=[None] * stages,
-            clock=lambda: self.now,
         )
-        self.queue: list[tuple[int, Message | Refused]] = []
+
+    def made(self, config: AdaptraConfig, **more: Any) -> Any:
+        return Coordinator(self.topology, config, limits=[None] * self.topology.stages, clock=lambda: self.now, **more)
 
     def send(self, rank: int, message: Message) -> None:
         self.sent.append((rank, message))
