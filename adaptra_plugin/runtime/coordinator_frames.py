@@ -11,7 +11,7 @@ import enum
 import json
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _HEADER = struct.Struct("<BqI")
@@ -25,10 +25,10 @@ class Frame(enum.IntEnum):
     """Payload: `pipelines`, `chunks`, `config`, `hosts` (by rank), `microbatches`, `schedule` (null: as configured)."""
     BEGUN = 1
     """Number: the newest iteration that has begun on rank 0."""
-    REPORT = 2
-    """Number: the rank. Payload: a packed report, as it came."""
-    MESSAGE = 3
-    """Number: the rank. Payload: another message to the coordinator, as it came."""
+    MESSAGES = 2
+    """Payload: a list of [rank, its message as it came]."""
+    REPORTS = 3
+    """Payload: a JSON list of ranks, and a line for each: its packed report as it came."""
     KEEP = 4
     """Payload: the schedule that is run instead of the configured one."""
     CLOSE = 5
@@ -48,8 +48,31 @@ def frame(kind: Frame, number: int = 0, payload: bytes = b"") -> bytes:
     return _HEADER.pack(kind, number, len(payload)) + payload
 
 
-def json_frame(kind: Frame, fields: Mapping[str, Any], number: int = 0) -> bytes:
-    return frame(kind, number, json.dumps(fields, separators=(",", ":")).encode())
+def json_frame(kind: Frame, value: Any, number: int = 0) -> bytes:
+    return frame(kind, number, json.dumps(value, separators=(",", ":"), check_circular=False).encode())
+
+
+def message_frames(messages: Sequence[tuple[int, dict[str, Any]]]) -> list[bytes]:
+    """Of ranks' messages as they came. Nearly all are packed reports, which need no JSON."""
+    ranks, lines, others = [], [], []
+    for rank, data in messages:
+        packed = data.get("packed")
+        if type(packed) is str and data["type"] == "report" and len(data) == 2:
+            ranks.append(rank)
+            lines.append(packed)
+        else:
+            others.append((rank, data))
+    text = "\n".join(lines)
+    if text.count("\n") >= max(len(lines), 1):  # one of them is none
+        return [json_frame(Frame.MESSAGES, messages)]
+    frames = [frame(Frame.REPORTS, 0, f"{json.dumps(ranks)}\n{text}".encode("ascii", "replace"))] if ranks else []
+    return [*frames, json_frame(Frame.MESSAGES, others)] if others else frames
+
+
+def reports_of(payload: bytes) -> Iterator[tuple[int, str]]:
+    """Ranks and packed reports of a `REPORTS` frame."""
+    ranks, *lines = payload.decode("ascii").split("\n")
+    return zip(json.loads(ranks), lines, strict=True)
 
 
 class FrameReader:

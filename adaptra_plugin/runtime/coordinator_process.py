@@ -22,7 +22,7 @@ from adaptra_plugin import isolated
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.report import StragglerEvent
-from adaptra_plugin.runtime.coordinator_frames import Frame, FrameReader, frame, json_frame
+from adaptra_plugin.runtime.coordinator_frames import Frame, FrameReader, frame, json_frame, message_frames
 from adaptra_plugin.runtime.messages import Abort, Commit, Message, Prepare, Refused, read
 from adaptra_plugin.runtime.parts import Parts
 from adaptra_plugin.runtime.switching import PlanBook
@@ -34,11 +34,9 @@ from adaptra_plugin.shortage import told
 logger = logging.getLogger("adaptra")
 
 STUCK_S = 60.0
-"""A process that takes nothing for so long is given up."""
+"""A process that takes nothing for so long is given up. So no more than that waits for it."""
 _WORKER = "adaptra_plugin.runtime.coordinator_worker"
 _PART = "coordinator"
-_MOST_WAITING = 1 << 18
-"""Messages that may wait for the process."""
 
 
 class CoordinatorProcess:
@@ -70,7 +68,8 @@ class CoordinatorProcess:
         self._send, self._on_event, self._on_plan, self._on_overview = send, on_event, on_plan, on_overview
         self._book = book
         self._parts = Parts(self._part_event)
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, dict[str, Any]] | bytes | None] = queue.SimpleQueue()
+        """Messages of ranks, and frames; None: the end."""
         self._prepared: Prepare | None = None  # the newest plan that the ranks were sent
         self._undecided = False  # whether they wait for commit or abort of it
         self._complete = -1
@@ -129,40 +128,40 @@ class CoordinatorProcess:
 
     def relay(self, rank: int, data: dict[str, Any]) -> None:
         """A report or a vote of a rank, as it came; returns at once."""
-        packed = data.get("packed")
-        if data["type"] == "report" and isinstance(packed, str) and len(data) == 2:
-            self._put(frame(Frame.REPORT, rank, packed.encode(errors="replace")))
-        else:
-            self._put(frame(Frame.MESSAGE, rank, json.dumps(data).encode()))
-
-    def _put(self, data: bytes) -> None:
-        if not self._over and self._queue.qsize() < _MOST_WAITING:
-            self._queue.put(data)
+        if not self._over:
+            self._queue.put((rank, data))
 
     def _write(self) -> None:
         """On a thread of its own: what waits goes in one piece, because each call lets go of the interpreter."""
         ended = False
-        found: list[bytes] = []
         try:
             self._sock.sendall(json_frame(Frame.HELLO, self._hello))
             while not ended:
-                item = self._queue.get()
-                found.append(frame(Frame.BEGUN, self._book.begun))
-                while item is not None:
-                    found.append(item)
-                    try:
-                        item = self._queue.get_nowait()
-                    except queue.Empty:
-                        break
-                else:
-                    ended = True
-                    found.append(frame(Frame.CLOSE))
-                self._sock.sendall(b"".join(found))
-                found = []
+                ended = self._write_waiting()
         except OSError as error:
             if isinstance(error, TimeoutError) and self._process is not None:
                 logger.error("the coordinator's process has taken nothing for %.0f s and is ended", STUCK_S)
                 self._process.kill()
+
+    def _write_waiting(self) -> bool:
+        """Waits for something to write. True at the end."""
+        item = self._queue.get()
+        frames = [frame(Frame.BEGUN, self._book.begun)]
+        messages: list[tuple[int, dict[str, Any]]] = []
+        while item is not None:
+            if isinstance(item, bytes):
+                frames.append(item)
+            else:
+                messages.append(item)
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+        frames += message_frames(messages)
+        if item is None:
+            frames.append(frame(Frame.CLOSE))
+        self._sock.sendall(b"".join(frames))
+        return item is None
 
     # --- from the process
 

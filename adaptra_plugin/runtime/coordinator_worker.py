@@ -14,7 +14,7 @@ from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.report import StragglerEvent
 from adaptra_plugin.report.console import show_log
 from adaptra_plugin.runtime.coordinator import Coordinator
-from adaptra_plugin.runtime.coordinator_frames import Frame, FrameReader, frame, json_frame
+from adaptra_plugin.runtime.coordinator_frames import Frame, FrameReader, frame, json_frame, reports_of
 from adaptra_plugin.runtime.messages import Message, Refused, Report, Vote, read
 from adaptra_plugin.runtime.starting import first_book, limits_of
 from adaptra_plugin.runtime.topology import COORDINATOR, Topology
@@ -72,12 +72,14 @@ class Worker:
             self._plans.begun = number
         elif kind is Frame.KEEP:
             self._keep(payload.decode())
-        elif kind is Frame.REPORT:
-            self._turn(number, Report(packed=payload.decode()))
-        elif kind is Frame.MESSAGE:
-            message = read(json.loads(payload))
-            if isinstance(message, Report | Vote | Refused):
-                self._turn(number, message)
+        elif kind is Frame.REPORTS:
+            for rank, packed in reports_of(payload):
+                self._turn(rank, Report(packed=packed))
+        elif kind is Frame.MESSAGES:
+            for rank, data in json.loads(payload):
+                message = read(data)
+                if isinstance(message, Report | Vote | Refused):
+                    self._turn(rank, message)
 
     def _turn(self, rank: int, message: Report | Vote | Refused) -> None:
         self._coordinator.turn((rank, message))

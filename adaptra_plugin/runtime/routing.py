@@ -66,8 +66,9 @@ class Router:
     def receive(self, sender: int, data: Any) -> None:
         """A message has arrived (on the control thread). One that makes no sense does nothing."""
         kind = data.get("type") if isinstance(data, dict) else None
-        if isinstance(kind, str) and kind in self._relays:
-            self._relays[kind](sender, data)
+        relay = self._relays.get(kind) if isinstance(kind, str) else None
+        if relay is not None:
+            relay(sender, data)
         else:
             self._take(sender, read(data))
 

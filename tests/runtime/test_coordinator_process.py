@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 from adaptra_plugin import isolated
 from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.errors import TransportError
-from adaptra_plugin.runtime.coordinator_frames import Frame, FrameReader, frame, json_frame
+from adaptra_plugin.runtime.coordinator_frames import Frame, FrameReader, frame, json_frame, message_frames, reports_of
 from adaptra_plugin.runtime.coordinator_process import CoordinatorProcess
 from adaptra_plugin.runtime.messages import Abort, Report
 from adaptra_plugin.runtime.routing import Router
@@ -184,7 +185,7 @@ def test_it_needs_no_torch():
 
 def test_frames_come_whole_however_they_are_cut():
     ours, theirs = socket.socketpair()
-    said = [(Frame.BEGUN, -1, b""), (Frame.REPORT, 7, b"x" * 100), (Frame.KEEP, 0, b"1f1b")]
+    said = [(Frame.BEGUN, -1, b""), (Frame.COMPLETE, 7, b"x" * 100), (Frame.KEEP, 0, b"1f1b")]
     wire = b"".join(frame(*each) for each in said) + json_frame(Frame.PLAN, {"a": 1}, 1 << 40)
     found = []
     with ours, theirs:
@@ -201,6 +202,38 @@ def test_frames_come_whole_however_they_are_cut():
             for _ in range(100):
                 reader._buffer.clear()
                 list(reader.receive())
+
+
+def test_reports_go_together_and_what_breaks_a_line_goes_apart():
+    def report(packed: Any) -> dict[str, Any]:
+        return {"type": "report", "packed": packed}
+
+    def taken(messages: list[tuple[int, dict[str, Any]]]) -> list[Any]:
+        found: list[Any] = []
+        for raw in message_frames(messages):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                ours.sendall(raw)
+                ((kind, _, payload),) = FrameReader(theirs).receive()
+            if kind is Frame.REPORTS:
+                found += [(rank, report(packed)) for rank, packed in reports_of(payload)]
+            else:
+                assert kind is Frame.MESSAGES
+                found += [(rank, data) for rank, data in json.loads(payload)]
+        return found
+
+    vote = {"type": "vote", "version": 1}
+    for messages in (
+        [],
+        [(1, report("a"))],
+        [(1, report("")), (2, report(""))],
+        [(1, report("a")), (7, report("b")), (2, vote), (3, report(4))],
+        [(1, report("a\nb")), (2, report("c"))],
+        [(1, report("\n"))],
+        [(2, vote), (2, {"type": "report"})],
+    ):
+        assert sorted(map(str, taken(messages))) == sorted(map(str, messages))
+    assert taken([(1, report("é\ud800"))]) == [(1, report("??"))], "which is refused where it is read"
 
 
 def test_relayed_messages_are_not_read_and_others_are():
