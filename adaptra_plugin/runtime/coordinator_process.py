@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,8 +68,9 @@ class CoordinatorProcess:
         self._send, self._on_event, self._on_plan, self._on_overview = send, on_event, on_plan, on_overview
         self._book = book
         self._parts = Parts(self._part_event)
-        self._queue: queue.SimpleQueue[tuple[int, dict[str, Any]] | bytes | None] = queue.SimpleQueue()
+        self._waiting: deque[tuple[int, dict[str, Any]] | bytes | None] = deque()
         """Messages of ranks, and frames; None: the end."""
+        self._bell = threading.Event()
         self._prepared: Prepare | None = None  # the newest plan that the ranks were sent
         self._undecided = False  # whether they wait for commit or abort of it
         self._complete = -1
@@ -104,7 +105,7 @@ class CoordinatorProcess:
         while self._process is not None and not self._over and self.complete < last and time.monotonic() < until:
             time.sleep(0.01)
         self._closing = True
-        self._queue.put(None)
+        self._put(None)
         if self._process is not None:
             try:
                 self._process.wait(deadline_s)
@@ -117,7 +118,7 @@ class CoordinatorProcess:
 
     def keep(self, schedule: str) -> None:
         """Before the first iteration: another schedule than configured is run."""
-        self._queue.put(frame(Frame.KEEP, 0, schedule.encode()))
+        self._put(frame(Frame.KEEP, 0, schedule.encode()))
 
     @property
     def complete(self) -> int:
@@ -129,7 +130,7 @@ class CoordinatorProcess:
     def relay(self, rank: int, data: dict[str, Any]) -> None:
         """A report or a vote of a rank, as it came; returns at once."""
         if not self._over:
-            self._queue.put((rank, data))
+            self._put((rank, data))
 
     def _write(self) -> None:
         """On a thread of its own: what waits goes in one piece, because each call lets go of the interpreter."""
@@ -145,23 +146,20 @@ class CoordinatorProcess:
 
     def _write_waiting(self) -> bool:
         """Waits for something to write. True at the end."""
-        item = self._queue.get()
-        frames = [frame(Frame.BEGUN, self._book.begun)]
-        messages: list[tuple[int, dict[str, Any]]] = []
-        while item is not None:
-            if isinstance(item, bytes):
-                frames.append(item)
-            else:
-                messages.append(item)
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                break
-        frames += message_frames(messages)
-        if item is None:
+        self._bell.wait()
+        self._bell.clear()  # before anything is taken: what comes later rings again
+        items = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        frames = [frame(Frame.BEGUN, self._book.begun), *(item for item in items if isinstance(item, bytes))]
+        frames += message_frames([item for item in items if isinstance(item, tuple)])
+        if None in items:
             frames.append(frame(Frame.CLOSE))
         self._sock.sendall(b"".join(frames))
-        return item is None
+        return None in items
+
+    def _put(self, item: tuple[int, dict[str, Any]] | bytes | None) -> None:
+        self._waiting.append(item)
+        if not self._bell.is_set():
+            self._bell.set()
 
     # --- from the process
 

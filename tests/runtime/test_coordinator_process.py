@@ -116,7 +116,7 @@ def test_a_process_that_is_lost_leaves_nobody_waiting_and_training_goes_on(world
     assert "training goes on with the running plan" in event.action and "exit code -9" in event.action
     for more in range(i, i + 5):
         assert world.iteration(more) == [0, 0, 0, 0]
-    assert world.coordinator._queue.qsize() == 0, "nothing is kept for it"
+    assert not world.coordinator._waiting, "nothing is kept for it"
 
 
 def test_messages_that_make_no_sense_cost_nothing_else(world):
