@@ -337,7 +337,7 @@ class AdaptraConfig(_Block):
     process of its own on rank 0's host, at the lowest priority. 0, or no OR-tools installed: off."""
     coordinator: Literal["auto", "thread", "process"] = "auto"
     """Where rank 0 judges the reports of all ranks and plans. `thread`: in its training process. `process`: in a process of its
-    own beside it. `auto`: a process in jobs of more than 64 ranks."""
+    own beside it. `auto`: a process in jobs of more than 32 ranks."""
     peer_exit_grace_s: float = Field(30.0, gt=0, le=3600)
     """After the loss of a peer, a rank that is stuck outside Adaptra (in a collective, say) is ended after this time."""
     transport: TransportConfig = TransportConfig()

@@ -8,7 +8,7 @@ from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.profile import Profile, StageProfile
 
-THREAD_RANKS = 64
+THREAD_RANKS = 32
 """Up to so many ranks, their reports cost rank 0's interpreter less than a process of its own is worth."""
 
 
