@@ -338,6 +338,9 @@ class AdaptraConfig(_Block):
     refine_s: float = Field(10.0, ge=0, le=3600)
     """Time for the exact solver (CP-SAT) to improve a running plan that is not proven within 0.5 % of the optimum. It is a
     process of its own on rank 0's host, at the lowest priority. 0, or no OR-tools installed: off."""
+    coordinator: Literal["auto", "thread", "process"] = "auto"
+    """Where rank 0 judges the reports of all ranks and plans. `thread`: in its training process. `process`: in a process of its
+    own beside it. `auto`: a process in jobs of more than 32 ranks."""
     peer_exit_grace_s: float = Field(30.0, gt=0, le=3600)
     """After the loss of a peer, a rank that is stuck outside Adaptra (in a collective, say) is ended after this time."""
     transport: TransportConfig = TransportConfig()

@@ -1,4 +1,4 @@
-"""Fuzzing of everything in the transport that listens: handshake, listener, frames, JSON.
+"""Fuzzing of everything that listens: handshake, listener, frames, JSON, packed reports and plans.
 
     python -m benchmarks.fuzz [--cases 1000000] [--seed 1] [--only CASE] [--floods 20000]
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy import handshake
 from adaptra_plugin.transport.proxy.wire import MAX_BODY_BYTES
-from benchmarks import fuzz_frames, fuzz_handshake, fuzz_texts
+from benchmarks import fuzz_frames, fuzz_handshake, fuzz_packed, fuzz_texts
 
 SLOWEST_S = 2.0
 """CPU time that no case may take (s); a machine that is busy with other things must not matter."""
@@ -71,9 +71,11 @@ def sorts() -> Iterator[dict[str, Sort]]:
         yield {
             "handshake": Sort(fuzz_handshake.in_memory, 0.40),
             "acceptor": Sort(acceptor, 0.08),
-            "frames": Sort(frames, 0.42),
+            "frames": Sort(frames, 0.40),
             "endpoint_info": Sort(fuzz_texts.endpoint_info, 0.05),
             "bridge": Sort(fuzz_texts.bridge_reader, 0.05),
+            "report": Sort(fuzz_packed.report, 0.01),
+            "plan": Sort(fuzz_packed.packed_plan, 0.01),
         }
     finally:
         log.removeHandler(handler)

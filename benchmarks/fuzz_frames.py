@@ -148,6 +148,7 @@ class Owner(Proxy):
         self.endpoint_info = ENDPOINT_INFO
         self.secret = b"x" * 32
         self._records = deque()
+        self._controls = []
         self._writer = Writer(_Pipe())  # type: ignore[arg-type]
         self._peers = {}
         self._connecting = self._closing = None
@@ -158,6 +159,7 @@ class Owner(Proxy):
         return rail
 
     def _flush_control(self) -> None:
+        self._tell_controls()
         self._writer.flush()
 
 

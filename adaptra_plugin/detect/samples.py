@@ -1,19 +1,29 @@
 """What a rank measured in one iteration, and its form on the wire.
 
-Reports arrive over the network, so reading one checks every field: a report that does not fit is refused with a
-sentence and never reaches the detector.
+    version, chunks, links, bytes of the host's name (1 byte each) | numbers | times | chunks | links | host's name
+
+All is little-endian. Reports arrive over the network, so reading one checks every field: a report that does not fit is refused
+with a sentence and never reaches the detector.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+VERSION = 1
 _MAX_MS = 1e9  # eleven days: longer than any deadline; larger numbers are garbage, not measurements
 _MAX_BYTES = 1e15
 _MAX_ENTRIES = 64
+_MAX_HOST = 255
+_HEAD = struct.Struct("<4B")
+_NUMBERS = struct.Struct("<IIIQIQ")
+_NAMES = ("replica", "pp_rank", "rank", "iteration", "microbatches", "plan_version")
+_TIMES = struct.Struct("<3d")
+_CHUNK = struct.Struct("<3d")
+_LINK = struct.Struct("<IIIdd")
 
 
 @dataclass(frozen=True)
@@ -108,96 +118,90 @@ class IterationReport:
             "link_delay_ms": {f"{link.src}-{link.dst}": round(link.delay_ms, 3) for link in self.links},
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
-        return {
-            **asdict(self),
-            "chunks": [asdict(times) for times in self.chunks],
-            "links": [asdict(link) for link in self.links],
-        }
+    def to_bytes(self) -> bytes:
+        """The form on the wire. Raises ValueError for a report that has none."""
+        host = self.host.encode("utf-8", "backslashreplace")
+        if len(host) > _MAX_HOST:
+            raise ValueError(f"report.host: {self.host!r:.80} has {len(host)} bytes, at most {_MAX_HOST} fit")
+        try:
+            return b"".join(
+                (
+                    _HEAD.pack(VERSION, len(self.chunks), len(self.links), len(host)),
+                    _NUMBERS.pack(*(getattr(self, name) for name in _NAMES)),
+                    _TIMES.pack(self.iteration_ms, self.wait_ms, self.compute_ms),
+                    *(_CHUNK.pack(c.forward_ms, c.backward_input_ms, c.backward_weight_ms) for c in self.chunks),
+                    *(_LINK.pack(k.src, k.dst, k.messages, k.delay_ms, k.message_bytes) for k in self.links),
+                    host,
+                )
+            )
+        except struct.error as error:
+            raise ValueError(f"report: a number does not fit its field: {error}") from None
 
     @classmethod
-    def from_json(cls, data: Any) -> IterationReport:
+    def from_bytes(cls, data: bytes) -> IterationReport:
         """Reads and checks a report that came over the network.
 
         Raises:
             ValueError: names the field, its value and what is allowed.
         """
-        data = _table("report", data, {item.name for item in fields(cls)}, optional={"wait_ms", "compute_ms"})
-        chunks, links = _list("report.chunks", data["chunks"]), _list("report.links", data["links"])
-        if not chunks:
-            raise ValueError("report.chunks is empty: a rank has at least one model chunk")
-        pp_rank = _integer("report.pp_rank", data["pp_rank"])
-        host = data["host"]
-        if not isinstance(host, str) or len(host) > 255:
-            raise ValueError(f"report.host: {host!r:.80} is not a name of at most 255 characters")
+        if len(data) < _HEAD.size or data[0] != VERSION:
+            raise ValueError(f"report: {len(data)} bytes that start with {data[:1].hex() or 'nothing'}: no report")
+        _, chunk_count, link_count, host_bytes = _HEAD.unpack_from(data)
+        if not 1 <= chunk_count <= _MAX_ENTRIES or link_count > _MAX_ENTRIES:
+            raise ValueError(
+                f"report: {chunk_count} chunks and {link_count} links: a rank has 1 to {_MAX_ENTRIES} chunks and at most "
+                f"{_MAX_ENTRIES} links"
+            )
+        at = _HEAD.size + _NUMBERS.size + _TIMES.size
+        links_at = at + chunk_count * _CHUNK.size
+        host_at = links_at + link_count * _LINK.size
+        if host_at + host_bytes != len(data):
+            raise ValueError(f"report: {len(data)} bytes, {host_at + host_bytes} are announced")
+        replica, pp_rank, rank, iteration, microbatches, plan_version = _NUMBERS.unpack_from(data, _HEAD.size)
+        if microbatches < 1 or max(iteration, plan_version) >= 1 << 53:
+            raise ValueError(
+                f"report: {microbatches} microbatches in iteration {iteration} of plan v{plan_version}: expected at least "
+                f"one, and numbers below 2**53"
+            )
+        iteration_ms, wait_ms, compute_ms = times = _TIMES.unpack_from(data, _HEAD.size + _NUMBERS.size)
+        _check("report.iteration_ms, wait_ms, compute_ms", times)
+        chunks = tuple(_CHUNK.iter_unpack(data[at:links_at]))
+        for number, chunk in enumerate(chunks):
+            _check(f"report.chunks[{number}]", chunk)
         return cls(
-            replica=_integer("report.replica", data["replica"]),
+            replica=replica,
             pp_rank=pp_rank,
-            rank=_integer("report.rank", data["rank"]),
-            host=host,
-            iteration=_integer("report.iteration", data["iteration"]),
-            microbatches=_integer("report.microbatches", data["microbatches"], least=1),
-            iteration_ms=_milliseconds("report.iteration_ms", data["iteration_ms"]),
-            plan_version=_integer("report.plan_version", data["plan_version"]),
-            chunks=tuple(_times(f"report.chunks[{number}]", item) for number, item in enumerate(chunks)),
-            links=tuple(_link(number, item, pp_rank) for number, item in enumerate(links)),
-            wait_ms=_milliseconds("report.wait_ms", data.get("wait_ms", 0.0)),
-            compute_ms=_milliseconds("report.compute_ms", data.get("compute_ms", 0.0)),
+            rank=rank,
+            host=_text(data[host_at:]),
+            iteration=iteration,
+            microbatches=microbatches,
+            iteration_ms=iteration_ms,
+            plan_version=plan_version,
+            chunks=tuple(StageTimes(*chunk) for chunk in chunks),
+            links=tuple(_link(n, item, pp_rank) for n, item in enumerate(_LINK.iter_unpack(data[links_at:host_at]))),
+            wait_ms=wait_ms,
+            compute_ms=compute_ms,
         )
 
 
-def _list(where: str, data: Any) -> Sequence[Any]:
-    if not isinstance(data, list | tuple) or len(data) > _MAX_ENTRIES:
-        raise ValueError(f"{where}: {data!r:.80} is not a list of at most {_MAX_ENTRIES} entries")
-    return data
-
-
-def _times(where: str, item: Any) -> StageTimes:
-    item = _table(where, item, {field.name for field in fields(StageTimes)})
-    return StageTimes(**{name: _milliseconds(f"{where}.{name}", value) for name, value in item.items()})
-
-
-def _link(number: int, item: Any, pp_rank: int) -> LinkDelay:
+def _link(number: int, item: tuple[Any, ...], pp_rank: int) -> LinkDelay:
+    src, dst, messages, delay_ms, message_bytes = item
     where = f"report.links[{number}]"
-    item = _table(where, item, {field.name for field in fields(LinkDelay)}, optional={"message_bytes"})
-    link = LinkDelay(
-        src=_integer(f"{where}.src", item["src"]),
-        dst=_integer(f"{where}.dst", item["dst"]),
-        delay_ms=_milliseconds(f"{where}.delay_ms", item["delay_ms"], least=-_MAX_MS),
-        messages=_integer(f"{where}.messages", item["messages"]),
-        message_bytes=_number(
-            f"{where}.message_bytes", item.get("message_bytes", 0.0), 0.0, _MAX_BYTES, "a size in bytes"
-        ),
-    )
-    if link.src == link.dst or link.dst != pp_rank:
-        raise ValueError(f"{where}: {link.src} -> {link.dst} is not a link into stage {pp_rank}, which reports it")
-    return link
+    _check(f"{where}.delay_ms", (delay_ms,), least=-_MAX_MS)
+    _check(f"{where}.message_bytes", (message_bytes,), most=_MAX_BYTES, what="bytes")
+    if src == dst or dst != pp_rank:
+        raise ValueError(f"{where}: {src} -> {dst} is not a link into stage {pp_rank}, which reports it")
+    return LinkDelay(src, dst, delay_ms, messages, message_bytes)
 
 
-def _table(where: str, data: Any, names: Set[str], optional: Set[str] = frozenset()) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: {data!r:.80} is not an object")
-    missing, unknown = names - optional - set(data), set(data) - names
-    if missing or unknown:
-        wrong = [f"misses {', '.join(sorted(missing))}"] if missing else []
-        wrong += [f"has the unknown {', '.join(sorted(map(str, unknown)))}"] if unknown else []
-        raise ValueError(f"{where} {' and '.join(wrong)[:200]}")
-    return data
+def _check(where: str, values: Iterable[float], least: float = 0.0, most: float = _MAX_MS, what: str = "ms") -> None:
+    for value in values:
+        if not least <= value <= most:  # false for nan too
+            raise ValueError(f"{where}: {value!r} is not a number of {what} between {least:g} and {most:g}")
 
 
-def _integer(where: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 53:
-        raise ValueError(f"{where}: {value!r:.80} is not a whole number from {least}")
-    return value
-
-
-def _milliseconds(where: str, value: Any, least: float = 0.0) -> float:
-    return _number(where, value, least, _MAX_MS, "a time in milliseconds")
-
-
-def _number(where: str, value: Any, least: float, most: float, what: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{where}: {value!r:.80} is not {what} between {least:g} and {most:g}")
-    return float(value)
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"report.host: {data!r:.80} is not UTF-8: {error.reason}") from None

@@ -48,7 +48,8 @@ class Collector:
         try:
             if isinstance(message, Refused):
                 raise ValueError(message.why)
-            check_report(message.report, rank, self._topology, self._begun())
+            found = message.unpack()
+            check_report(found, rank, self._topology, self._begun())
         except ValueError as error:
             if not self._parts.is_lost(part):
                 logger.warning("coordinator: a report of rank %d is refused: %s", rank, error)
@@ -57,7 +58,7 @@ class Collector:
             )
         else:
             self._parts.works(part)
-            report, iteration = message.report, message.report.iteration
+            report, iteration = found, found.iteration
         self._heard[rank] = max(self._heard.get(rank, -1), iteration)
         return self._add(rank, iteration, report)
 

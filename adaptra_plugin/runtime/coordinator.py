@@ -1,6 +1,7 @@
 """The coordinator (world rank 0): collects reports, detects, decides on new plans, and leads the switch to them.
 
-It works on a thread of its own. Everything it needs is passed in, so that tests run it without processes or sockets.
+It works on a thread of its own, in large jobs in a process of its own (`coordinator_process`). Everything it needs is passed in,
+so that tests run it without processes or sockets.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from adaptra_plugin.config import AdaptraConfig
 from adaptra_plugin.detect import Finding, overview
@@ -22,7 +23,7 @@ from adaptra_plugin.runtime.deciding import Candidate, Decider
 from adaptra_plugin.runtime.messages import Message, Refused, Report, Vote
 from adaptra_plugin.runtime.parts import Parts
 from adaptra_plugin.runtime.refining import Refiner, Refining, exact_refiner
-from adaptra_plugin.runtime.switching import Outcome, PlanBook, SwitchLeader
+from adaptra_plugin.runtime.switching import Outcome, SwitchLeader
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import plan
@@ -33,6 +34,17 @@ logger = logging.getLogger("adaptra")
 
 MOST_FAILURES = 10
 """A part of the work that fails so often in a row is given up."""
+
+
+class RunningPlans(Protocol):
+    """What a coordinator needs to know of rank 0's `PlanBook`."""
+
+    @property
+    def begun(self) -> int:
+        """The newest iteration that has begun there."""
+
+    def plan_for(self, microbatches: int) -> Plan:
+        """The running plan for a number of microbatches. Raises PlanError."""
 
 
 class Coordinator:
@@ -61,7 +73,7 @@ class Coordinator:
         on_event: Callable[[StragglerEvent], None],
         on_plan: Callable[[int, int, Plan, Profile, str], None],
         on_overview: Callable[[dict[str, Any]], None],
-        book: PlanBook,
+        book: RunningPlans,
         limits: Sequence[int | None],
         clock: Callable[[], float] = time.monotonic,
         refiner: Refiner | None = None,
@@ -119,25 +131,34 @@ class Coordinator:
 
     def _serve(self) -> None:
         while True:
-            found: tuple[int, Report | Vote | Refused] | bool | None = True
             try:
                 found = self._inbox.get(timeout=1.0)
             except queue.Empty:
-                pass  # nothing new: only the clock has moved
+                self.turn(None)
+                continue
             if found is None:
                 return
-            done = self._collector.complete
-            try:
-                if isinstance(found, tuple):
-                    self.handle(*found)
-                self.tick()
-            except Exception as error:  # noqa: BLE001  whatever it is, the next message may do
-                self._parts.lost("replanning", "one message is passed over", error)
-                if self._parts.failures("replanning") >= MOST_FAILURES:
-                    self._give_up("replanning")
-            else:
-                if self._collector.complete > done:  # messages that lead to nothing prove nothing
-                    self._parts.works("replanning")
+            self.turn(found)
+
+    def turn(self, found: tuple[int, Report | Vote | Refused] | None) -> None:
+        """Takes one message of a rank (None: only the clock has moved). Never raises."""
+        done = self._collector.complete
+        try:
+            if found is not None:
+                self.handle(*found)
+            self.tick()
+        except Exception as error:  # noqa: BLE001  whatever it is, the next message may do
+            self._parts.lost("replanning", "one message is passed over", error)
+            if self._parts.failures("replanning") >= MOST_FAILURES:
+                self._give_up("replanning")
+        else:
+            if self._collector.complete > done:  # messages that lead to nothing prove nothing
+                self._parts.works("replanning")
+
+    @property
+    def complete(self) -> int:
+        """The newest iteration that all ranks have reported."""
+        return self._collector.complete
 
     def _give_up(self, part: str) -> None:
         """Nothing is planned any more, and nobody is left waiting for commit or abort. Training goes on with the plan it has:

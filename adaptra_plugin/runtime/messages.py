@@ -6,6 +6,7 @@ functions below, by those who have them.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -27,6 +28,7 @@ from adaptra_plugin.detect import IterationReport
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.report import StragglerEvent
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.packing import PackedPlan
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.profile import Profile
 from adaptra_plugin.transport import PeerInfo
@@ -58,10 +60,10 @@ def _numbered(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 _WRITER = PlainSerializer(lambda value: value.to_json())
-_Report = Annotated[IterationReport, _reader(IterationReport, IterationReport.from_json), _WRITER]
 _Event = Annotated[StragglerEvent, _reader(StragglerEvent, StragglerEvent.from_json), _WRITER]
-_Profile = Annotated[Profile, _reader(Profile, Profile.from_json), _WRITER]
-_Plan = Annotated[Plan, _reader(Plan, Plan.from_json), _WRITER]
+_PackedPlan = Annotated[
+    PackedPlan, _reader(PackedPlan, PackedPlan.from_text), PlainSerializer(lambda packed: packed.text)
+]
 _Overview = Annotated[dict[str, Any], AfterValidator(_numbered)]
 # pydantic refuses what is not UTF-8, such as a file's name in the text of an error
 _Text = Annotated[
@@ -86,7 +88,21 @@ class Report(_Base):
     """To the coordinator: what a rank has measured in one iteration."""
 
     type: Literal["report"] = "report"
-    report: _Report
+    packed: str
+    """Base64 of the report's binary form. It is read where it is judged, not on the control thread."""
+
+    @classmethod
+    def of(cls, report: IterationReport) -> Report:
+        """Raises ValueError for a report that has no form on the wire."""
+        return cls(packed=base64.b64encode(report.to_bytes()).decode())
+
+    def unpack(self) -> IterationReport:
+        """Raises ValueError, with a sentence, for what is no report."""
+        try:
+            data = base64.b64decode(self.packed, validate=True)
+        except ValueError as error:
+            raise ValueError(f"report: {self.packed!r:.80} is not base64: {error}") from None
+        return IterationReport.from_bytes(data)
 
 
 class Rail(_Base):
@@ -152,10 +168,17 @@ class Prepare(_Base):
     """Increases with every plan that is prepared."""
     first_iteration: _Count
     """The first iteration to run it."""
-    profile: _Profile
-    """What the plan is made from; plans for other numbers of microbatches are computed from it, the same on every rank."""
-    plan: _Plan
-    """For `profile.microbatches`."""
+    packed: _PackedPlan
+    """The plan, for `profile.microbatches`, and what it is made from."""
+
+    @property
+    def profile(self) -> Profile:
+        """Plans for other numbers of microbatches are computed from it, the same on every rank."""
+        return self.packed.profile
+
+    @property
+    def plan(self) -> Plan:
+        return self.packed.plan
 
 
 class Vote(_Base):
@@ -255,9 +278,9 @@ def check_plan(prepared: Prepare, topology: Topology) -> None:
     """Raises PlanError for a plan that the job's pipelines cannot run."""
     profile, schedule = prepared.profile, prepared.plan.schedule
     here = (topology.length, topology.chunks)
-    if (profile.ranks, profile.virtual_stages) != here or len(schedule.ranks) != topology.length:
+    if (profile.ranks, profile.virtual_stages) != here or schedule.length != topology.length:
         raise PlanError(
-            f"a plan for {len(schedule.ranks)} ranks from a profile of {profile.ranks} with {profile.virtual_stages} "
+            f"a plan for {schedule.length} ranks from a profile of {profile.ranks} with {profile.virtual_stages} "
             f"chunks: the pipelines have {topology.length} ranks with {topology.chunks}"
         )
     placed = tuple(stage % topology.length for stage in range(topology.stages))

@@ -13,6 +13,8 @@ from adaptra_plugin.runtime.topology import COORDINATOR
 logger = logging.getLogger("adaptra")
 Taker = Callable[[int, Any], None]
 """`(sender, message)`; on the control thread, or on the sender's own for messages to oneself."""
+Relay = Callable[[int, dict[str, Any]], None]
+"""`(sender, JSON object)`, likewise."""
 
 
 class Router:
@@ -28,6 +30,7 @@ class Router:
         self._rank, self._transmit, self._silent = rank, transmit, silent
         self._takers: dict[type[Message], Taker] = {}
         self._takes_refused: set[type[Message]] = set()
+        self._relays: dict[str, Relay] = {}
         self._misunderstood: set[tuple[int, str]] = set()  # (sender, type) of messages that have been warned of
 
     def route(self, taker: Taker, *kinds: type[Message], refused: bool = False) -> None:
@@ -38,10 +41,18 @@ class Router:
             if refused:
                 self._takes_refused.add(kind)
 
+    def relay(self, relay: Relay, *kinds: type[Message]) -> None:
+        """Who takes messages that say they are of these types, as they have come: unread and unchecked."""
+        for kind in kinds:
+            self._relays[kind.model_fields["type"].default] = relay
+
     def send(self, rank: int, message: Message) -> None:
         """To the coordinator, or from it to any rank. One to oneself is taken at once, on this thread."""
         if rank == self._rank:
-            self._take(rank, message)
+            if message.type in self._relays:
+                self._relays[message.type](rank, message.to_json())
+            else:
+                self._take(rank, message)
         elif not self._silent():
             self.send_last(rank, message)
 
@@ -54,7 +65,12 @@ class Router:
 
     def receive(self, sender: int, data: Any) -> None:
         """A message has arrived (on the control thread). One that makes no sense does nothing."""
-        self._take(sender, read(data))
+        kind = data.get("type") if isinstance(data, dict) else None
+        relay = self._relays.get(kind) if isinstance(kind, str) else None
+        if relay is not None:
+            relay(sender, data)
+        else:
+            self._take(sender, read(data))
 
     def _take(self, sender: int, message: Message | Refused) -> None:
         try:

@@ -20,6 +20,7 @@ from adaptra_plugin.report.console import show_log
 from adaptra_plugin.report.reporter import new_run
 from adaptra_plugin.runtime.compute_throttle import ComputeThrottle
 from adaptra_plugin.runtime.coordinator import Coordinator
+from adaptra_plugin.runtime.coordinator_process import CoordinatorProcess
 from adaptra_plugin.runtime.dispatch import forward_only
 from adaptra_plugin.runtime.following import Following
 from adaptra_plugin.runtime.iteration import Iteration, Links
@@ -28,7 +29,7 @@ from adaptra_plugin.runtime.messages import Abort, Commit, Departed, Lost, Prepa
 from adaptra_plugin.runtime.rendezvous import Rendezvous, patience_s
 from adaptra_plugin.runtime.routing import Router
 from adaptra_plugin.runtime.split import Split, SplitReport
-from adaptra_plugin.runtime.starting import check_links, first_book, limits_of
+from adaptra_plugin.runtime.starting import check_links, first_book, has_own_process, limits_of
 from adaptra_plugin.runtime.stopwatch import stopwatch_for
 from adaptra_plugin.runtime.telemetry import Telemetry
 from adaptra_plugin.runtime.topology import COORDINATOR, Topology
@@ -102,6 +103,7 @@ class Session:
         check_links(config, topology)
         if SCHEDULES[config.schedule].adapts:
             prepare()
+        self._microbatches = microbatches
         self._book = first_book(config, topology, microbatches)
         with ExitStack() as undo:
             try:
@@ -165,19 +167,8 @@ class Session:
         peers = rendezvous.exchange(topology, self._me.host, self._endpoint.endpoint_info)
         self._coordinator = None
         if topology.rank == COORDINATOR:
-            self._coordinator = Coordinator(
-                topology,
-                config,
-                {rank: info.host for rank, (info, _) in peers.items()},
-                send=router.send,
-                on_event=self._reporter.event,
-                on_plan=telemetry.plan,
-                on_overview=self._reporter.pipeline,
-                book=self._book,
-                limits=self._limits,
-            )
+            self._coordinator = self._make_coordinator({rank: info.host for rank, (info, _) in peers.items()})
             undo.callback(self._coordinator.close)
-            router.route(self._coordinator.post, Report, Vote, refused=True)
         self._endpoint.connect(peers, neighbours=topology.neighbours, coordinator=COORDINATOR)
         self._links = Links(
             previous=None if topology.previous is None else self._endpoint.channel(topology.previous),
@@ -194,6 +185,23 @@ class Session:
         self._reporter.message("session", **self.status())
         _activation.add_session(self)
         atexit.register(self.close)
+
+    def _make_coordinator(self, hosts: Mapping[int, str]) -> Coordinator | CoordinatorProcess:
+        config, topology = self.config, self.topology
+        common: dict[str, Any] = {
+            "send": self._router.send,
+            "on_event": self._reporter.event,
+            "on_plan": self._telemetry.plan,
+            "on_overview": self._reporter.pipeline,
+            "book": self._book,
+        }
+        if has_own_process(config, topology):
+            process = CoordinatorProcess(topology, config, hosts, microbatches=self._microbatches, **common)
+            self._router.relay(process.relay, Report, Vote)
+            return process
+        coordinator = Coordinator(topology, config, hosts, limits=self._limits, **common)
+        self._router.route(coordinator.post, Report, Vote, refused=True)
+        return coordinator
 
     # --- iterations
 
@@ -219,7 +227,7 @@ class Session:
                 self._split.begin()
             with self._losses.presence.waiting():  # for commit or abort
                 version, plan = self._book.begin(self._iteration, microbatches)
-            actions = plan.schedule.ranks[self.topology.position]
+            actions = plan.schedule.of_rank(self.topology.position)
         else:
             version, actions = 0, forward_only(self.topology.own_stages, microbatches, self.topology.length)
         self._losses.check()

@@ -8,6 +8,9 @@ from adaptra_plugin.runtime.switching import PlanBook
 from adaptra_plugin.runtime.topology import Topology
 from adaptra_plugin.schedule.profile import Profile, StageProfile
 
+THREAD_RANKS = 32
+"""Up to so many ranks, their reports cost rank 0's interpreter less than a process of its own is worth."""
+
 
 def limits_of(config: AdaptraConfig, stages: int) -> list[int | None]:
     """The activation limit of each stage.
@@ -44,3 +47,8 @@ def first_book(config: AdaptraConfig, topology: Topology, microbatches: int) -> 
     book = PlanBook(unknown, config.schedule, config.transport.deadline_s)
     book.plan_for(microbatches)
     return book
+
+
+def has_own_process(config: AdaptraConfig, topology: Topology) -> bool:
+    """Whether the coordinator runs in a process of its own."""
+    return config.coordinator == "process" or (config.coordinator == "auto" and topology.world_size > THREAD_RANKS)

@@ -17,6 +17,7 @@ from adaptra_plugin.errors import TransferTimeout
 from adaptra_plugin.runtime.deciding import Candidate
 from adaptra_plugin.runtime.messages import Abort, Commit, Message, Prepare, Refused, Vote, check_plan, check_vote
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.packing import PackedPlan
 from adaptra_plugin.schedule.plan import Plan
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import Profile
@@ -234,8 +235,8 @@ class SwitchLeader:
         margin = MARGIN * 2 ** (tries - 1)
         # after the newest committed plan's, so that plans begin in the order of their versions
         first = max(self._begun + margin, self._newest() + margin, self._last_first + 1)
-        profile, plan = candidate.profile, candidate.plan
-        prepared = Prepare(version=self.version, first_iteration=first, profile=profile, plan=plan)
+        packed = PackedPlan(candidate.profile, candidate.plan)
+        prepared = Prepare(version=self.version, first_iteration=first, packed=packed)
         self._round = _Round(candidate, prepared, tries, self._clock() + self._patience_s)
         self._broadcast(prepared)
 

@@ -44,7 +44,7 @@ class Telemetry:
         """Measures of an iteration that is over. `judged`: the coordinator gets them."""
         report = iteration.report(self.me.host)
         if judged:
-            self.send(COORDINATOR, Report(report=report))
+            self.send(COORDINATOR, Report.of(report))
         metrics = report.metrics()
         if spans:
             metrics["started_unix_ms"] = round(iteration.started_unix_ms, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from adaptra_plugin.detect import links_of
 from adaptra_plugin.report.remote import COORDINATOR as COORDINATOR
@@ -82,14 +83,26 @@ class Topology:
 
     def has_link(self, a: int, b: int) -> bool:
         """Whether two positions are neighbours."""
-        return (min(a, b), max(a, b)) in self.links()
+        return (min(a, b), max(a, b)) in self._links
+
+    @cached_property
+    def _links(self) -> frozenset[tuple[int, int]]:
+        return frozenset(self.links())
 
     def place(self, rank: int) -> tuple[int, int]:
         """(replica, position) of a rank."""
-        for replica, pipeline in enumerate(self.pipelines):
-            if rank in pipeline:
-                return replica, pipeline.index(rank)
-        raise ValueError(f"rank {rank} is in none of the pipelines {self.pipelines}")
+        try:
+            return self._places[rank]
+        except KeyError:
+            raise ValueError(f"rank {rank} is in none of the pipelines {self.pipelines}") from None
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, int]]:
+        return {
+            rank: (replica, position)
+            for replica, pipeline in enumerate(self.pipelines)
+            for position, rank in enumerate(pipeline)
+        }
 
     @property
     def previous(self) -> int | None:

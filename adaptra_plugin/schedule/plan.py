@@ -48,8 +48,8 @@ class Plan:
         """Printed actions of every rank."""
         return self.schedule.to_text()
 
-    def to_json(self) -> dict[str, Any]:
-        """The PLAN format as a dict of plain values."""
+    def facts(self) -> dict[str, Any]:
+        """What is known of the schedule, as plain values."""
         out = {
             "schedule": self.name,
             "makespan_ms": self.makespan_ms,
@@ -57,13 +57,15 @@ class Plan:
             "optimal": self.optimal,
             "gap": self.gap,
             "planning_ms": self.planning_ms,
-            "warmup": list(self.warmup),
-            "peak_activations": list(self.peak_activations),
-            "ranks": self.ranks,
         }
         if any(self.offloaded):
             out["offloaded"] = list(self.offloaded)
         return out
+
+    def to_json(self) -> dict[str, Any]:
+        """The PLAN format as a dict of plain values."""
+        more = {"warmup": list(self.warmup), "peak_activations": list(self.peak_activations), "ranks": self.ranks}
+        return {**self.facts(), **more}
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
@@ -72,22 +74,28 @@ class Plan:
             raise PlanError(f"plan is a {type(data).__name__}: expected an object")
         if not isinstance(data.get("ranks"), list) or not all(isinstance(r, list) for r in data["ranks"]):
             raise PlanError("plan.ranks: expected a list of actions per rank")
-        schedule = Schedule.from_text([[str(a) for a in actions] for actions in data["ranks"]])
-        missing = [k for k in ("schedule", "makespan_ms", "lower_bound_ms", "optimal", "gap") if k not in data]
+        return cls.of(Schedule.from_text([[str(a) for a in actions] for actions in data["ranks"]]), data)
+
+    @classmethod
+    def of(cls, schedule: Schedule, facts: object) -> Plan:
+        """A schedule and what is known of it, see ``facts``. Raises PlanError for missing or wrong fields."""
+        if not isinstance(facts, Mapping):
+            raise PlanError(f"plan is a {type(facts).__name__}: expected an object")
+        missing = [k for k in ("schedule", "makespan_ms", "lower_bound_ms", "optimal", "gap") if k not in facts]
         if missing:
             raise PlanError(f"plan lacks {', '.join(missing)}")
         try:
             return cls(
-                str(data["schedule"]),
+                str(facts["schedule"]),
                 schedule,
-                float(data["makespan_ms"]),
-                float(data["lower_bound_ms"]),
-                bool(data["optimal"]),
-                float(data["gap"]),
-                float(data.get("planning_ms", 0.0)),
+                float(facts["makespan_ms"]),
+                float(facts["lower_bound_ms"]),
+                bool(facts["optimal"]),
+                float(facts["gap"]),
+                float(facts.get("planning_ms", 0.0)),
                 schedule.warmup,
                 schedule.peak_activations,
-                tuple(int(count) for count in data.get("offloaded", ())),
+                tuple(int(count) for count in facts.get("offloaded", ())),
             )
         except (TypeError, ValueError) as error:
             raise PlanError(f"plan: {error}") from None

@@ -19,9 +19,12 @@ from adaptra_plugin.schedule.rules import keeps_rules
 F, I, W, B = range(4)  # noqa: E741  codes of the kinds, see actions.KINDS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Per rank, the actions it runs, in order.
+
+    What is made from numbers (``from_rows``, ``from_table``) has `ranks` only once somebody asks for them: hundreds of thousands
+    of objects, of which a rank that runs a plan needs its own.
 
     Rules, checked on construction; PlanError says which rank, which step and which rule:
     every stage lives on one rank; every microbatch has on every stage one F and either one B or one I and one W;
@@ -33,6 +36,30 @@ class Schedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(tuple(actions) for actions in self.ranks))
         self._check()
+
+    def __getattr__(self, name: str) -> tuple[tuple[Action, ...], ...]:
+        """`ranks`, where they have not been asked for yet."""
+        if name != "ranks" or "table" not in self.__dict__:
+            raise AttributeError(name)
+        found = tuple(map(self.of_rank, range(self.length)))
+        self.__dict__["ranks"] = found
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return all(map(np.array_equal, self.table, other.table))
+
+    def __hash__(self) -> int:
+        return hash(self.table[1].tobytes())
+
+    def of_rank(self, rank: int) -> tuple[Action, ...]:
+        """What a rank runs, in order."""
+        if "ranks" in self.__dict__:
+            return self.ranks[rank]
+        offsets, actions = self.table
+        with no_collection():
+            return tuple(intern(*row) for row in actions[offsets[rank] : offsets[rank + 1]].tolist())
 
     def _check(self) -> None:
         offsets, actions = self.table
@@ -51,7 +78,7 @@ class Schedule:
     @classmethod
     def from_words(cls, words: Iterable[Sequence[int]]) -> Schedule:
         """From one word of kind codes (0 F, 1 I, 2 W, 3 B) per rank, one stage a rank, microbatches in order."""
-        tables = [np.stack([np.full(len(w), s), w, _occurrence(w)], axis=1) for s, w in enumerate(map(_codes, words))]
+        tables = [np.stack([np.full(len(w), s), w, occurrence(w)], axis=1) for s, w in enumerate(map(_codes, words))]
         return cls._from_tables(tables)
 
     @classmethod
@@ -62,11 +89,13 @@ class Schedule:
 
     @classmethod
     def _from_tables(cls, tables: list[NDArray[np.int64]]) -> Schedule:
-        with no_collection():
-            ranks = tuple(tuple(intern(*row) for row in table.tolist()) for table in tables)
+        return cls.from_table(np.concatenate([[0], np.cumsum([len(t) for t in tables])]), np.concatenate(tables))
+
+    @classmethod
+    def from_table(cls, offsets: NDArray[np.int64], actions: NDArray[np.int64]) -> Schedule:
+        """From a ``table``, whose numbers are no larger than its length."""
         made = object.__new__(cls)
-        offsets = np.concatenate([[0], np.cumsum([len(t) for t in tables])]).astype(np.int64)
-        made.__dict__.update(ranks=ranks, table=(offsets, np.concatenate(tables).astype(np.int64)))
+        made.__dict__["table"] = (offsets.astype(np.int64), actions.astype(np.int64))
         made._check()
         return made
 
@@ -80,7 +109,7 @@ class Schedule:
         """The inverse of ``from_rows``, for schedules with split backwards and equally many stages a rank."""
         actions = self.table[1]
         numbers = (actions[:, 0] * 3 + actions[:, 1]) * self.microbatches + actions[:, 2]
-        return numbers.reshape(len(self.ranks), -1)
+        return numbers.reshape(self.length, -1)
 
     def to_text(self) -> list[list[str]]:
         """Lists of printed actions, one per rank."""
@@ -104,8 +133,13 @@ class Schedule:
         offsets, actions = self.table
         places = np.full(int(actions[:, 0].max(initial=-1)) + 1, -1, np.int64)
         # backwards, so that the first rank that names a stage owns it
-        places[actions[::-1, 0]] = np.repeat(np.arange(len(self.ranks)), np.diff(offsets))[::-1]
+        places[actions[::-1, 0]] = np.repeat(np.arange(self.length), np.diff(offsets))[::-1]
         return tuple(places.tolist())
+
+    @property
+    def length(self) -> int:
+        """Number of ranks."""
+        return len(self.table[0]) - 1
 
     @property
     def stages(self) -> int:
@@ -267,10 +301,12 @@ def _codes(word: Sequence[int]) -> NDArray[np.int64]:
     return np.asarray(word, np.int64)
 
 
-def _occurrence(word: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each letter has occurred before: the microbatch of each kind code."""
-    out = np.zeros_like(word)
-    for code in range(4):
-        mine = word == code
-        out[mine] = np.arange(int(mine.sum()))
+def occurrence(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each number has occurred before it: of kind codes, the microbatch."""
+    narrow = numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers  # sorted five times as fast
+    order = np.argsort(narrow, kind="stable")
+    ordered = numbers[order]
+    first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+    out = np.empty(len(numbers), np.int64)
+    out[order] = np.arange(len(numbers)) - np.repeat(first, np.diff(first, append=len(numbers)))
     return out

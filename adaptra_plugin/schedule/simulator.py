@@ -54,7 +54,7 @@ def run(
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """The kernel's ``start, end, moved, cause`` in nanoseconds, one row an action in the order of Schedule.table."""
     offsets, actions = schedule.table
-    ranks = len(schedule.ranks)
+    ranks = schedule.length
     latency, transfer, queue = tables.latency, tables.transfer, tables.link
     if link_model == "blocking":
         latency, transfer = np.zeros_like(latency), latency + transfer
@@ -91,7 +91,7 @@ class Simulated(Timeline):
 
     def __init__(self, schedule: Schedule, stage_rank: Ints, result: tuple[Ints, Ints, Ints, Ints]) -> None:
         self.__dict__.update(
-            ranks=len(schedule.ranks),
+            ranks=schedule.length,
             makespan_ms=float(result[1].max()) / NS,
             peak_activations=schedule.peak_activations,
             _schedule=schedule,

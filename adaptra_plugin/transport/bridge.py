@@ -23,7 +23,7 @@ and from it, by `event`:
     memfds          rank, direct, descriptors: the peer's rings, for each direction, for each lane, and if `direct`, this rank's end
                     of a pair of sockets (SOCK_SEQPACKET) over which it exchanges records with the peer itself
     lost, left      rank, error (class name), reason, remedy
-    control         rank, message (an object)
+    control         messages: [rank, message (an object)], at most `MOST_TOGETHER`
     backlog         rank, waiting (bytes): the control messages that wait for `rank` have become more, or less, than may be
     rail            rank, rail, state, why, ... (a step in the life of a rail: for the report)
     stats           id, data
@@ -52,6 +52,8 @@ MAX_PACKET = 64 * RECORD.size
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_CONTROL_BACKLOG = 64 << 20
 """Control messages that may wait for one peer (bytes); one that reads nothing must not fill this rank's memory."""
+MOST_TOGETHER = 8
+"""Control messages of peers that come in one event: of 4 MiB each, with room for escapes."""
 _LENGTH = struct.Struct("<II")  # bytes of JSON, descriptors
 _MAX_DESCRIPTORS = 240  # that one call may carry
 
@@ -113,9 +115,15 @@ def encode(message: dict[str, Any], descriptors: int = 0) -> bytes:
     return _LENGTH.pack(len(data), descriptors) + data
 
 
+_decode = json.JSONDecoder().raw_decode  # `loads` looks for blanks around it, which takes longer than a small object
+
+
 def _parse(data: bytearray) -> dict[str, Any]:
     try:
-        message = json.loads(data)
+        text = data.decode()
+        message, end = _decode(text)
+        if end < len(text):
+            raise ValueError(f"{len(text) - end} characters follow the object")
     except (ValueError, RecursionError) as error:
         raise TransportError(f"{len(data)} bytes between endpoint and proxy are not JSON: {error}") from None
     if not isinstance(message, dict):

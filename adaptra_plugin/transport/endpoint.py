@@ -361,7 +361,8 @@ class Endpoint:
         """On the control thread."""
         kind = event["event"]
         if kind == "control":
-            self.on_control(event["rank"], event["message"])
+            for rank, message in event["messages"]:
+                self.on_control(rank, message)
         elif kind in ("lost", "left"):
             self._gone(kind, event)
         elif kind == "memfds":

@@ -42,8 +42,10 @@ def test_fp32_dropout_tied_clipped(stages, adaptra):
     assert results[0]["losses"][-1] < results[0]["losses"][0]
 
 
-def test_data_parallel_replicas():
-    results = run_ranks(both, 4, {}, SLOW, MICROBATCHES[:10], stages=2, evaluate_after=(3,), switches=SWITCHES[:2])
+@pytest.mark.parametrize("coordinator", ["thread", "process"])
+def test_data_parallel_replicas(coordinator):
+    block = {**SLOW, "coordinator": coordinator}
+    results = run_ranks(both, 4, {}, block, MICROBATCHES[:10], stages=2, evaluate_after=(3,), switches=SWITCHES[:2])
     versions = {result["status"]["sessions"][0]["plan_version"] for result in results}
     assert len(versions) == 1 and versions.pop() >= 2
 

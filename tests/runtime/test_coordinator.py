@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adaptra_plugin.config import parse_config
+from adaptra_plugin.config import AdaptraConfig, parse_config
 from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.runtime import deciding
 from adaptra_plugin.runtime.coordinator import Coordinator
@@ -37,19 +37,19 @@ class World:
         self.sent: list[tuple[int, Message]] = []
         start = Profile(1, (StageProfile(1.0, 1.0, 1.0),) * stages)
         self.books = [PlanBook(start, "slack-adaptive", 0.0) for _ in range(self.topology.world_size)]
-        self.coordinator = Coordinator(
-            self.topology,
+        self.queue: list[tuple[int, Message | Refused]] = []
+        self.coordinator = self.made(
             parse_config(config),
-            {rank: f"n{rank}" for rank in range(self.topology.world_size)},
+            hosts={rank: f"n{rank}" for rank in range(self.topology.world_size)},
             send=self.send,
             on_event=self.events.append,
             on_plan=lambda *args: self.plans.append(args),
             on_overview=self.overviews.append,
             book=self.books[0],
-            limits=[None] * stages,
-            clock=lambda: self.now,
         )
-        self.queue: list[tuple[int, Message | Refused]] = []
+
+    def made(self, config: AdaptraConfig, **more: Any) -> Any:
+        return Coordinator(self.topology, config, limits=[None] * self.topology.stages, clock=lambda: self.now, **more)
 
     def send(self, rank: int, message: Message) -> None:
         self.sent.append((rank, message))
@@ -92,7 +92,7 @@ class World:
                 chunks=(StageTimes(10.0 * ratio, 10.0 * ratio, 6.0 * ratio),),
                 links=tuple(links),
             )
-            self.queue.append((rank, read(Report(report=report).to_json())))
+            self.queue.append((rank, read(Report.of(report).to_json())))
         self.deliver()
         return versions
 
@@ -140,7 +140,7 @@ def test_the_end_waits_for_the_reports_of_the_last_iteration_that_are_still_on_t
 
     def last(rank: int) -> None:
         mine = IterationReport(pp_rank=rank, rank=rank, chunks=(times,), links=(), **report)
-        world.coordinator.post(rank, Report(report=mine))
+        world.coordinator.post(rank, Report.of(mine))
 
     world.coordinator.start()
     for rank in range(3):
@@ -227,7 +227,7 @@ def test_the_plan_follows_the_profile_without_any_finding(monkeypatch):
 
 def test_garbage_reports_are_refused(caplog):
     world = World()
-    world.coordinator.handle(1, read({"type": "report", "report": {"iteration": -1}}))
+    world.coordinator.handle(1, read({"type": "report", "packed": "AAAA"}))
     assert "a report of rank 1 is refused" in caplog.text
 
 

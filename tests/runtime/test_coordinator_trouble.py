@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import signal
@@ -9,16 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from adaptra_plugin.detect import IterationReport, LinkDelay, StageTimes
 from adaptra_plugin.errors import PlanError
 from adaptra_plugin.runtime import coordinator as module
 from adaptra_plugin.runtime import deciding
-from adaptra_plugin.runtime.messages import Abort, Message, Refused, read
+from adaptra_plugin.runtime.messages import Abort, Message, Refused, Report, read
 from adaptra_plugin.runtime.parts import Parts
 from adaptra_plugin.schedule import planner
 from tests.runtime.test_coordinator import CONFIG, World
@@ -321,38 +324,30 @@ def test_a_rank_that_cannot_be_told_does_not_keep_the_commit_from_the_others(mon
     assert parts(world) == [("messages to rank 1", "lost")]
 
 
-def report(world: World, i: int, **change: Any) -> Message | Refused:
-    """A sensible report of rank 1, but for `change`."""
-    times = {"forward_ms": 10.0, "backward_input_ms": 10.0, "backward_weight_ms": 6.0}
-    link = {"src": 0, "dst": 1, "delay_ms": 0.5, "messages": 8}
-    sensible = {
-        "replica": 0,
-        "pp_rank": 1,
-        "rank": 1,
-        "host": "n1",
-        "iteration": i,
-        "microbatches": 8,
-        "iteration_ms": 300.0,
-        "plan_version": 0,
-        "chunks": [times],
-        "links": [link],
-    }
-    return read({"type": "report", "report": {**sensible, **change}})
+def report(i: int, change: dict[str, Any] | str | None) -> Message | Refused:
+    """A sensible report of rank 1, but for `change`; a text or nothing: instead of it."""
+    if not isinstance(change, dict):
+        return read({"type": "report", "packed": change})
+    times, link = StageTimes(10.0, 10.0, 6.0), LinkDelay(0, 1, 0.5, 8)
+    sensible = IterationReport(0, 1, 1, "n1", i, 8, 300.0, 0, (times,), (link,))
+    return read(Report.of(replace(sensible, **change)).to_json())
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"rank": 3},
-        {"pp_rank": 2, "links": []},
+        {"pp_rank": 2, "links": ()},
         {"replica": 7},
-        {"chunks": [{"forward_ms": 1.0, "backward_input_ms": 1.0, "backward_weight_ms": 1.0}] * 2},
-        {"links": [{"src": 3, "dst": 1, "delay_ms": 0.5, "messages": 8}]},
-        {"links": [{"src": 0, "dst": 1, "delay_ms": 0.5, "messages": 8}] * 2},
+        {"chunks": (StageTimes(1.0, 1.0, 1.0),) * 2},
+        {"links": (LinkDelay(3, 1, 0.5, 8),)},
+        {"links": (LinkDelay(0, 1, 0.5, 8),) * 2},
         {"iteration": 10**9},
         {"iteration_ms": float("nan")},
-        {"microbatches": -1},
-        {"host": []},
+        {"microbatches": 0},
+        "no base64",
+        "AAAA",
+        None,
     ],
     ids=str,
 )
@@ -366,7 +361,7 @@ def test_an_impossible_report_costs_that_report(change):
 
         def instead(rank: int, message: Message | Refused, i: int = i) -> None:
             if rank == 1 and message.type == "report":
-                message = report(world, i, **change)
+                message = report(i, change)
             right(rank, message)
 
         world.coordinator.handle = instead  # type: ignore[method-assign]
@@ -386,7 +381,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = st.dictionaries(st.sampled_from(["version", "ok", "begun", "report", "commit"]), JSON)
+PACKED = st.binary(max_size=120).map(lambda raw: base64.b64encode(b"\1" + raw).decode())
+FIELDS = st.dictionaries(st.sampled_from(["version", "ok", "begun", "packed", "commit"]), JSON | PACKED)
 MESSAGES = st.builds(lambda kind, fields: {**fields, "type": kind}, st.sampled_from(["vote", "report"]) | JSON, FIELDS)
 
 

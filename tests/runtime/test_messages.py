@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from adaptra_plugin.runtime.messages import Lost, Message, Refused, Vote, check_plan, check_vote, peer_of, read
 from adaptra_plugin.runtime.topology import Topology
+from adaptra_plugin.schedule.packing import PackedPlan
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import Profile, StageProfile
 from tests.runtime.test_coordinator_trouble import JSON
@@ -23,8 +24,7 @@ PREPARE = {
     "type": "prepare",
     "version": 1,
     "first_iteration": 3,
-    "profile": PROFILE.to_json(),
-    "plan": plan(PROFILE).to_json(),
+    "packed": PackedPlan(PROFILE, plan(PROFILE)).text,
 }
 
 
@@ -41,9 +41,8 @@ def test_a_prepared_plan_is_read():
     check_plan(prepared, TOPOLOGY)
     assert (prepared.version, prepared.first_iteration, prepared.profile) == (1, 3, PROFILE)
     assert prepared.plan == plan(PROFILE)
-    assert (
-        prepared.to_json() == PREPARE | {"plan": prepared.plan.to_json()} and accepted(prepared.to_json()) == prepared
-    )
+    assert accepted(prepared.to_json()) == prepared
+    assert prepared.to_json()["packed"] is prepared.to_json()["packed"], "packed once, whoever it is sent to"
 
 
 OTHER = Profile(4, (StageProfile(1.0, 1.0, 1.0),) * 3)
@@ -56,12 +55,12 @@ SHORTER = Profile(3, (StageProfile(1.0, 1.0, 1.0),) * 2)
         ({"first_iteration": "3"}, "first_iteration: '3' is not a whole number"),
         ({"version": True}, "version: True is not a whole number"),
         (
-            {"profile": OTHER.to_json(), "plan": plan(OTHER).to_json()},
+            {"packed": PackedPlan(OTHER, plan(OTHER)).text},
             "a plan for 3 ranks .* the pipelines have 2 ranks",
         ),
-        ({"plan": plan(SHORTER).to_json()}, "a plan of 3 microbatches .* expected 4"),
-        ({"plan": None}, "plan is a NoneType"),
-        ({"profile": []}, "profile is a list"),
+        ({"packed": PackedPlan(PROFILE, plan(SHORTER)).text}, "a plan of 3 microbatches .* expected 4"),
+        ({"packed": None}, "a packed plan is a NoneType"),
+        ({"packed": "x"}, "a packed plan of 1 characters is not base64"),
     ],
 )
 def test_plans_that_cannot_be_run_are_refused(change, said):
@@ -115,9 +114,8 @@ NAMES = [
     "commit",
     "event",
     "pipeline",
-    "report",
     "first_iteration",
-    "plan",
+    "packed",
 ]
 
 
@@ -157,7 +155,7 @@ def test_a_message_is_complained_of_once(session, caplog):
 def test_a_plan_that_is_not_understood_is_voted_against(session, monkeypatch):
     votes = []
     monkeypatch.setitem(session._router._takers, Vote, lambda rank, message: votes.append(message))
-    session._router.receive(0, {"type": "prepare", "version": 4, "plan": {"ranks": [[{}]]}})
+    session._router.receive(0, {"type": "prepare", "version": 4, "packed": "AAAA"})
     assert votes == [Vote(version=4, ok=False, begun=session._book.begun)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -52,7 +53,9 @@ def test_the_secret_is_gone_when_all_have_met(kind):
     found = meet(*stores)
     store = stores[0]
     assert len({secret for secret, _ in found}) == 1 and len(found[0][0]) == 32
-    assert all(sorted(peers) == list(range(RANKS)) for _, peers in found)
+    # rank 0 knows all, the others those that they connect to
+    known = [sorted({*peers, rank}) for rank, (_, peers) in enumerate(found)]
+    assert known == [[0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3], [0, 2, 3]]
     assert store.check(["adaptra/7/endpoint_info/0"]) and not store.check([SECRET])
 
 
@@ -123,9 +126,13 @@ def test_who_is_late_is_named_while_the_others_wait(kind, quick, caplog):
 def test_in_the_end_the_error_names_who_is_missing(quick):
     store = HashStore()
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(pipelines, store, rank, 0.3) for rank in (0, 2)]
-        for found in waiting:
-            with pytest.raises(TransportError, match=r"^ranks 1, 3 \(2\) have not come within 0 s: .*group") as caught:
+        waiting = [pool.submit(pipelines, store, 0, 2.0)]
+        while not store.check(["adaptra/7/pipeline/missing"]):  # by which the others know
+            time.sleep(0.01)
+        waiting.append(pool.submit(pipelines, store, 2, 0.3))
+        for found, seconds in zip(waiting, (2, 0), strict=True):
+            said = rf"^ranks 1, 3 \(2\) have not come within {seconds} s: .*group"
+            with pytest.raises(TransportError, match=said) as caught:
                 found.result(20)
     assert "connect_deadline_s" in str(caught.value)
 
@@ -165,6 +172,7 @@ def start(world):
 def test_by_default_ranks_wait_as_long_as_the_process_group_does():
     assert patience_s(7.5) == 7.5
     assert patience_s("auto") == 1800.0, "torch's own, where there is no group"
+    start(1).close()  # what is compiled once takes long
     distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=1))
     try:
         assert patience_s("auto") == 1.0
@@ -196,3 +204,75 @@ def test_each_meeting_has_its_own_patience(quick):
         assert not waiting.done()
         second.gather("reasons", ["late"], 2)
         assert waiting.result(20) == {0: [], 1: ["late"]}
+
+
+class Counting:
+    """A store that counts what one rank reads: requests, and keys."""
+
+    def __init__(self, store):
+        self._store = store
+        self.requests = self.keys = 0
+
+    def get(self, key):
+        self.requests, self.keys = self.requests + 1, self.keys + 1
+        return self._store.get(key)
+
+    def multi_get(self, keys):
+        self.requests, self.keys = self.requests + 1, self.keys + len(keys)
+        return self._store.multi_get(keys)
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+def test_a_rank_reads_what_it_needs_and_rank_0_in_few_requests(monkeypatch):
+    """64 ranks, 16 pipelines of 4, of a host with the master's name on loopback, which have to hear where the others are."""
+    monkeypatch.setattr(module, "choose_bind", lambda how, _: "127.0.0.1")
+    stages, replicas = 4, 16
+    groups = [[replica + replicas * stage for stage in range(stages)] for replica in range(replicas)]
+    store = HashStore()
+    counting = [Counting(store) for _ in range(stages * replicas)]
+
+    def rank(number):
+        topology = Topology.of(number, groups)
+        rendezvous = Rendezvous(counting[number], "7", number, 60.0)
+        rendezvous.secret(topology)
+        assert rendezvous.bind_host(topology, "auto") == "127.0.0.1"
+        peers = rendezvous.exchange(topology, f"n{number}", ENDPOINT_INFO)
+        told = rendezvous.gather("reasons", [number % 2], 64)
+        assert {other: info.host for other, (info, _) in peers.items()} == {other: f"n{other}" for other in peers}
+        assert told == {other: [other % 2] for other in range(64)}
+        return set(peers) - {number}, {*topology.neighbours, 0} - {number}
+
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(rank, range(64)))
+    for number, (known, needed) in enumerate(found):
+        assert known == (needed if number else set(range(1, 64)))
+        assert counting[number].requests <= 4 + len(needed), number
+        assert number == 0 or counting[number].keys <= 4 + len(needed), number
+
+
+def test_a_store_without_requests_for_several_keys_will_do():
+    store = HashStore()
+
+    class Old:
+        def has_extended_api(self):
+            return False
+
+        def __getattr__(self, name):
+            assert name != "multi_get"
+            return getattr(store, name)
+
+    assert [sorted(peers) for _, peers in meet(Old())] == [[0, 1, 2, 3], [0, 2], [0, 1, 3], [0, 2]]
+
+
+def test_an_endpoint_info_that_makes_no_sense_is_named_and_nobody_goes_on(quick):
+    store = HashStore()
+    topologies = [Topology.of(rank, [[0, 1, 2]]) for rank in range(3)]
+    for rank in (1, 2):
+        info = ENDPOINT_INFO.to_text() if rank == 1 else "{}"
+        store.set(f"adaptra/7/endpoint_info/{rank}", json.dumps({"host": f"n{rank}", "endpoint_info": info}))
+    with pytest.raises(TransportError, match=r"^rank 2 \(stage 2, host n2\): it speaks protocol version"):
+        Rendezvous(store, "7", 0, 5.0).exchange(topologies[0], "n0", ENDPOINT_INFO)
+    with pytest.raises(TransportError, match=r"^rank 0 has not come within 0 s"):
+        Rendezvous(store, "7", 1, 0.2).exchange(topologies[1], "n1", ENDPOINT_INFO)

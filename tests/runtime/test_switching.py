@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from adaptra_plugin.errors import TransferTimeout
 from adaptra_plugin.runtime.messages import Prepare
 from adaptra_plugin.runtime.switching import PlanBook
+from adaptra_plugin.schedule.packing import PackedPlan
 from adaptra_plugin.schedule.planner import plan
 from adaptra_plugin.schedule.profile import LinkProfile, Profile, StageProfile
 
@@ -20,7 +21,7 @@ SLOW = Profile(microbatches=4, stages=STAGES, links=(LinkProfile(1, 2, 3.0),))
 
 
 def prepared(version, first, profile=SLOW):
-    return Prepare(version=version, first_iteration=first, profile=profile, plan=plan(profile))
+    return Prepare(version=version, first_iteration=first, packed=PackedPlan(profile, plan(profile)))
 
 
 def book(**kwargs):

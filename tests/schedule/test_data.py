@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from adaptra_plugin.errors import PlanError
@@ -141,3 +143,16 @@ def test_a_deadlock_is_shown_in_the_grid():
         Schedule.from_text([["0F0", "0B0", "0F1", "0B1"], ["1F0", "1F1", "1B0", "1B1"]])
     assert "rank 0: 0F0 >0B0< 0F1 0B1" in str(caught.value)
     assert "rank 1: 1F0 >1F1< 1B0 1B1" in str(caught.value)
+
+
+def test_actions_are_made_when_they_are_asked_for():
+    profile = Profile(6, (StageProfile(1.0, 1.0, 1.0),) * 3)
+    made = plan(profile).schedule
+    again = Schedule.from_table(*made.table)
+    assert again == made and hash(again) == hash(made) and again != plan(profile, schedule="gpipe").schedule
+    assert "ranks" not in vars(again) and again.length == 3
+    assert again.of_rank(1) == made.ranks[1] and "ranks" not in vars(again)
+    assert again.ranks == made.ranks and again.of_rank(1) is again.ranks[1]
+    assert copy.deepcopy(Schedule.from_table(*made.table)) == made
+    with pytest.raises(AttributeError, match="rank"):
+        made.rank  # noqa: B018

@@ -281,7 +281,7 @@ def test_an_exception_in_a_callback_fails_the_endpoint_loudly(callback, caplog):
 
     setattr(first, callback, broken)
     if callback == "on_control":
-        fake.tell("control", rank=1, message={"a": 1})
+        fake.tell("control", messages=[[1, {"a": 1}]])
     else:
         fake.record(Op.LOST)
         fake.tell("lost", rank=1, error="PeerLostError", reason="a test says so", remedy="")

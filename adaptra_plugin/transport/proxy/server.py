@@ -15,7 +15,16 @@ from typing import Any
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import explain
 from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
-from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer, packed_time
+from adaptra_plugin.transport.bridge import (
+    MAX_CONTROL_BACKLOG,
+    MAX_PACKET,
+    MOST_TOGETHER,
+    RECORD,
+    Op,
+    Reader,
+    Writer,
+    packed_time,
+)
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
@@ -69,6 +78,7 @@ class Proxy:
         self._peers: dict[int, Peer] | None = None
         self._early: list[tuple[socket.socket, Claim, Settings]] = []  # came before `connect`
         self._memfds: list[Memfd] = []
+        self._controls: list[tuple[int, dict[str, Any]]] = []  # of peers, for the endpoint
         self._passing: deque[list[int]] = deque()  # descriptors that are on their way to the endpoint
         self._acceptors: list[Acceptor] = []
         self._connecting: Timer | None = None
@@ -331,7 +341,9 @@ class Proxy:
         self._check_closed()
 
     def peer_control(self, peer: Peer, message: dict[str, Any]) -> None:
-        self._tell("control", rank=peer.info.rank, message=message)
+        self._controls.append((peer.info.rank, message))
+        if len(self._controls) >= MOST_TOGETHER:
+            self._tell_controls()
 
     def peer_rail(self, peer: Peer, rail: Rail, state: State, why: str) -> None:
         level = log.info if state is State.HEALTHY else log.warning
@@ -377,13 +389,21 @@ class Proxy:
     # --- the bridge
 
     def _tell(self, event: str, descriptors: Sequence[int] = (), **fields: Any) -> None:
+        self._tell_controls()
         self._writer.put({"event": event, **fields}, descriptors)
+
+    def _tell_controls(self) -> None:
+        """What peers have said comes before whatever becomes of them."""
+        messages, self._controls = self._controls, []
+        if messages:
+            self._writer.put({"event": "control", "messages": messages})
 
     def log_line(self, level: int, text: str) -> None:
         """A line for the endpoint's logger."""
         self._tell("log", level=level, text=text)
 
     def _flush_control(self) -> None:
+        self._tell_controls()
         try:
             done = self._writer.flush()
         except OSError:
