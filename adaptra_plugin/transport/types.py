@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptra_plugin.errors import TransportError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """What endpoints and proxies speak; all ranks of a job speak the same."""
 MAX_LANES = 16
 RING_UNIT = 4096

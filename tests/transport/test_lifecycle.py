@@ -69,7 +69,7 @@ def test_cards_print_and_parse():
         ("boot", None, "boot None"),
         ("unix", 3, "unix 3"),
         ("rdma", ["x"], "rdma"),
-        ("protocol", 1, "speaks protocol version 1, this side 3: install the same release"),
+        ("protocol", 1, "speaks protocol version 1, this side 4: install the same release"),
     ],
 )
 def test_what_is_no_card_is_refused(field, value, says):

@@ -406,7 +406,7 @@ def test_other_settings_of_a_peer_are_refused_before_anything_is_dialled():
 
     for change, says in (
         ({"connections": 3}, "connections_per_direction 3, this rank 2"),
-        ({"protocol": 1}, "protocol version 1, this rank 3"),
+        ({"protocol": 1}, "protocol version 1, this rank 4"),
     ):
         first = endpoint(0, config())
         try:

@@ -12,11 +12,12 @@ from adaptra_plugin.errors import HandshakeError
 from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.clock import ClockOffset
 from adaptra_plugin.transport.log import log
+from adaptra_plugin.transport.proxy.events import LaneKey, Rings
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
 from adaptra_plugin.transport.proxy.handshake_connection import Connector
 from adaptra_plugin.transport.proxy.health import Health, State
 from adaptra_plugin.transport.proxy.inbox import Incoming
-from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
+from adaptra_plugin.transport.proxy.link import Link
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
 from adaptra_plugin.transport.proxy.news import RailNews
 from adaptra_plugin.transport.proxy.nics import pairs
@@ -117,7 +118,7 @@ class Peer:
         self.link = Link(
             self._rings,
             self,
-            owner.loop.clock,
+            owner.loop,
             limit=neighbour.limit if neighbour else 0,
             segment_bytes=settings.segment_kib << 10,
             checksum=lambda rail: (

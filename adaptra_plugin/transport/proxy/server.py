@@ -18,12 +18,12 @@ from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
 from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, MAX_PACKET, RECORD, Op, Reader, Writer, packed_time
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.proxy.events import LaneKey, Rings
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
 from adaptra_plugin.transport.proxy.handshake_connection import Acceptor
 from adaptra_plugin.transport.proxy.health import State
 from adaptra_plugin.transport.proxy.inbox import Incoming
 from adaptra_plugin.transport.proxy.interfaces import address_of
-from adaptra_plugin.transport.proxy.link import TICK_S, LaneKey, Rings
 from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop, Timer
 from adaptra_plugin.transport.proxy.peer import LEFT, Neighbour, Peer
 from adaptra_plugin.transport.proxy.peer_prober import ONLY_ITS_HOST
@@ -32,6 +32,7 @@ from adaptra_plugin.transport.proxy.rails.base import Rail
 from adaptra_plugin.transport.proxy.rails.faulty import Faults
 from adaptra_plugin.transport.proxy.rdma_setup import Ports
 from adaptra_plugin.transport.proxy.settings import ProxySettings
+from adaptra_plugin.transport.proxy.silence import TICK_S
 from adaptra_plugin.transport.proxy.tls import Tls
 from adaptra_plugin.transport.types import Address, Direction, EndpointInfo, PeerInfo
 
