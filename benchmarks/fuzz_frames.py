@@ -14,12 +14,14 @@ from adaptra_plugin.transport.bridge import Writer
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy import peer_prober
 from adaptra_plugin.transport.proxy.control import checksum_of
+from adaptra_plugin.transport.proxy.endpoint_bridge import EndpointBridge
 from adaptra_plugin.transport.proxy.events import LaneKey, Rings
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose
 from adaptra_plugin.transport.proxy.loop import READ, Timer
 from adaptra_plugin.transport.proxy.peer import Neighbour, Peer
 from adaptra_plugin.transport.proxy.rails import stream
 from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
+from adaptra_plugin.transport.proxy.rails.registry import FACTORIES
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.server import Proxy
 from adaptra_plugin.transport.proxy.settings import ProxySettings
@@ -138,6 +140,18 @@ class _Pipe:
         return len(data)
 
 
+class _Bridge(EndpointBridge):
+    """To an endpoint that takes everything."""
+
+    def __init__(self) -> None:
+        self._records = deque()
+        self._passing = deque()
+        self._writer = Writer(_Pipe())  # type: ignore[arg-type]
+
+    def flush_control(self) -> None:
+        self._writer.flush()
+
+
 class Owner(Proxy):
     """The real proxy's reports, without its sockets."""
 
@@ -148,18 +162,13 @@ class Owner(Proxy):
         self.me = PeerInfo(0, 0, "a")
         self.endpoint_info = ENDPOINT_INFO
         self.secret = b"x" * 32
-        self._records = deque()
-        self._writer = Writer(_Pipe())  # type: ignore[arg-type]
+        self.factories = [make() for make in FACTORIES]
+        self._bridge = _Bridge()
         self._peers = {}
         self._connecting = self._closing = None
-        self._orphaned = False
-        self._acceptors = []
 
     def wrap(self, rail: Rail, peer: Peer) -> Rail:
         return rail
-
-    def _flush_control(self) -> None:
-        self._writer.flush()
 
 
 ENDPOINT_INFO = EndpointInfo((Address("127.0.0.1", 1),), 1 << 20, LANES, boot="b", unix="u")
@@ -189,7 +198,7 @@ class Frames:
         )
         owner._peers = {1: found}
         if near and rng.random() < 0.3:
-            found._add(StreamRail(RailKind.SHM, "shm", found.link, traffic, traffic), ready=True)  # type: ignore[arg-type]
+            found.stands(StreamRail(RailKind.SHM, "shm", found.link, traffic, traffic), ready=True)  # type: ignore[arg-type]
         else:
             reason = found.adopt(traffic, Claim(1, 1, 0, Purpose.TCP, 0))  # type: ignore[arg-type]
             assert reason is None, reason

@@ -14,9 +14,9 @@ from typing import Any
 
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
-from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
+from adaptra_plugin.transport.proxy.rails.rdma.nics import Nic
+from adaptra_plugin.transport.proxy.rails.rdma.rail import RdmaRail
 from adaptra_plugin.transport.proxy.wire import FrameHeader, FrameKind
 from adaptra_plugin.transport.types import Direction
 from tests.rdma import wires

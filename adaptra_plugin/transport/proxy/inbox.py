@@ -124,12 +124,12 @@ class LaneInbox:
         before = self.messages.get(found.after)
         return before is None or not before.delivered
 
-    def release(self, message: int) -> bool:
-        """The endpoint has copied a delivered message out. Whether its room is free by that."""
+    def release(self, message: int) -> int:
+        """The endpoint has copied a delivered message out. How much room is free by that (bytes)."""
         found = self.messages.get(message)
         if found is None or not found.delivered:
-            return False
+            return 0
         del self.messages[message]
         self.gone.add(message)
         heapq.heappush(self._gone_first, message)
-        return True
+        return found.total

@@ -38,6 +38,8 @@ from adaptra_plugin.transport.types import Direction
 ANSWERS_BACKLOG = 2 * MAX_WINDOW
 """A peer that reads nothing gets no more answers beyond so many waiting bytes: they must not fill this process."""
 _CONSUMED_TOGETHER = MAX_NOTE_BYTES // POSITIONS.size
+FREE_S, FREE_BYTES, FREE_SHARE = 0.002, 256 << 10, 8
+"""Room that is free again is told after so long (s), with whatever goes before, or when it is so much, or this part of a ring."""
 
 
 class Link:
@@ -74,7 +76,9 @@ class Link:
         self._arrivals = Arrivals(lanes, events, loop, self.connections, self.health, limit)
         self._urgent: deque[Item] = deque()
         self._unacked_state = 0
-        self._free: list[tuple[Direction, int, int]] = []  # what has been released in this turn
+        self._free: list[tuple[Direction, int, int]] = []  # what has been released and not told yet
+        self._free_bytes, self._free_by = 0, math.inf
+        self._free_at_once = min([FREE_BYTES, *(rings.receive_ring.capacity // FREE_SHARE for rings in lanes.values())])
         self.untaken = Untaken()
         self._control_in = Ordered()
         self._striping = Striping(self.connections, self.health)
@@ -83,6 +87,7 @@ class Link:
         self._connection_count = 0
         self._stuck_out: dict[LaneKey, int] = {}
         self._stuck_in: dict[LaneKey, int] = {}
+        self._stuck: set[LaneKey] = set()  # lanes whose producer at the other end waits for room
         self._saying_goodbye = False
         self._goodbye: Item | None = None
         self._closed = False
@@ -150,8 +155,11 @@ class Link:
 
     def release(self, direction: Direction, lane: int, message: int) -> None:
         """A received message has been copied out; `pump` follows."""
-        if self._arrivals.inboxes[direction, lane].release(message):
+        if nbytes := self._arrivals.inboxes[direction, lane].release(message):
+            if not self._free:
+                self._free_by = self._loop.clock() + FREE_S
             self._free.append((direction, lane, message))
+            self._free_bytes += nbytes
 
     def stuck(self, direction: Direction, lane: int, stuck: bool) -> None:
         """A producer waits for room, or no longer."""
@@ -204,7 +212,9 @@ class Link:
         """Hands rails what they can take."""
         if self._closed:
             return
-        if self._free:
+        if self._free and (
+            self._outbox.waiting_bytes or self._stuck or self._saying_goodbye or self._free_bytes >= self._free_at_once
+        ):
             self._say_free()
         while self._urgent and (connection := self._striping.for_small()) is not None:
             item = self._urgent.popleft()
@@ -226,6 +236,7 @@ class Link:
             body = b"".join(POSITIONS.pack(*entry) for entry in more)
             self._say(Item(FrameKind.CONSUMED, len(body), None, 0, body, message, 0, direction, lane))
         self._free.clear()
+        self._free_bytes, self._free_by = 0, math.inf
 
     def _submit_segment(self, connection: RailConnection, item: Item) -> None:
         found = item.outgoing
@@ -339,7 +350,9 @@ class Link:
             key = (header.direction, header.lane)
             if header.message > self._stuck_in.get(key, 0):
                 self._stuck_in[key] = header.message
+                (self._stuck.add if header.total else self._stuck.discard)(key)
                 self._events.peer_stuck(*key, bool(header.total))
+                self.pump()
         elif kind is FrameKind.CONTROL:
             for message in self._control_in.take(header.message, body):
                 self._events.control(message)
@@ -392,9 +405,11 @@ class Link:
 
     def flush(self) -> None:
         """At the end of the loop's turn: what it has caused leaves together, and what has come is acknowledged in time."""
-        if self._free:
+        wake = self._free_by
+        if wake < math.inf and wake <= self._loop.clock():
+            wake = math.inf
+            self._say_free()
             self.pump()
-        wake = math.inf
         for connection in self.connections.values():
             if connection.ack_by < math.inf:
                 now = self._loop.clock()
