@@ -85,9 +85,6 @@ class Host(Half):
         assert rail.closed
         self.failures[rail.name] = reason
 
-    def drained(self, rail: Rail) -> None:
-        assert rail.backlog == 0
-
     def over(self, name: str) -> list[bytes]:
         """Bodies that have come over a rail."""
         return [body for rail, _, body in self.came if rail == name]

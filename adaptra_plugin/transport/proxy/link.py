@@ -22,11 +22,10 @@ from adaptra_plugin.transport.proxy.loop import Clockwork
 from adaptra_plugin.transport.proxy.outbox import Item, Outbox
 from adaptra_plugin.transport.proxy.rail_connection import ACK_STATE_S, MAX_WINDOW, RailConnection, Sent, seal
 from adaptra_plugin.transport.proxy.rails.base import Rail
+from adaptra_plugin.transport.proxy.room import FreeRoom
 from adaptra_plugin.transport.proxy.silence import Silence
 from adaptra_plugin.transport.proxy.striping import Striping
 from adaptra_plugin.transport.proxy.wire import (
-    MAX_NOTE_BYTES,
-    POSITIONS,
     TIMES,
     Flag,
     FrameHeader,
@@ -37,9 +36,6 @@ from adaptra_plugin.transport.types import Direction
 
 ANSWERS_BACKLOG = 2 * MAX_WINDOW
 """A peer that reads nothing gets no more answers beyond so many waiting bytes: they must not fill this process."""
-_CONSUMED_TOGETHER = MAX_NOTE_BYTES // POSITIONS.size
-FREE_S, FREE_BYTES, FREE_SHARE = 0.002, 256 << 10, 8
-"""Room that is free again is told after so long (s), with whatever goes before, or when it is so much, or this part of a ring."""
 
 
 class Link:
@@ -76,9 +72,7 @@ class Link:
         self._arrivals = Arrivals(lanes, events, loop, self.connections, self.health, limit)
         self._urgent: deque[Item] = deque()
         self._unacked_state = 0
-        self._free: list[tuple[Direction, int, int]] = []  # what has been released and not told yet
-        self._free_bytes, self._free_by = 0, math.inf
-        self._free_at_once = min([FREE_BYTES, *(rings.receive_ring.capacity // FREE_SHARE for rings in lanes.values())])
+        self._free = FreeRoom(rings.receive_ring.capacity for rings in lanes.values())
         self.untaken = Untaken()
         self._control_in = Ordered()
         self._striping = Striping(self.connections, self.health)
@@ -139,9 +133,6 @@ class Link:
         self._events.rail_lost(rail, reason)
         self.pump()
 
-    def drained(self, rail: Rail) -> None:
-        """Sink: nothing to do; acknowledgements pace the link."""
-
     def _of(self, rail: Rail) -> RailConnection | None:
         """None: the rail is not in use any more."""
         connection = self.connections.get(rail.name)
@@ -156,10 +147,7 @@ class Link:
     def release(self, direction: Direction, lane: int, message: int) -> None:
         """A received message has been copied out; `pump` follows."""
         if nbytes := self._arrivals.inboxes[direction, lane].release(message):
-            if not self._free:
-                self._free_by = self._loop.clock() + FREE_S
-            self._free.append((direction, lane, message))
-            self._free_bytes += nbytes
+            self._free.add(direction, lane, message, nbytes, self._loop.clock())
 
     def stuck(self, direction: Direction, lane: int, stuck: bool) -> None:
         """A producer waits for room, or no longer."""
@@ -169,6 +157,7 @@ class Link:
     def send_control(self, data: bytes) -> None:
         """JSON bytes for the other endpoint."""
         self._say(Item(FrameKind.CONTROL, len(data), body=data, number=self.untaken.add(len(data))))
+        self.pump()
 
     def control_taken(self) -> None:
         """The endpoint has taken the control messages that were handed to it."""
@@ -212,9 +201,7 @@ class Link:
         """Hands rails what they can take."""
         if self._closed:
             return
-        if self._free and (
-            self._outbox.waiting_bytes or self._stuck or self._saying_goodbye or self._free_bytes >= self._free_at_once
-        ):
+        if self._free and (self._outbox.waiting_bytes or self._stuck or self._saying_goodbye or self._free.much):
             self._say_free()
         while self._urgent and (connection := self._striping.for_small()) is not None:
             item = self._urgent.popleft()
@@ -231,12 +218,8 @@ class Link:
             self.pump()
 
     def _say_free(self) -> None:
-        for start in range(0, len(self._free), _CONSUMED_TOGETHER):
-            (direction, lane, message), *more = self._free[start : start + _CONSUMED_TOGETHER]
-            body = b"".join(POSITIONS.pack(*entry) for entry in more)
-            self._say(Item(FrameKind.CONSUMED, len(body), None, 0, body, message, 0, direction, lane))
-        self._free.clear()
-        self._free_bytes, self._free_by = 0, math.inf
+        for item in self._free.take():
+            self._say(item)
 
     def _submit_segment(self, connection: RailConnection, item: Item) -> None:
         found = item.outgoing
@@ -405,7 +388,7 @@ class Link:
 
     def flush(self) -> None:
         """At the end of the loop's turn: what it has caused leaves together, and what has come is acknowledged in time."""
-        wake = self._free_by
+        wake = self._free.by
         if wake < math.inf and wake <= self._loop.clock():
             wake = math.inf
             self._say_free()

@@ -97,17 +97,13 @@ class Proxy:
             self._peer(message["rank"], lambda peer: peer.mapped(message.get("why")))
         elif op == "control":
             data = message["message"].encode()
-            self._peer(message["rank"], lambda peer: self._send_control(peer, data))
+            self._peer(message["rank"], lambda peer: peer.link.send_control(data))
         elif op == "stats":
             refused = self._listeners.refused
             peers = {peer.info.rank: peer.stats() for peer in self._each_peer()}
             self._bridge.tell("stats", id=message["id"], data={"refused_connections": refused, "peers": peers})
         elif op == "close":
             self._begin_close(float(message["linger_s"]))
-
-    def _send_control(self, peer: Peer, data: bytes) -> None:
-        peer.link.send_control(data)
-        peer.link.pump()
 
     def _peer(self, rank: int, action: Any) -> None:
         peer = (self._peers or {}).get(rank)

@@ -144,7 +144,6 @@ class MemoryRail(Rail):
             return
         self._busy = bool(self._out)
         if not self._out:
-            self.sink.drained(self)
             return
         batch = [self._out.popleft()]
         while self._out and sum(len(piece) for piece, _ in batch) + len(self._out[0][0]) <= self._cable.piece_bytes:

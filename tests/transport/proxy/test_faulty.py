@@ -47,9 +47,6 @@ class Recorder(Rail):
     def failed(self, rail, reason):
         self.heard.append(("failed", rail, reason))
 
-    def drained(self, rail):
-        self.heard.append(("drained", rail))
-
 
 def simulate(*faults, links=()):
     """As the endpoint passes it on."""
@@ -114,10 +111,9 @@ def test_it_is_a_rail_and_a_sink():
     header = FrameHeader(FrameKind.PING)
     rail.place(inner, header)
     rail.arrived(inner, header, b"x")
-    rail.drained(inner)
     rail.failed(inner, "broken")
     assert inner.heard == [
-        ("place", rail, header), ("arrived", rail, header, b"x"), ("drained", rail), ("failed", rail, "broken")
+        ("place", rail, header), ("arrived", rail, header, b"x"), ("failed", rail, "broken")
     ]  # fmt: skip
     assert rail.closed and inner.closed
     send(rail)

@@ -63,9 +63,6 @@ class Sink(Protocol):
     def failed(self, rail: Rail, reason: str) -> None:
         """The rail is unusable from now on, and closed. Never called from within `submit` or `close`."""
 
-    def drained(self, rail: Rail) -> None:
-        """All that was submitted has left this process."""
-
 
 class Rail(ABC):
     """One connection, or pair of queues, to a peer."""

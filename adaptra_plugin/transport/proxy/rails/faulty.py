@@ -251,10 +251,6 @@ class FaultyRail(Rail):
             self.close()
             self.sink.failed(self, reason)
 
-    def drained(self, rail: Rail) -> None:
-        if not self._held:
-            self.sink.drained(self)
-
 
 class _DamagedHeader(FrameHeader):
     """A header that loses a byte on its way."""

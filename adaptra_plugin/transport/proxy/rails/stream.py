@@ -115,9 +115,7 @@ class StreamRail(Rail):
         if self._out:
             self._watch(writing=True)
             return
-        if self._writing:
-            self._watch(writing=False)
-            self.sink.drained(self)
+        self._watch(writing=False)
 
     def _watch(self, *, writing: bool) -> None:
         if writing != self._writing and not self.closed and self._broken is None:

@@ -26,6 +26,7 @@ from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.loop import READ, Timer
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
 from adaptra_plugin.transport.proxy.rails.rdma.nics import Nic
+from adaptra_plugin.transport.proxy.rails.rdma.offer import check, offer_of
 from adaptra_plugin.transport.proxy.rails.rdma.queue_memory import SLOT_BYTES, Pieces, QueueMemory
 from adaptra_plugin.transport.proxy.rails.rdma.slots import (
     IMMEDIATES,
@@ -40,7 +41,6 @@ from adaptra_plugin.transport.proxy.rails.rdma.verbs import Completion, VerbsErr
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind, MalformedFrame, parse
 from adaptra_plugin.transport.types import Direction
 
-VERSION = 2
 SLOTS = 256
 """Receives that are posted, and sends that may be under way."""
 LANDING_BYTES = 64 << 20
@@ -48,18 +48,6 @@ LANDING_BYTES = 64 << 20
 _HEAD = PREFIX_BYTES + HEADER_BYTES  # in front of a body in the landing
 SLOWEST = 1e6
 """A wire that moves fewer bytes per second counts as dead, if nothing else is acknowledged meanwhile."""
-_OFFER: dict[str, tuple[int, int]] = {  # field -> smallest and largest value
-    "version": (VERSION, VERSION),
-    "number": (0, (1 << 24) - 1),
-    "psn": (0, (1 << 24) - 1),
-    "lid": (0, (1 << 16) - 1),
-    "mtu": (256, 4096),
-    "slots": (4, 1 << 16),
-    "slot_bytes": (512, 1 << 16),
-    "landing": (SLOT_BYTES, 1 << 31),  # positions in it are told by their last 32 bits
-    "address": (1, (1 << 64) - 1),
-    "key": (0, (1 << 32) - 1),
-}
 
 
 @dataclass(slots=True)
@@ -138,33 +126,12 @@ class RdmaRail(Rail):
     def offer(self) -> dict[str, Any]:
         """What the other end has to `accept`; plain values."""
         self._offered = True
-        gid = self._nic.gid
-        return {
-            "version": VERSION,
-            "name": self._nic.name,
-            "number": self._pair.number,
-            "psn": self._pair.psn,
-            "gid": gid.raw if gid else "",
-            "lid": self._nic.port.lid,
-            "mtu": self._nic.port.mtu,
-            "slots": self._memory.slots,
-            "slot_bytes": SLOT_BYTES,
-            "landing": self._memory.landing_region.nbytes,
-            "address": self._memory.landing_region.address,
-            "key": self._memory.landing_region.rkey,
-        }
+        return offer_of(self._nic, self._memory)
 
     def accept(self, offer: Mapping[str, Any]) -> None:
         """Connects with the end that made the offer. Raises VerbsError, also for offers that make no sense."""
-        for field, (least, most) in _OFFER.items():
-            value = offer.get(field)
-            if type(value) is not int or not least <= value <= most:
-                raise VerbsError(f"the offer of rail {self.name} has {field} {value!r}; {least} to {most} is possible")
-        gid = offer.get("gid")
-        if not isinstance(gid, str) or bool(gid) != (self._nic.gid is not None):
-            raise VerbsError(
-                f"the offer of rail {self.name} has the address {gid!r}, which {self._nic.name} cannot reach"
-            )
+        check(offer, self.name, self._nic)
+        gid = offer["gid"]
         timeout_exponent, retries = self._patience
         self._memory.connected = True
         self._pair.connect(
@@ -299,8 +266,6 @@ class RdmaRail(Rail):
             self._pump()
             if self._debt.due and self._open and self._free and self._budget.free_slots:
                 self._post(SlotKind.CREDIT, b"", 0)
-            if not self._posted and not self._waiting:
-                self.sink.drained(self)
         except VerbsError as error:
             self._fail(str(error))
         except MalformedFrame as error:

@@ -95,8 +95,6 @@ class _Attempt:
     def failed(self, rail: Rail, reason: str) -> None:
         self._on_failed(reason)
 
-    def drained(self, rail: Rail) -> None: ...
-
     def end(self) -> None:
         """It is no attempt any more."""
         self.arp_query.close()
