@@ -10,7 +10,7 @@ from adaptra_plugin.transport.proxy.health import Health
 from adaptra_plugin.transport.proxy.inbox import LaneInbox
 from adaptra_plugin.transport.proxy.loop import Clockwork
 from adaptra_plugin.transport.proxy.rail_connection import RailConnection
-from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind, MalformedFrame
 
 _TOLD_EVERY_S = 1.0
 
@@ -51,9 +51,9 @@ class Arrivals:
             connection.placed = header
         return windows
 
-    def take(self, connection: RailConnection, header: FrameHeader) -> bool:
-        """All of a segment has come. False if its bytes are not here: it was damaged, or another rail was about to bring it.
-        Raises MalformedFrame."""
+    def take(self, connection: RailConnection, header: FrameHeader) -> None:
+        """All of a segment has come. It is asked for again if it was damaged, or thrown away because another rail was about
+        to bring it. Raises MalformedFrame."""
         inbox = self._inbox(header)
         placed, connection.placed = connection.placed, None
         if header.flags & Flag.REFERENCE:
@@ -64,17 +64,18 @@ class Arrivals:
             ready = inbox.referenced(header)
             self._let_go(inbox, header)
         elif placed is None:
-            return inbox.has(header)
+            if not inbox.has(header):
+                self._refuse(connection, header)
+            return
         else:
             if header.flags & Flag.VERIFIED:
                 found = checksum_of(inbox.receive_ring.slices(header.message + header.at, header.length))
                 if found != header.checksum:
-                    self._damaged(connection)
-                    return False
+                    self._damaged(connection, header)
+                    return
             ready = inbox.filled(header)
         for message in ready:
             self._events.message(header.direction, header.lane, message)
-        return True
 
     def _let_go(self, inbox: LaneInbox, header: FrameHeader) -> None:
         """Rails that are in the middle of the same bytes throw away the rest: one writes at a time, and none to what may be
@@ -91,13 +92,20 @@ class Arrivals:
                 connection.placed = None
 
     def sound(self, connection: RailConnection, header: FrameHeader, body: bytes) -> bool:
-        """Whether the body of a frame that is no segment is what was sent."""
+        """Whether the body of a frame that is no segment is what was sent. If not, and it has a number, it is asked for
+        again."""
         if body and not (header.flags & Flag.VERIFIED and checksum_of([body]) == header.checksum):
-            self._damaged(connection)
+            self._damaged(connection, header)
             return False
         return True
 
-    def _damaged(self, connection: RailConnection) -> None:
+    @staticmethod
+    def _refuse(connection: RailConnection, header: FrameHeader) -> None:
+        connection.tell(FrameHeader(FrameKind.NACK, message=header.sequence))
+
+    def _damaged(self, connection: RailConnection, header: FrameHeader) -> None:
+        if header.sequence:
+            self._refuse(connection, header)  # first: whatever else leaves acknowledges the number
         self.corrupt += 1
         self._untold += 1
         now = self._loop.clock()

@@ -273,11 +273,9 @@ class Link:
         if header.sequence:
             connection.take(header, self._loop.clock())
             if kind is FrameKind.SEGMENT:
-                kept = self._arrivals.take(connection, header)
-            elif kept := self._arrivals.sound(connection, header, body):
+                self._arrivals.take(connection, header)
+            elif self._arrivals.sound(connection, header, body):
                 self._state(connection, header, body)
-            if not kept:
-                connection.tell(FrameHeader(FrameKind.NACK, message=header.sequence))
         elif kind is not FrameKind.ACK and self._arrivals.sound(connection, header, body):
             self._answer(connection, header, body)
         # after what the frame says: that a message is consumed says more than that it has arrived, and what has come damaged

@@ -69,7 +69,7 @@ class Peer:
     """Owns the link to one rank, and everything that is being done to bring its rails up.
 
     Args:
-        info, card: who it is, and how it is reached.
+        info, endpoint_info: who it is, and how it is reached.
         neighbour: rings; None if only control messages go to and fro.
         dials: whether this side makes the connections.
     """
@@ -128,7 +128,7 @@ class Peer:
                 if not setup.needs_carrier:
                     self._dial(name)
         self._prober.begin()
-        self.came_nearer()
+        self.check_up()
 
     @property
     def up(self) -> bool:
@@ -140,7 +140,7 @@ class Peer:
                     return False
         return not self.near or self.clock.count >= FIRST_PINGS
 
-    def came_nearer(self) -> None:
+    def check_up(self) -> None:
         if self.announced or self.gone:
             return
         for setup in self._setups if self.near else ():
@@ -184,7 +184,7 @@ class Peer:
             self.skipped[name] = why
             self.link.send_rail_message({"skip": name, "why": why})
             self.link.pump()
-        self.came_nearer()
+        self.check_up()
 
     def adopt(self, sock: socket.socket, claim: Claim) -> str | None:
         """Takes over a connection that has passed its handshake, or says why it has no place here."""
@@ -212,7 +212,7 @@ class Peer:
             for name, setup in self._setup_of.items():
                 if setup.needs_carrier:
                     self._dial(name)
-        self.came_nearer()
+        self.check_up()
 
     def mapped(self, refusal: str | None) -> None:
         """The endpoint has mapped the peer's rings, or cannot, for the reason given."""
@@ -246,7 +246,7 @@ class Peer:
         if not self.announced:
             if self.clock.count < FIRST_PINGS and self.link.connections:
                 self.link.ping(next(iter(self.link.connections)))
-            self.came_nearer()
+            self.check_up()
 
     def rail_message(self, rail: Rail, message: dict[str, Any]) -> None:
         """The other proxy speaks of rails."""
@@ -256,7 +256,7 @@ class Peer:
             if len(self.skipped) < _MAX_SKIPPED:
                 why = message.get("why")
                 self.skipped.setdefault(name[:64], f"the other end says: {why[:1000] if isinstance(why, str) else ''}")
-            self.came_nearer()
+            self.check_up()
         elif "stood" in message:
             self._they_stood(message["stood"])
         else:

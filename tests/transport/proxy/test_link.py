@@ -7,6 +7,7 @@ import json
 import pytest
 
 from adaptra_plugin.transport.proxy.rails.base import RailKind
+from adaptra_plugin.transport.proxy.room import FREE_S, FREE_SHARE
 from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind, MalformedFrame
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.ends import content
@@ -169,6 +170,36 @@ def test_small_messages_are_not_held_up_by_a_large_one(pairs):
     assert pair.b.delivered == [1] and pair.b.controls == [{"hello": 1}]
     assert pair.world.now - sent < 0.06  # behind what the rail has taken already
     pair.settle()
+
+
+def test_free_room_is_told_with_the_next_segment_or_after_a_moment_or_at_once_if_somebody_waits(pairs):
+    pair = pairs()
+    rail, frames = pair.b.link.connections["tcp0"].rail, []
+    submit = rail.submit
+    rail.submit = lambda frame: (frames.append(frame.header.kind), submit(frame))
+    pair.a.send(KIB)
+    pair.world.run(0.001)
+    assert pair.b.delivered == [0] and frames == []
+    pair.b.send(KIB)
+    assert frames == [FrameKind.CONSUMED, FrameKind.SEGMENT]
+    pair.settle()
+    frames.clear()
+    pair.a.send(KIB)
+    pair.world.run(0.001)
+    assert FrameKind.CONSUMED not in frames
+    pair.world.run(FREE_S)
+    assert frames == [FrameKind.CONSUMED]  # with the acknowledgement of the segment
+    pair.a.link.stuck(*ACTIVATION, True)
+    pair.a.send(KIB)
+    pair.world.run(0.001)
+    assert frames == [FrameKind.CONSUMED] * 2
+
+
+def test_much_free_room_is_told_at_once(pairs):
+    pair = pairs(capacity=64 * KIB)
+    pair.a.send(64 * KIB // FREE_SHARE)
+    pair.world.run(0.001)
+    assert not pair.a.allocators[ACTIVATION].letters
 
 
 # --- state

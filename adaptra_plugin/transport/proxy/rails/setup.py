@@ -72,8 +72,8 @@ class Remote(Protocol):
     def stands(self, rail: Rail, *, ready: bool = True) -> None:
         """A rail has come up. `ready`: data may go over it."""
 
-    def came_nearer(self) -> None:
-        """Something has happened that rails were waited for with."""
+    def check_up(self) -> None:
+        """Looks whether all rails stand by now; whoever connects hears of it once."""
 
     def skip(self, name: str, why: str) -> None:
         """A rail is given up for good; the link does without it."""

@@ -11,7 +11,7 @@ from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
 from adaptra_plugin.transport.proxy.handshake_connection import Connector
 from adaptra_plugin.transport.proxy.rails.base import RailKind
-from adaptra_plugin.transport.proxy.rails.ring_exchange import RingExchange
+from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
 from adaptra_plugin.transport.proxy.rails.setup import Local, RailFactory, RailSetup, Remote
 from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.tls import Tls
@@ -170,13 +170,13 @@ class ShmRails(_Sockets):
         self._mapped_here = True
         self._peer.link.send_rail_message({"mapped": self._name})
         self._peer.link.pump()
-        self._peer.came_nearer()
+        self._peer.check_up()
 
     def message(self, message: dict[str, Any]) -> None:
         if message.get("mapped") == self._name:
             self._mapped_there = True
             self._peer.link.make_ready(self._name)
-            self._peer.came_nearer()
+            self._peer.check_up()
 
     def lost(self, name: str) -> None:
         self._mapped_there = False
