@@ -11,12 +11,13 @@ import pytest
 
 from adaptra_plugin.errors import HandshakeError, PeerLostError, TransferTimeout, TransportError
 from adaptra_plugin.transport import memfd, ring
-from adaptra_plugin.transport.proxy import listeners
+from adaptra_plugin.transport.proxy import listeners, server
 from tests.rdma import wires
 from tests.rdma.hosts import both, started
 from tests.rdma.pairs import MIB
 from tests.rdma.ranks import BIG, DEADLINE_S, Rank
 
+assert server  # loaded here, and not by each rank after its fork: the guest is slow
 RESUMED_S = 1.0
 """Within which transfers go on elsewhere after a rail has died."""
 SLACK_S = 1.0
