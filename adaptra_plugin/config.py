@@ -240,9 +240,7 @@ _OF_KIND: dict[str, dict[str, bool]] = {  # what a kind of fault has, and whethe
     "latency": {"ms": True},
     "jitter": {"ms": True},
     "bandwidth": {"mb_per_s": True},
-    "loss": {"rate": True},
-    "duplication": {"rate": True},
-    "reordering": {"rate": True, "ms": True},
+    "stall": {},
     "corruption": {"rate": True, "part": False},
     "death": {"rate": False},
 }
@@ -251,9 +249,9 @@ _OF_KIND: dict[str, dict[str, bool]] = {  # what a kind of fault has, and whethe
 class Fault(_Block):
     """A fault of the rails between two stages, in both directions. The transport's protocol has to live with it."""
 
-    kind: Literal["latency", "jitter", "bandwidth", "loss", "duplication", "reordering", "corruption", "death"]
-    """What happens to frames. In this order: all are late by `ms`; late by up to `ms`; limited to `mb_per_s`; a share `rate` is lost;
-    comes twice; is held for `ms` while others overtake; is damaged; ends the connection (without `rate` no connection lasts)."""
+    kind: Literal["latency", "jitter", "bandwidth", "stall", "corruption", "death"]
+    """What happens to frames. In this order: all are late by `ms`; late by up to `ms`; limited to `mb_per_s`; held until the fault
+    ends; a share `rate` is damaged; ends the connection (without `rate` no connection lasts)."""
     src: int = Field(ge=0)
     """Pipeline stage at one end."""
     dst: int = Field(ge=0)
@@ -261,11 +259,11 @@ class Fault(_Block):
     rail: str = Field("any", pattern=r"^(any|tcp\d*|shm|rdma\d*)$")
     """Rails with the fault: `any`, all of a kind (`tcp`, `rdma`, `shm`), or one (`tcp0`)."""
     ms: float | None = Field(None, ge=0, le=60_000, validate_default=True)
-    """For latency, jitter and reordering: how late frames are."""
+    """For latency and jitter: how late frames are."""
     mb_per_s: float | None = Field(None, gt=0, validate_default=True)
     """For bandwidth: millions of bytes per second."""
     rate: float | None = Field(None, gt=0, le=1, validate_default=True)
-    """For loss, duplication, reordering, corruption and death: the share of frames."""
+    """For corruption and death: the share of frames."""
     part: Literal["body", "header"] | None = Field(None, validate_default=True)
     """For corruption: the damaged part of a frame. null: the body. A damaged header ends the connection."""
     seed: int = 0
@@ -278,6 +276,15 @@ class Fault(_Block):
     """Time after the start of the transport at which the fault begins."""
     to_s: float | None = Field(None, gt=0)
     """Time after the start of the transport at which the fault ends. null: never."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _can_be(cls, value: Any) -> Any:
+        if value in ("loss", "duplication", "reordering"):
+            raise ValueError(
+                "no rail does that: its frames come once and in order until it stalls ('stall') or fails ('death')"
+            )
+        return value
 
     @field_validator("dst")
     @classmethod
@@ -292,7 +299,7 @@ class Fault(_Block):
         if known is not None and value is None and known.get(name):
             raise ValueError(f"a fault of kind {kind!r} needs it")
         if known is not None and value is not None and name not in known:
-            raise ValueError(f"a fault of kind {kind!r} has {' and '.join(known)} instead")
+            raise ValueError(f"a fault of kind {kind!r} has {' and '.join(known) or 'none'} instead")
         return value
 
     @field_validator("to_iteration", "to_s")
@@ -318,7 +325,7 @@ class SimulateConfig(_Block):
     links: Annotated[tuple[SlowLink, ...], Field(strict=False)] = ()  # JSON has lists only
     """Links made slow."""
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
-    """Faults of rails: latency, jitter, bandwidth, loss, duplication, reordering, corruption, death."""
+    """Faults of rails: latency, jitter, bandwidth, stall, corruption, death."""
     compute: PacedCompute | None = None
     """Paced compute, for machines that cannot run all stages at full speed at once."""
 

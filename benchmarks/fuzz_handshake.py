@@ -107,7 +107,6 @@ class _Sink:
         self.frames += 1
 
     def failed(self, rail: Rail, reason: str) -> None: ...
-    def drained(self, rail: Rail) -> None: ...
 
 
 class _Entrance:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -150,6 +151,15 @@ class Side:
                 self.channel.send(done, [])
         return taken
 
+    def cpu(self, count: int) -> float:
+        """Microseconds of CPU time, of this rank and its proxy, for each of `count` messages of 4 KiB one way."""
+        data = torch.zeros(1024)
+        self.adaptra(data, count)
+        dist.barrier()
+        before = _cpu_s()
+        self.adaptra(data, count)
+        return (_cpu_s() - before) * 1e6 / count
+
     def run(self, options: argparse.Namespace) -> dict[str, Any]:
         ways: dict[str, Callable[[torch.Tensor, int], None]] = {
             "memcpy": self.memcpy,
@@ -176,9 +186,17 @@ class Side:
         dist.barrier()
         calls = self.send_call(options.repeats)
         dist.barrier()
+        cpu = self.cpu(options.messages)
+        dist.barrier()
         self.endpoint.close()
         dist.destroy_process_group()
-        return {"rows": rows, "round_trip_us": trips, "send_call_us": calls}
+        return {"rows": rows, "round_trip_us": trips, "send_call_us": calls, "cpu_us": cpu}
+
+
+def _cpu_s() -> float:
+    """CPU time of this process and its children (s)."""
+    here = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (here, *here.children(recursive=True)))
 
 
 def _main(
@@ -213,7 +231,7 @@ def measure(options: argparse.Namespace, rail: str) -> dict[str, Any]:
     results = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join(30)
-    return results[0]
+    return {**results[0], "cpu_us": [result["cpu_us"] for result in results]}
 
 
 def _middle(values: list[float]) -> tuple[float, float]:
@@ -260,6 +278,7 @@ def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) ->
         "ring_mib": options.ring_mib,
         "repeats": options.repeats,
         "sizes": rows,
+        "cpu_us_of_4_kib": [round(value) for value in result["cpu_us"]],
         **latency,
     }
 
@@ -282,6 +301,8 @@ def table(summary: dict[str, Any]) -> str:
     trip, call = summary["round_trip_us"], summary["send_call_us"]
     lines.append(f"round trip of 4 B: p50 {trip['p50']} us, p99 {trip['p99']} us")
     lines.append(f"send() of 4 KiB with 64 MiB queued returns after: p50 {call['p50']} us, p99 {call['p99']} us")
+    sender, receiver = summary["cpu_us_of_4_kib"]
+    lines.append(f"CPU time of a message of 4 KiB: {sender} us at its sender, {receiver} us at its receiver")
     return "\n".join(lines)
 
 
@@ -296,6 +317,7 @@ def main() -> None:
     parser.add_argument("--volume-mib", type=int, default=256, help="bytes moved per size, way and repeat")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--trips", type=int, default=1000)
+    parser.add_argument("--messages", type=int, default=5000, help="of 4 KiB, for their CPU time")
     parser.add_argument("--connections", type=int, default=2)
     parser.add_argument("--ring-mib", type=int, default=72)
     parser.add_argument("--json", type=Path, help="write the figures to this file")

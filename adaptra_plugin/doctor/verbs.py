@@ -16,7 +16,7 @@ from adaptra_plugin.doctor import rdma
 from adaptra_plugin.doctor.machine import Machine
 from adaptra_plugin.doctor.needs import Needs
 from adaptra_plugin.doctor.rows import Row, Status
-from adaptra_plugin.transport.proxy.verbs_library import SYSTEM_PACKAGES
+from adaptra_plugin.transport.proxy.rails.rdma.verbs_library import SYSTEM_PACKAGES
 
 LIBRARY = re.compile(r"libibverbs\.so\.1\.\d+\.(\d+(?:\.\d+)*)$")
 """The file name ends in rdma-core's version: libibverbs.so.1.14.44.0 is of rdma-core 44.0."""

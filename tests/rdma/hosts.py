@@ -14,9 +14,9 @@ from typing import Any
 
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
-from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
+from adaptra_plugin.transport.proxy.rails.rdma.nics import Nic
+from adaptra_plugin.transport.proxy.rails.rdma.rail import RdmaRail
 from adaptra_plugin.transport.proxy.wire import FrameHeader, FrameKind
 from adaptra_plugin.transport.types import Direction
 from tests.rdma import wires
@@ -84,9 +84,6 @@ class Host(Half):
     def failed(self, rail: Rail, reason: str) -> None:
         assert rail.closed
         self.failures[rail.name] = reason
-
-    def drained(self, rail: Rail) -> None:
-        assert rail.backlog == 0
 
     def over(self, name: str) -> list[bytes]:
         """Bodies that have come over a rail."""

@@ -9,7 +9,7 @@ import select
 import time
 from collections.abc import Iterator
 
-from adaptra_plugin.transport.proxy.verbs import Completion, Completions, Device, Gid, QueuePair, Region
+from adaptra_plugin.transport.proxy.rails.rdma.verbs import Completion, Completions, Device, Gid, QueuePair, Region
 from tests.rdma import wires
 
 MIB = 1 << 20

@@ -8,11 +8,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from adaptra_plugin.transport.proxy import arp
-from adaptra_plugin.transport.proxy.arp import ArpQuery
 from adaptra_plugin.transport.proxy.loop import Loop
-from adaptra_plugin.transport.proxy.nics import MAX_RETIRED, Nic
-from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
+from adaptra_plugin.transport.proxy.rails.rdma import arp
+from adaptra_plugin.transport.proxy.rails.rdma.arp import ArpQuery
+from adaptra_plugin.transport.proxy.rails.rdma.nics import MAX_RETIRED, Nic
+from adaptra_plugin.transport.proxy.rails.rdma.rail import RdmaRail
 from tests.rdma import wires
 from tests.rdma.hosts import both
 from tests.rdma.pairs import ends
@@ -161,7 +161,7 @@ def test_rails_that_cannot_come_back_hold_up_nobody():
 
 
 def test_pairs_are_given_back_after_a_while(loop, monkeypatch):
-    monkeypatch.setattr("adaptra_plugin.transport.proxy.nics.RETIRED_S", 0.3)
+    monkeypatch.setattr("adaptra_plugin.transport.proxy.rails.rdma.nics.RETIRED_S", 0.3)
     nic = Nic(loop, "rxa0")
     before = len(nic.device._children)
     made = []

@@ -11,12 +11,13 @@ import pytest
 
 from adaptra_plugin.errors import HandshakeError, PeerLostError, TransferTimeout, TransportError
 from adaptra_plugin.transport import memfd, ring
-from adaptra_plugin.transport.proxy import server
+from adaptra_plugin.transport.proxy import listeners, server
 from tests.rdma import wires
 from tests.rdma.hosts import both, started
 from tests.rdma.pairs import MIB
 from tests.rdma.ranks import BIG, DEADLINE_S, Rank
 
+assert server  # loaded here, and not by each rank after its fork: the guest is slow
 RESUMED_S = 1.0
 """Within which transfers go on elsewhere after a rail has died."""
 SLACK_S = 1.0
@@ -61,7 +62,7 @@ def test_rings_grow_with_the_messages(monkeypatch):
         rank.swap()
         got = rank.delivered()
         assert min(got["rdma0"], got["rdma1"]) > 4 * MIB, got
-        for nic in rank.endpoint._proxy._proxy.ports.nics:
+        for nic in next(factory.nics for factory in rank.endpoint._proxy._proxy.factories if hasattr(factory, "nics")):
             used = [sorted(extents) for extents in nic._rings.values()]
             assert max(map(len, used)) >= 7 and all(numbers[-1] <= 32 for numbers in used), used
         assert rank.peer_stats()["damaged"] == 0 and not rank.peer_stats()["skipped"]
@@ -236,7 +237,7 @@ def test_rdma_is_demanded_and_no_wire_works():
 def _elsewhere(rank: Rank, folder) -> None:
     """As if the ranks were on different hosts."""
     (folder / rank.side).write_text(rank.side)
-    server._BOOT_ID = folder / rank.side
+    listeners.BOOT_ID = folder / rank.side
 
 
 def test_auto_does_without_a_rail_that_does_not_come_up_until_it_does(tmp_path):

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.proxy.nics import Nic
-from adaptra_plugin.transport.proxy.rails.slots import PREFIX_BYTES
-from adaptra_plugin.transport.proxy.verbs import VerbsError, Work
-from adaptra_plugin.transport.proxy.verbs_library import event_descriptors
+from adaptra_plugin.transport.proxy.rails.rdma.nics import Nic
+from adaptra_plugin.transport.proxy.rails.rdma.slots import PREFIX_BYTES
+from adaptra_plugin.transport.proxy.rails.rdma.verbs import VerbsError, Work
+from adaptra_plugin.transport.proxy.rails.rdma.verbs_library import event_descriptors
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameKind
 from tests.rdma import wires
 from tests.rdma.hosts import LANES, Host, both, started

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from adaptra_plugin.transport.proxy.nics import pairs
-from adaptra_plugin.transport.proxy.rails.slots import (
+from adaptra_plugin.transport.proxy.rails.rdma.nics import pairs
+from adaptra_plugin.transport.proxy.rails.rdma.slots import (
     IMMEDIATES,
     PREFIX_BYTES,
     Budget,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from adaptra_plugin.transport.proxy import verbs
-from adaptra_plugin.transport.proxy.verbs import Device, VerbsError, Work
+from adaptra_plugin.transport.proxy.rails.rdma import verbs
+from adaptra_plugin.transport.proxy.rails.rdma.verbs import Device, VerbsError, Work
 from tests.rdma import wires
 from tests.rdma.pairs import MIB, PATIENCE_S, End, ends, noise
 
@@ -225,7 +225,7 @@ def test_everything_is_given_back():
 
 WITHOUT = """
 import sys
-from adaptra_plugin.transport.proxy import verbs, verbs_library
+from adaptra_plugin.transport.proxy.rails.rdma import verbs, verbs_library
 {change}
 assert verbs.ports() == ([], [verbs.unavailable()])
 print(verbs.unavailable())

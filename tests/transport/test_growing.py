@@ -159,10 +159,8 @@ def test_a_storm_of_changing_sizes(rail, seed, monkeypatch):
     monkeypatch.setattr(ring, "WINDOW_BYTES", 256 * KIB)
     link = {"src": 0, "dst": 1, "from_iteration": 1}
     faults = [
-        Fault(kind="loss", rate=0.01, **link),
-        Fault(kind="duplication", rate=0.05, **link),
-        Fault(kind="reordering", rate=0.05, ms=5.0, **link),
-        Fault(kind="corruption", rate=0.01, **link),
+        Fault(kind="corruption", rate=0.05, **link),
+        Fault(kind="jitter", ms=5.0, rail="tcp1", **link),
         Fault(kind="death", rate=0.003, **link),
     ]
     rng = random.Random(seed)

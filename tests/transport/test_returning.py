@@ -52,7 +52,7 @@ def test_a_message_that_came_by_reference_is_read_after_shared_memory_has_gone_a
 
 def test_one_refused_attempt_does_not_lose_a_rail_for_ever():
     with line(2, rail="tcp", connections_per_direction=1, reconnect_s=20.0) as (first, second):
-        dialler = second._proxy._proxy if second._proxy._proxy._peers[0]._dials else first._proxy._proxy
+        dialler = second._proxy._proxy if second._proxy._proxy._peers[0].dials else first._proxy._proxy
         (peer,) = dialler._peers.values()
         good, before = dialler.secret, peer.link.connections["tcp0"].rail
         dialler.secret = b"another secret, for a moment...."

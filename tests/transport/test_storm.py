@@ -91,10 +91,7 @@ def every_day() -> list[Fault]:
     """What a bad network does all the time."""
     link = {"src": 0, "dst": 1, "from_iteration": 1}
     return [
-        Fault(kind="loss", rate=0.001, **link),
-        Fault(kind="duplication", rate=0.01, **link),
-        Fault(kind="reordering", rate=0.01, ms=1.0, **link),
-        Fault(kind="corruption", rate=0.001, **link),
+        Fault(kind="corruption", rate=0.01, **link),
         Fault(kind="corruption", rate=0.0001, part="header", **link),
         Fault(kind="death", rate=0.0005, **link),
         Fault(kind="jitter", ms=0.2, rail="tcp1", **link),

@@ -117,7 +117,7 @@ def test_a_flood_of_half_open_connections_is_bounded_and_does_not_keep_peers_out
         traffic(*endpoints, 1)
         for e in endpoints:
             until(lambda e=e: e.stats()["refused_connections"] >= 20, "refusals")
-            assert len(e._proxy._proxy._acceptors[0]._half_open) <= 8
+            assert len(e._proxy._proxy._listeners._acceptors[0]._half_open) <= 8
     finally:
         for sock in strangers:
             sock.close()

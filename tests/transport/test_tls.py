@@ -10,7 +10,7 @@ from adaptra_plugin.config import TlsConfig, parse_config
 from adaptra_plugin.errors import ConfigError, HandshakeError, TransportError
 from adaptra_plugin.transport.proxy.loop import Loop
 from adaptra_plugin.transport.proxy.peer import Neighbour, Peer
-from adaptra_plugin.transport.proxy.rdma_setup import Ports
+from adaptra_plugin.transport.proxy.rails.registry import FACTORIES
 from adaptra_plugin.transport.proxy.settings import ProxySettings
 from adaptra_plugin.transport.types import Address, EndpointInfo, PeerInfo
 from tests.transport.proxy import certificates
@@ -100,7 +100,7 @@ def test_rdma_is_not_used_between_hosts_and_the_reason_is_reported(tls, boot, sk
             endpoint_info=endpoint_info("b"),
             loop=loop,
             tls=object() if tls else None,
-            ports=Ports(),
+            factories=[make() for make in FACTORIES],
         )
         peer = Peer(owner, PeerInfo(1, 1, "h"), endpoint_info(boot), Neighbour({}, 1), dials=False)
         why = peer.skipped.get("rdma", "")

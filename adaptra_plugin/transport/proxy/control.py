@@ -114,7 +114,7 @@ def positions(body: bytes, lanes: Container[tuple[Direction, int]]) -> Iterator[
         yield (Direction(code), lane), message
 
 
-def checksum_of(body: Sequence[memoryview]) -> int:
+def checksum_of(body: Sequence[memoryview | bytes]) -> int:
     """xxh3 (64 bits) of the bytes in order."""
     if len(body) == 1:
         return int(xxhash.xxh3_64_intdigest(body[0]))

@@ -22,9 +22,6 @@ class Incoming:
     missing: int = 0
     by_reference: bool = False
     delivered: bool = False
-    released: bool = False
-    writing: int = 0
-    """Rails that are in the middle of a segment of it: its room must not be reused before they are done."""
 
 
 class LaneInbox:
@@ -85,30 +82,18 @@ class LaneInbox:
         return found is None or not found.missing or header.at in found.segments
 
     def place(self, header: FrameHeader) -> list[memoryview] | None:
-        """Where the bytes of a segment go; None if they have come before. Every place must be ended by `filled` or `left`."""
+        """Where the bytes of a segment go; None if they have come before."""
         if self.has(header):
             self.duplicates += 1
             return None
-        self.messages[header.message].writing += 1
         return self.receive_ring.slices(header.message + header.at, header.length)
 
-    def left(self, header: FrameHeader) -> Incoming | None:
-        """A segment that was placed will not be completed. The message, if its room has become free by that."""
+    def filled(self, header: FrameHeader) -> list[Incoming]:
+        """A segment that was placed is complete. The messages that can be delivered by that."""
         found = self.messages[header.message]
-        found.writing -= 1
-        return self._freed(found)
-
-    def filled(self, header: FrameHeader) -> tuple[list[Incoming], Incoming | None]:
-        """A segment that was placed is complete. The messages that can be delivered by that, and the one whose room is free
-        by that."""
-        found = self.messages[header.message]
-        found.writing -= 1
-        if not found.missing or header.at in found.segments:
-            self.duplicates += 1
-            return [], self._freed(found)
         found.segments.add(header.at)
         found.missing = max(0, found.missing - header.length)
-        return self._deliverable(found), None
+        return [] if found.missing else self._deliverable(found)
 
     def referenced(self, header: FrameHeader) -> list[Incoming]:
         """The whole of a message lies in the peer's ring, whatever of it has come. The messages that can be delivered."""
@@ -139,18 +124,12 @@ class LaneInbox:
         before = self.messages.get(found.after)
         return before is None or not before.delivered
 
-    def release(self, message: int) -> Incoming | None:
-        """The endpoint has copied a delivered message out. The message, if its room is free by that."""
+    def release(self, message: int) -> int:
+        """The endpoint has copied a delivered message out. How much room is free by that (bytes)."""
         found = self.messages.get(message)
         if found is None or not found.delivered:
-            return None
-        found.released = True
-        return self._freed(found)
-
-    def _freed(self, found: Incoming) -> Incoming | None:
-        if not found.released or found.writing or found.message not in self.messages:
-            return None
-        del self.messages[found.message]
-        self.gone.add(found.message)
-        heapq.heappush(self._gone_first, found.message)
-        return found
+            return 0
+        del self.messages[message]
+        self.gone.add(message)
+        heapq.heappush(self._gone_first, message)
+        return found.total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-import selectors
+import select
 import threading
 import time
 from collections import deque
@@ -14,8 +14,9 @@ from typing import Protocol
 
 from adaptra_plugin.transport.proxy.pulse import BEAT_S, Pulse
 
-READ = selectors.EVENT_READ
-WRITE = selectors.EVENT_WRITE
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+_EVENTS = 64  # that one look may find
 
 
 class HasDescriptor(Protocol):
@@ -36,12 +37,7 @@ class _Doorbell:
     """Wakes the loop; rung many times between two looks it costs one system call."""
 
     def __init__(self) -> None:
-        if hasattr(os, "eventfd"):
-            self.fd = self._ring_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        else:
-            self.fd, self._ring_fd = os.pipe()
-            os.set_blocking(self.fd, False)
-            os.set_blocking(self._ring_fd, False)
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._rung = False
         self._lock = threading.Lock()  # against a ring after `close`, into a descriptor that is somebody else's by then
 
@@ -51,11 +47,11 @@ class _Doorbell:
         with self._lock:
             if not self._rung:
                 self._rung = True
-                os.write(self._ring_fd, (1).to_bytes(8, "little"))
+                os.eventfd_write(self.fd, 1)
 
     def hush(self) -> None:
         try:
-            os.read(self.fd, 4096)
+            os.eventfd_read(self.fd)
         except BlockingIOError:
             pass
         # cleared before the caller looks at its queue, so that a ring in between is not lost
@@ -66,8 +62,7 @@ class _Doorbell:
         self._lock.acquire(timeout=1.0)
         self._rung = True
         self._lock.release()
-        for fd in {self.fd, self._ring_fd}:
-            os.close(fd)
+        os.close(self.fd)
 
 
 class Timer:
@@ -82,15 +77,24 @@ class Timer:
         self.cancelled = True
 
 
+class Clockwork(Protocol):
+    """What those need of a loop who watch no sockets."""
+
+    def clock(self) -> float: ...
+    def call_at(self, when: float, run: Callable[[], None]) -> Timer: ...
+    def post(self, run: Callable[[], None]) -> None: ...
+
+
 class Loop:
     """Single-threaded, except for `post` and `stop`, which any thread may call. `clock` in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.pulse = Pulse()
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # events and handler, by descriptor
         self._bell = _Doorbell()
-        self._selector.register(self._bell.fd, READ, None)
+        self._epoll.register(self._bell.fd, READ)
         self._posted: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -121,23 +125,31 @@ class Loop:
         """Calls `handler(mask)` when `sock` is ready for one of `events`; 0 stops watching. Idempotent."""
         if self._closed:
             return
-        known = self._selector.get_map().get(sock.fileno())
-        if known is None:
-            if events:
-                self._selector.register(sock, events, handler)
-        elif not events:
-            self._selector.unregister(sock)
-        elif known.events != events or known.data != handler:
-            self._selector.modify(sock, events, handler)
+        fd = sock.fileno()
+        known = self._watched.get(fd)
+        if not events:
+            if known is not None:
+                del self._watched[fd]
+                self._epoll.unregister(fd)
+        elif known is None:
+            self._epoll.register(fd, events)
+            self._watched[fd] = (events, handler)
+        elif known != (events, handler):
+            if known[0] != events:
+                self._epoll.modify(fd, events)
+            self._watched[fd] = (events, handler)
 
     def run(self) -> None:
         """Until `stop`. An exception of a handler ends the loop and is the caller's."""
         while not self._stopped:
-            for key, mask in self._look():
-                if key.data is None:
+            ready = [(fd, events, self._watched.get(fd)) for fd, events in self._look()]
+            for fd, events, known in ready:
+                if known is None:
                     self._bell.hush()
-                elif self._selector.get_map().get(key.fd) is key:  # an earlier handler may have closed this one
-                    key.data(mask)
+                elif self._watched.get(fd) is known:  # an earlier handler may have closed this one
+                    # errors and hang-ups are for whoever waits
+                    mask = (READ if events & ~WRITE else 0) | (WRITE if events & ~READ else 0)
+                    known[1](mask & known[0])
             for _ in range(len(self._posted)):
                 self._posted.popleft()()
             # timers last: what has already come counts before a timeout does
@@ -149,17 +161,18 @@ class Loop:
             self.pulse.worked()
             self.turn_ended()
 
-    def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
+    def _look(self) -> list[tuple[int, int]]:
+        """Descriptors that are ready, and for what."""
         patience = self._patience()
         if self.spin_s and patience != 0.0:
             until = time.monotonic() + (self.spin_s if patience is None else min(self.spin_s, patience))
             while time.monotonic() < until:
-                if ready := self._selector.select(0):
+                if ready := self._epoll.poll(0, _EVENTS):
                     return ready
             patience = self._patience()
         while True:
             step = BEAT_S if patience is None else min(patience, BEAT_S)
-            ready = self._selector.select(step)
+            ready = self._epoll.poll(step, _EVENTS)
             slept = self.pulse.slept(step)
             if patience is not None:
                 patience -= slept
@@ -179,5 +192,5 @@ class Loop:
         if self._closed:
             return
         self._closed = True
-        self._selector.close()
+        self._epoll.close()
         self._bell.close()

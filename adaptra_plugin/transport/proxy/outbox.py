@@ -27,7 +27,6 @@ class Item:
     lane: int = 0
     done: bool = False
     queued: bool = True
-    sends: int = 0
     covered: bool = False
     """The whole message is under way by reference."""
 
@@ -47,10 +46,6 @@ class Outgoing:
     missing: int = 0
     acked: bool = False
 
-    @property
-    def started(self) -> bool:
-        return any(item.sends for item in self.items)
-
 
 class Outbox:
     """All lanes of a link. `small` goes before `large`; what is sent again goes first."""
@@ -63,12 +58,15 @@ class Outbox:
         self.small: deque[Item] = deque()
         self.large: deque[Item] = deque()
         self.waiting_bytes = 0
+        self.unacked = 0
+        """Messages of which not all has arrived."""
 
     def add(self, direction: Direction, lane: int, message: int, total: int, sent: float, after: int) -> None:
         """`after`: 1 + position of a message that has to be delivered before, 0: none."""
         units = (message - (after - 1)) // UNIT if after else 0
         found = Outgoing(direction, lane, message, total, sent, units)
         self.lanes[direction, lane][message] = found
+        self.unacked += 1
         at = 0
         while at < total:
             # a short first piece lets the receiver know of a large message early
@@ -113,24 +111,21 @@ class Outbox:
         self.waiting_bytes -= item.length
         return item
 
-    def floor(self, direction: Direction, lane: int) -> int | None:
-        """Position of the oldest message that is not consumed."""
-        return next(iter(self.lanes[direction, lane]), None)
-
     def header(self, item: Item) -> FrameHeader:
         """Of a segment, without what depends on the rail."""
         found = item.outgoing
         assert found is not None
-        floor = self.floor(found.direction, found.lane)
+        message = found.message
+        floor = next(iter(self.lanes[found.direction, found.lane]), message)
         return FrameHeader(
             FrameKind.SEGMENT,
             direction=found.direction,
             lane=found.lane,
-            message=found.message,
+            message=message,
             total=found.total,
             at=item.at,
             length=item.length,
-            floor=found.message if floor is None else min(floor, found.message),
+            floor=min(floor, message),
             sent=found.sent,
             after=found.after,
         )
@@ -146,6 +141,7 @@ class Outbox:
         if found.missing or found.acked:
             return None
         found.acked = True
+        self.unacked -= 1
         return found
 
     def whole(self, found: Outgoing) -> Outgoing | None:
@@ -153,8 +149,11 @@ class Outbox:
         for item in found.items:
             item.done = True
         found.missing = 0
-        was, found.acked = found.acked, True
-        return None if was else found
+        if found.acked:
+            return None
+        found.acked = True
+        self.unacked -= 1
+        return found
 
     def consumed(self, direction: Direction, lane: int, message: int) -> Outgoing | None:
         """The peer has copied a message out; None if it was known."""

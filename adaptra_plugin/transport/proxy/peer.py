@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import functools
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from adaptra_plugin.errors import HandshakeError
 from adaptra_plugin.transport.bind import is_loopback
 from adaptra_plugin.transport.clock import ClockOffset
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.proxy.handshake import Claim, Purpose, Settings
-from adaptra_plugin.transport.proxy.handshake_connection import Connector
+from adaptra_plugin.transport.proxy.events import LaneKey, Rings
+from adaptra_plugin.transport.proxy.handshake import Claim
 from adaptra_plugin.transport.proxy.health import Health, State
 from adaptra_plugin.transport.proxy.inbox import Incoming
-from adaptra_plugin.transport.proxy.link import LaneKey, Link, Rings
-from adaptra_plugin.transport.proxy.loop import Loop, Timer
+from adaptra_plugin.transport.proxy.link import Link
+from adaptra_plugin.transport.proxy.loop import Timer
 from adaptra_plugin.transport.proxy.news import RailNews
-from adaptra_plugin.transport.proxy.nics import pairs
 from adaptra_plugin.transport.proxy.peer_prober import ONLY_ITS_HOST, PeerProber
-from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
-from adaptra_plugin.transport.proxy.rails.exchange import RingExchange
-from adaptra_plugin.transport.proxy.rails.rdma import RdmaRail
-from adaptra_plugin.transport.proxy.rails.stream import StreamRail
-from adaptra_plugin.transport.proxy.rdma_setup import Ports, RdmaSetup
-from adaptra_plugin.transport.proxy.settings import ProxySettings
-from adaptra_plugin.transport.proxy.tls import Tls
+from adaptra_plugin.transport.proxy.rails.base import Rail
+from adaptra_plugin.transport.proxy.rails.setup import Local, RailFactory, RailSetup
 from adaptra_plugin.transport.types import Direction, EndpointInfo, PeerInfo
 
 FIRST_PINGS = 8
@@ -41,16 +34,10 @@ LOOK = "Its process ended or its host went down: look at the end of its log, the
 LEFT = ("PeerLostError", "it has ended and closed its connections", "Look at the end of its log for the reason.")
 
 
-class Owner(Protocol):
+class Owner(Local, Protocol):
     """The proxy that a peer belongs to."""
 
-    settings: ProxySettings
-    me: PeerInfo
-    endpoint_info: EndpointInfo
-    secret: bytes
-    loop: Loop
-    tls: Tls | None
-    ports: Ports
+    factories: Sequence[RailFactory]
 
     def wrap(self, rail: Rail, peer: Peer) -> Rail:
         """The rail with the faults that are injected into it."""
@@ -62,9 +49,7 @@ class Owner(Protocol):
     def peer_done(self, peer: Peer) -> None: ...
     def peer_control(self, peer: Peer, message: dict[str, Any]) -> None: ...
     def peer_rail(self, peer: Peer, rail: Rail, state: State, why: str) -> None: ...
-    def may_be_direct(self, peer: Peer) -> bool:
-        """Whether nothing but this host's memory is to be between the two endpoints."""
-
+    def may_be_direct(self, peer: Peer) -> bool: ...
     def memfds(self, peer: Peer, rings: list[int], direct: int | None) -> None: ...
     def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None: ...
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None: ...
@@ -85,7 +70,7 @@ class Peer:
     """Owns the link to one rank, and everything that is being done to bring its rails up.
 
     Args:
-        info, card: who it is, and how it is reached.
+        info, endpoint_info: who it is, and how it is reached.
         neighbour: rings; None if only control messages go to and fro.
         dials: whether this side makes the connections.
     """
@@ -100,118 +85,79 @@ class Peer:
         self.departed = False
         self.full = False  # more control messages wait for its endpoint than may
         self.gone = False  # lost, left or closed: nothing more is reported
+        self.announced = False
+        self.dials = dials
         self.skipped: dict[str, str] = {}  # rails that will not come, and why
         self._owner = owner
         self._loop = owner.loop
-        self._dials = dials
-        self._rings = neighbour.rings if neighbour else {}
-        self._connectors: dict[str, Connector] = {}
+        self.rings = {key: lane.ring for key, lane in neighbour.rings.items()} if neighbour else {}
         self._timers: dict[str, Timer] = {}
-        self._exchange: RingExchange | None = None
-        self._mapped_here = self._mapped_there = False
-        self._paired = False  # both endpoints are given a pair of sockets
-        self._announced = False
         self._closing = False
         self._garbled = False  # the last rail has ended because what came over it was no frame
         self._prober = PeerProber(owner.loop, endpoint_info.addresses[0], owner.settings.reconnect_s, self._lose)
         self._news = RailNews(owner.loop, lambda rail, state, why: owner.peer_rail(self, rail, state, why))
-        self._with_rdma = False
-        self._expected = self._expected_rails()
         settings = owner.settings
         self.link = Link(
-            self._rings,
+            neighbour.rings if neighbour else {},
             self,
-            owner.loop.clock,
+            owner.loop,
             limit=neighbour.limit if neighbour else 0,
             segment_bytes=settings.segment_kib << 10,
             checksum=lambda rail: (
                 rail.damages or settings.checked(same_host=owner.endpoint_info.boot == endpoint_info.boot)
             ),
         )
-        self._rdma = RdmaSetup(
-            owner.loop,
-            self.link,
-            owner.ports.nics if self._with_rdma else (),
-            endpoint_info.rdma,
-            {key: rings.ring for key, rings in self._rings.items()},
-            segment_bytes=settings.segment_kib << 10,
-            timeout_s=settings.handshake_timeout_s,
-            dials=dials,
-            on_up=self._rdma_up,
-            on_failed=self._rdma_failed,
-        )
-        self._expected.update(self._rdma.names)
-
-    def _expected_rails(self) -> set[str]:
-        """Rails that are tried at the start."""
-        owner = self._owner
-        if not self.near:
-            return {"tcp0"}
-        found = {f"tcp{index}" for index in range(owner.settings.connections_per_direction * self._paths)}
-        if owner.settings.wants(RailKind.SHM):
-            if owner.endpoint_info.boot != self.endpoint_info.boot:
-                self.skipped["shm"] = "it runs on another host"
-            elif not (owner.endpoint_info.unix and self.endpoint_info.unix):
-                self.skipped["shm"] = "one end does not offer it"
-            else:
-                found.add("shm")
-        if owner.settings.wants(RailKind.RDMA) and "shm" not in found:
-            if owner.tls is not None:
-                self.skipped["rdma"] = "adaptra.transport.tls is set, and RDMA does not encrypt"
-            elif not owner.ports.nics:
-                self.skipped["rdma"] = owner.ports.why_none
-            elif not self.endpoint_info.rdma:
-                self.skipped["rdma"] = "the other end offers none, see its log"
-            elif not pairs(owner.ports.infos(), self.endpoint_info.rdma):
-                self.skipped["rdma"] = "its ports are of another kind"
-            self._with_rdma = "rdma" not in self.skipped
-        return found
+        self._setups: list[RailSetup] = []
+        for factory in owner.factories:
+            self._setups.append(factory.setup(owner, self))
+        self._setup_of = {name: setup for setup in self._setups for name in setup.names}
+        self._carried = False  # what needs another rail to come up has been tried
 
     @property
-    def _paths(self) -> int:
-        """Pairs of interfaces."""
-        return min(len(self._owner.endpoint_info.addresses), len(self.endpoint_info.addresses))
+    def over(self) -> bool:
+        return self.gone or self.departed or self._closing
+
+    @property
+    def by_reference(self) -> bool:
+        return any(setup.by_reference and setup.names for setup in self._setups)
 
     # --- coming up
 
     def start(self) -> None:
-        for name in sorted(self._expected.difference(self._rdma.names)) if self._dials else ():
-            self._dial(name)
+        if self.dials:
+            for name, setup in self._setup_of.items():
+                if not setup.needs_carrier:
+                    self._dial(name)
         self._prober.begin()
-        self._announce()
+        self.check_up()
 
     @property
     def up(self) -> bool:
         """All rails stand that will come and, towards a neighbour, the clocks are compared."""
-        waiting = self._expected - self.skipped.keys()
-        if not all(name in self.link.connections and self.link.connections[name].ready for name in waiting):
-            return False
-        return not self.near or (("shm" not in waiting or self._mapped_here) and self.clock.count >= FIRST_PINGS)
+        for name, setup in self._setup_of.items():
+            if name not in self.skipped:
+                connection = self.link.connections.get(name)
+                if connection is None or not (connection.ready and setup.complete):
+                    return False
+        return not self.near or self.clock.count >= FIRST_PINGS
 
-    def _announce(self) -> None:
-        if self._announced or self.gone:
+    def check_up(self) -> None:
+        if self.announced or self.gone:
             return
-        for kind in (RailKind.SHM, RailKind.RDMA):
-            names = {name for name in self._expected if name.startswith(kind.word)} or {kind.word}
-            if self.near and self._owner.settings.demands(kind) and names <= self.skipped.keys():
+        for setup in self._setups if self.near else ():
+            word = setup.kind.word
+            if self._owner.settings.demands(word) and self.skipped.keys() >= (names := set(setup.names or (word,))):
                 why = "; ".join(sorted({self.skipped[name] for name in names}))
-                self._owner.peer_refused(
-                    self, f"adaptra.transport.rail is {kind.word}, which is impossible: {why}", why
-                )
+                self._owner.peer_refused(self, f"adaptra.transport.rail is {word}, which is impossible: {why}", why)
                 return
         if self.up:
-            self._announced = True
+            self.announced = True
             self._owner.peer_up(self)
-
-    @property
-    def direct(self) -> bool:
-        """The two endpoints can tell each other of messages."""
-        return self._paired and self._mapped_here and self._mapped_there
 
     def missing(self) -> str:
         """In words, for an error: which rails have not come, and why."""
-        waiting = sorted(self._expected - self.skipped.keys() - self.link.connections.keys())
-        reasons = sorted({self._connectors[name].last_reason for name in waiting if name in self._connectors})
+        waiting = sorted(self._setup_of.keys() - self.skipped.keys() - self.link.connections.keys())
+        reasons = sorted({why for name in waiting if (why := self._setup_of[name].why_missing(name))})
         how = "; ".join(reasons) or ("it has not dialled this rank" if waiting else "no answer to pings")
         if (
             is_loopback(self.endpoint_info.addresses[0].host)
@@ -221,144 +167,67 @@ class Peer:
         return f"{self.info} at {self.endpoint_info.addresses[0]} ({len(waiting)} connections missing: {how})"
 
     def _dial(self, name: str) -> None:
-        if self.gone or self.departed or self._closing or name in self._connectors or name in self.link.connections:
-            return
-        if name in self._rdma.names:
-            self._rdma.dial(name)
-            return
-        shm = name == "shm"
-        if shm and name in self.skipped:
-            return
-        index = 0 if shm else int(name.removeprefix("tcp"))
-        path = index % self._paths if self.near else 0
-        claim = Claim(
-            self._owner.me.rank, self._owner.me.pp_rank, self.info.rank, Purpose.SHM if shm else Purpose.TCP, index
-        )
-        source = self._owner.endpoint_info.addresses[path].host if path else None
-        settings = self._owner.settings
-        self._connectors[name] = Connector(
-            self._loop,
-            self.endpoint_info.unix if shm else self.endpoint_info.addresses[path],
-            claim,
-            self._owner.secret,
-            Settings(settings.connections_per_direction, settings.ring_bytes),
-            settings.handshake_timeout_s,
-            source,
-            self._dialled,
-            self._turned_away,
-            self._dial_failed,
-            tls=None if shm else self._owner.tls,
-        )
+        setup = self._setup_of[name]
+        if not (self.over or setup.dialling(name) or name in self.link.connections):
+            setup.dial(name)
 
-    def _dialled(self, sock: socket.socket, claim: Claim, settings: Settings) -> None:
-        self._connectors.pop(claim.rail, None)
-        reason = self.adopt(sock, claim)
-        if reason is not None:
-            log.warning("dropped: connection %s to rank %d: %s", claim.rail, self.info.rank, reason)
-            sock.close()
+    def refused(self, why: str) -> None:
+        self._owner.peer_refused(self, why)
 
-    def _turned_away(self, claim: Claim, error: HandshakeError) -> None:
-        self._connectors.pop(claim.rail, None)
-        if self._announced:
-            # who they are was settled at the start: something was in the way, or damaged
-            log.warning("rail %s to %s did not come back: %s", claim.rail, self.info, error)
-            self._later(claim.rail)
-        elif claim.rail == "shm":
-            self._skip("shm", f"it refused: {error}")
-        else:
-            self._owner.peer_refused(self, f"refused the connection: {error}")
+    def not_listening(self) -> None:
+        self._prober.refused()
 
-    def _dial_failed(self, claim: Claim, error: Exception) -> None:
-        if claim.rail == "shm" and not self._announced:
-            self._connectors.pop("shm").close()
-            self._skip("shm", f"its socket cannot be reached from here ({error}): is it in another network namespace?")
-        elif claim.rail != "shm" and isinstance(error.__cause__ or error, ConnectionRefusedError):
-            self._prober.refused()
+    @property
+    def may_be_direct(self) -> bool:
+        return self._owner.may_be_direct(self)
 
-    def _skip(self, name: str, why: str) -> None:
-        """A rail is given up for good; the link does without it."""
+    @property
+    def direct(self) -> bool:
+        """The two endpoints can tell each other of messages."""
+        return any(setup.direct for setup in self._setups)
+
+    def memfds(self, rings: list[int], direct: int | None) -> None:
+        self._owner.memfds(self, rings, direct)
+
+    def skip(self, name: str, why: str) -> None:
         if name not in self.skipped:
             self.skipped[name] = why
             self.link.send_rail_message({"skip": name, "why": why})
             self.link.pump()
-        self._announce()
+        self.check_up()
 
     def adopt(self, sock: socket.socket, claim: Claim) -> str | None:
         """Takes over a connection that has passed its handshake, or says why it has no place here."""
-        if self.departed or self.gone or self._closing:
+        name = claim.rail
+        if self.over:
             return f"rank {self.info.rank} has left already"
-        if claim.rail not in self._expected or claim.rail in self.skipped:
-            return f"no connection {claim.rail} is wanted with rank {self.info.rank}"
-        if claim.rail in self.link.connections:
+        if name not in self._setup_of or name in self.skipped:
+            return f"no connection {name} is wanted with rank {self.info.rank}"
+        if name in self.link.connections:
             if claim.source == self._owner.me.rank:
-                return f"rank {self.info.rank} is connected for {claim.rail} already"
+                return f"rank {self.info.rank} is connected for {name} already"
             # it has dialled again because its end has failed, which this end has not noticed yet
-            self.link.drop_rail(claim.rail, "the other end has connected anew")
-        if claim.purpose == Purpose.SHM:
-            if self._exchange is not None:
-                self._exchange.close()
-            rings = [self._rings[key].ring.fd for key in self._rings]
-            timeout_s = self._owner.settings.handshake_timeout_s
-            self._exchange = RingExchange(
-                *(self._loop, sock, rings, self._rings_came, self._no_rings, timeout_s),
-                # later the endpoint has its way of telling, which it keeps
-                direct=not self._announced and self._owner.may_be_direct(self),
-                pairs=self._dials,
-            )
-        else:
-            self._add(StreamRail(RailKind.TCP, claim.rail, self.link, self._loop, sock), ready=True)
+            self.link.drop_rail(name, "the other end has connected anew")
+        self._setup_of[name].taken(sock, claim)
         return None
 
-    def _rings_came(self, sock: socket.socket, rings: list[int], direct: int | None) -> None:
-        self._exchange = None
-        self._mapped_here = False
-        self._paired = direct is not None
-        self._owner.memfds(self, rings, direct)
-        # the peer may have said that it has mapped this rank's rings before theirs came
-        self._add(StreamRail(RailKind.SHM, "shm", self.link, self._loop, sock), ready=self._mapped_there)
-
-    def _no_rings(self, reason: str) -> None:
-        self._exchange = None
-        if self._dials and self._announced:
-            log.warning("rail shm to %s did not come back: %s", self.info, reason)
-            self._later("shm")
-        elif self._dials:
-            self._skip("shm", reason)
-
-    def _add(self, rail: Rail, *, ready: bool) -> None:
+    def stands(self, rail: Rail, *, ready: bool = True) -> None:
         self._prober.end()
         self._news.alive()
         self.skipped.pop(rail.name, None)
         self.link.add_rail(self._owner.wrap(rail, self), ready=ready)
         self.link.ping(rail.name)
-        self._rdma.begin()
-        self._announce()
-
-    def _rdma_up(self, rail: RdmaRail) -> None:
-        if self.gone or self.departed or self._closing:
-            rail.close()
-        else:
-            self._add(rail, ready=True)
-
-    def _rdma_failed(self, name: str, why: str) -> None:
-        """This end has offered the rail, and will again, after a pause that grows."""
-        if self.gone or self.departed or self._closing:
-            return
-        pause = self.link.health.setdefault(name, Health()).failed(self._loop.clock())
-        self._timers[name] = self._loop.call_later(pause, lambda: self._again(name))
-        if not self._announced:
-            self._skip(name, why)
+        if self.dials and not self._carried:
+            self._carried = True
+            for name, setup in self._setup_of.items():
+                if setup.needs_carrier:
+                    self._dial(name)
+        self.check_up()
 
     def mapped(self, refusal: str | None) -> None:
-        """The endpoint has mapped the peer's rings, or cannot, for the reason given: then the link does without."""
-        if refusal is not None:
-            self._skip("shm", refusal)
-            self.link.drop_rail("shm", refusal)
-            return
-        self._mapped_here = True
-        self.link.send_rail_message({"mapped": "shm"})
-        self.link.pump()
-        self._announce()
+        """The endpoint has mapped the peer's rings, or cannot, for the reason given."""
+        for setup in self._setups:
+            setup.mapped(refusal)
 
     # --- what the link reports
 
@@ -378,16 +247,16 @@ class Peer:
         self._owner.peer_control(self, message)
 
     def rail_state(self, rail: Rail, state: State, why: str) -> None:
-        if self._announced and not (self.gone or self.departed or self._closing) and self._news.step(rail, state, why):
+        if self.announced and not self.over and self._news.step(rail, state, why):
             self._ask()
 
     def pong(self, sent: float, remote_received: float, remote_sent: float, received: float) -> None:
         self.clock.add(sent, remote_received, remote_sent, received)
         self._news.answered(sent)
-        if not self._announced:
+        if not self.announced:
             if self.clock.count < FIRST_PINGS and self.link.connections:
                 self.link.ping(next(iter(self.link.connections)))
-            self._announce()
+            self.check_up()
 
     def rail_message(self, rail: Rail, message: dict[str, Any]) -> None:
         """The other proxy speaks of rails."""
@@ -397,22 +266,18 @@ class Peer:
             if len(self.skipped) < _MAX_SKIPPED:
                 why = message.get("why")
                 self.skipped.setdefault(name[:64], f"the other end says: {why[:1000] if isinstance(why, str) else ''}")
-            self._announce()
-        elif message.get("mapped") == "shm":
-            self._mapped_there = True
-            self.link.make_ready("shm")
-            self._announce()
+            self.check_up()
         elif "stood" in message:
             self._they_stood(message["stood"])
-        elif "rdma" in message:
-            # not from here: the link is in the middle of a frame
-            self._loop.post(functools.partial(self._rdma.message, message))
+        else:
+            for setup in self._setups:
+                setup.message(message)
 
     # --- pauses
 
     def stood(self, began: float, ended: float) -> None:
         """This process stood still (s, its clock): the other end has to know, and clocks are compared anew."""
-        if self.near and self._announced and not (self.gone or self.departed or self._closing):
+        if self.near and self.announced and not self.over:
             self.link.send_rail_message({"stood": [began, ended]})
             self._ask()
             self.link.pump()
@@ -433,23 +298,21 @@ class Peer:
     # --- rails go
 
     def rail_lost(self, rail: Rail, reason: str) -> None:
-        if self.departed or self._closing or self.gone:
+        if self.over:
             if not (self.departed or self.link.connections) and self.link.unsent:
                 log.warning("closed with %d messages unsent to %s: %s", self.link.unsent, self.info, reason)
             self._check_done()
             return
-        if rail.name == "shm":
-            self._mapped_there = False
-        if self._dials:
+        self._setup_of[rail.name].lost(rail.name)
+        if self.dials:
             self._plan_again(rail.name)
         if not self.link.connections:
             self._garbled = rail.garbled
             self._prober.begin(reason)
 
-    def _later(self, name: str) -> None:
-        """An attempt to bring a rail back has failed."""
-        if not (self.gone or self.departed or self._closing):
-            self.link.health[name].failed(self._loop.clock())
+    def later(self, name: str) -> None:
+        if not self.over:
+            self.link.health.setdefault(name, Health()).failed(self._loop.clock())
             self._plan_again(name)
 
     def _plan_again(self, name: str) -> None:
@@ -461,14 +324,14 @@ class Peer:
     def _again(self, name: str) -> None:
         if self.gone or name in self.link.connections:
             return
-        if name in self._rdma.names and not self.link.connections:  # nothing carries its offer
+        if self._setup_of[name].needs_carrier and not self.link.connections:
             self._timers[name] = self._loop.call_later(_AT_ONCE_S, lambda: self._again(name))
             return
         self.link.health[name].probing()
         self._dial(name)
 
     def _lose(self, reason: str) -> None:
-        if not (self.gone or self.departed or self._closing):
+        if not self.over:
             error, remedy = "PeerLostError", LOOK
             if self._garbled:
                 error = "TransportError"
@@ -506,18 +369,13 @@ class Peer:
             self._owner.peer_done(self)
 
     def _end_attempts(self) -> None:
-        for connector in self._connectors.values():
-            connector.close()
-        self._connectors.clear()
+        for setup in self._setups:
+            setup.close()
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        self._rdma.close()
         self._prober.end()
         self._news.drop()
-        if self._exchange is not None:
-            self._exchange.close()
-            self._exchange = None
 
     def close(self) -> None:
         """Gives everything back at once."""

@@ -1,16 +1,20 @@
-"""A rail as the link sees it: what is under way on it, how fast it is, what has come over it."""
+"""A rail as the link sees it: what is under way on it, how fast it is, what has come over it.
+
+Both ends number the frames that have to arrive. A rail loses none and keeps their order until it fails, so one number says
+what has come; it travels in the header of whatever goes the other way.
+"""
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adaptra_plugin.transport.proxy.control import checksum_of
-from adaptra_plugin.transport.proxy.outbox import Item
+from adaptra_plugin.transport.proxy.outbox import SMALL, Item
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
-from adaptra_plugin.transport.proxy.wire import RANGE, Flag, FrameHeader, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind, MalformedFrame
 
 FIRST_SPEED = 1e9
 """Assumed speed of a rail that nothing is known of (bytes/s)."""
@@ -18,33 +22,28 @@ MIN_WINDOW = 2 << 20
 MAX_WINDOW = 64 << 20
 TURNS_S = 0.004
 """A proxy does something else for so long (s) before it sees what a fast rail has brought, and the other one likewise."""
+ACK_SEGMENT_S, ACK_STATE_S = 0.002, 0.02
+"""An acknowledgement of small segments, and of frames of state, waits for so long for something that goes its way."""
 MIN_PATIENCE_S = 0.25
 """An acknowledgement is never overdue earlier than this: a proxy may have to wait for a CPU."""
-MOST_PATIENCE = 64.0
-"""Patience grows up to this factor while nothing answers."""
 BEST_TRIP_S = 10.0
 """The shortest round trip counts for so long: a queue of our own must not pass for a long way."""
-MAX_HOLES = 1 << 16
-"""Gaps in the numbers that have come; more than a window holds is nonsense."""
-_RANGES = 32
 _ENOUGH = 1 << 16  # bytes that say something about speed
 _QUEUED = 1.5  # a round trip so much longer than the shortest shows that frames wait: the rail is busy
 
 
 @dataclass(slots=True)
 class Sent:
-    """A numbered frame under way."""
+    """A numbered frame under way. `fresh`: nothing had been answered since the rail was idle."""
 
+    number: int
     item: Item
     at: float
     nbytes: int
     delivered: int
     delivered_at: float
     fresh: bool
-    """Nothing had been answered since the rail was idle."""
-    reference: bool = False
-    moved: bool = False
-    """It was overdue and goes another way; should it be acknowledged after all, it counts."""
+    reference: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -59,11 +58,15 @@ class RailConnection:
     theirs: int = 0
     """The same of the other end; 0: not known yet."""
     sequence: int = 0
-    under_way: dict[int, Sent] = field(default_factory=dict)
-    live: int = 0
-    """Frames under way that have not moved."""
+    """Number of the newest frame sent."""
+    acked: int = 0
+    """All up to this number have arrived."""
+    under_way: deque[Sent] = field(default_factory=deque)
+    """What is waited for, in order; what goes another way meanwhile is not."""
+    moved: tuple[int, float] | None = None
+    """Number and time of the oldest frame that goes another way: its answer shows how slow the rail has become."""
     inflight: int = 0
-    """Their bytes."""
+    """Its bytes."""
     speed: float = FIRST_SPEED
     measured: bool = False
     round_trip: float = 0.0
@@ -83,38 +86,40 @@ class RailConnection:
     silent_since: float | None = None
     """When the oldest frame left that was overdue; None: something has been answered after that."""
     answered_at: float = float("-inf")
-    ranges: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
-    """Numbers that have come or need not come any more: first and last of each run."""
-    ack_due: int = 0
-    placed: dict[int, FrameHeader] = field(default_factory=dict)
-    """Segments that the rail is in the middle of, by number."""
+    came: int = 0
+    """All frames up to this number have come."""
+    told: int = 0
+    """The newest number that was acknowledged."""
+    ack_by: float = math.inf
+    """When that of what has come has to leave (s)."""
+    owed: int = 0
+    """Bytes of segments that it is about."""
+    placed: FrameHeader | None = None
+    """The segment that the rail is in the middle of."""
 
     # --- sending
 
-    def number(self, item: Item, now: float, *, reference: bool = False) -> tuple[int, int]:
-        """(the number of a frame that leaves now, how many numbers before it are not acknowledged)."""
-        if not self.live:
+    def submit(self, item: Item, header: FrameHeader, body: Sequence[memoryview | bytes], now: float) -> None:
+        """A frame that has to arrive. One with a reference leaves its bytes where they are."""
+        if not self.under_way:
             self.delivered_at, self.fresh = now, True
-        self.sequence += 1
+        self.sequence = header.sequence = self.sequence + 1
+        reference = bool(header.flags & Flag.REFERENCE)
         nbytes = 0 if reference else item.length
-        self.under_way[self.sequence] = Sent(
-            item, now, nbytes, self.delivered, self.delivered_at, self.fresh, reference
+        self.under_way.append(
+            Sent(self.sequence, item, now, nbytes, self.delivered, self.delivered_at, self.fresh, reference)
         )
-        self.live += 1
         self.inflight += nbytes
-        while True:
-            first, sent = next(iter(self.under_way.items()))
-            if not (sent.moved and sent.item.done):
-                return self.sequence, self.sequence - first
-            del self.under_way[first]
+        self._tell(header, body)
 
     def tell(self, header: FrameHeader, body: bytes = b"") -> None:
-        """Submits a frame that is no segment."""
-        header.length = len(body)
-        if body:
-            header.flags |= Flag.VERIFIED
-            header.checksum = checksum_of([memoryview(body)])
-        self.rail.submit(Frame(header, [body] if body else []))
+        """A frame of which nobody needs to know whether it has arrived."""
+        self._tell(header, seal(header, body))
+
+    def _tell(self, header: FrameHeader, body: Sequence[memoryview | bytes]) -> None:
+        header.ack = self.told = self.came
+        self.ack_by, self.owed = math.inf, 0
+        self.rail.submit(Frame(header, body))
 
     @property
     def best_trip(self) -> float:
@@ -135,35 +140,36 @@ class RailConnection:
         """When `nbytes` more would have arrived (s from now)."""
         return (self.inflight + nbytes) / self.speed + self.best_trip / 2
 
-    def acknowledged(self, cumulative: int, body: bytes, now: float) -> tuple[list[Sent], list[Sent]]:
-        """(what has arrived, what was overtaken and is taken for lost). Raises MalformedFrame."""
-        found = [(0, cumulative), *_ranges(body)]
-        top = max(last for _, last in found)
-        if top > self.sequence:
-            raise MalformedFrame(f"frame {top} of a rail is acknowledged, {self.sequence} were sent")
-        found.sort()
-        firsts = [first for first, _ in found]
-        numbers = []
-        for number in self.under_way:  # in order
-            if number > top:
-                break
-            if number <= found[bisect.bisect_right(firsts, number) - 1][1]:
-                numbers.append(number)
-        arrived = [self._forget(number) for number in numbers]
-        self.delivered += sum(sent.nbytes for sent in arrived)
+    def acknowledged(self, number: int, now: float) -> list[Sent]:
+        """All frames up to `number` have arrived: those that were still waited for. Raises MalformedFrame."""
+        if number > self.sequence:
+            raise MalformedFrame(f"frame {number} of a rail is acknowledged, {self.sequence} were sent")
+        self.acked = number
+        self.silent_since, self.answered_at = None, now
+        under_way, arrived, nbytes = self.under_way, [], 0
+        while under_way and under_way[0].number <= number:
+            sent = under_way.popleft()
+            arrived.append(sent)
+            nbytes += sent.nbytes
+        self.inflight -= nbytes
+        self.delivered += nbytes
+        if self.moved is not None and number >= self.moved[0]:
+            self._timed(now - self.moved[1], now)
+            self.moved = None
         if arrived:
-            self._measure(arrived[-1], now)
-            self.silent_since, self.answered_at = None, now
-            if self.pinged is not None and arrived[-1].at >= self.pinged:
+            self._measure(sent, nbytes, now)
+            if self.pinged is not None and sent.at >= self.pinged:
                 self.pinged = None
-        patience = max(0.02, 0.5 * self.round_trip)
-        lost = []
-        for number, sent in self.under_way.items():
-            if number >= top:
-                break
-            if not sent.moved and now - sent.at > patience:
-                lost.append(sent)
-        return arrived, [self._move(sent) for sent in lost]
+        return arrived
+
+    def refused(self, number: int) -> Sent | None:
+        """The frame of that number has come damaged. None: it goes another way already."""
+        for sent in self.under_way:
+            if sent.number == number:
+                self.under_way.remove(sent)
+                self.inflight -= sent.nbytes
+                return sent
+        return None
 
     def ponged(self, sent: float, now: float) -> None:
         """A ping that left at `sent` is answered; of what the peer says about that only times that can be are used."""
@@ -173,21 +179,19 @@ class RailConnection:
             self.pinged = None
         self._shortest(now - sent, now)
 
-    def _measure(self, sent: Sent, now: float) -> None:
+    def _measure(self, sent: Sent, acked: int, now: float) -> None:
+        """`acked`: bytes that have been acknowledged together, `sent` as the last of them."""
         self.delivered_at, self.fresh = now, False
         self.patience_factor = 1.0
         trip = now - sent.at
-        if not self.round_trip:
-            self.round_trip, self.spread = trip, trip / 2
-        else:
-            self.spread += 0.25 * (abs(trip - self.round_trip) - self.spread)
-            self.round_trip += 0.125 * (trip - self.round_trip)
-        self._shortest(trip, now)
+        self._timed(trip, now)
+        if acked < _ENOUGH:
+            return  # the acknowledgement may have waited for company
         # after an idle time the way there and back counts too, which says nothing about speed
         way = self.best_trip if sent.fresh else 0.0
         elapsed = now - sent.delivered_at - way
         nbytes = self.delivered - sent.delivered
-        if nbytes < _ENOUGH or elapsed <= way:
+        if elapsed <= way:
             return
         speed = nbytes / elapsed
         if speed < self.speed and trip < _QUEUED * self.best_trip:
@@ -195,27 +199,28 @@ class RailConnection:
         self.speed = self.speed + 0.25 * (speed - self.speed) if self.measured else speed
         self.measured = True
 
+    def _timed(self, trip: float, now: float) -> None:
+        if not self.round_trip:
+            self.round_trip, self.spread = trip, trip / 2
+        else:
+            self.spread += 0.25 * (abs(trip - self.round_trip) - self.spread)
+            self.round_trip += 0.125 * (trip - self.round_trip)
+        self._shortest(trip, now)
+
     def _shortest(self, trip: float, now: float) -> None:
         best, before, ends = self.trips
         self.trips = (min(best, trip), before, ends) if now < ends else (trip, best, now + BEST_TRIP_S)
 
-    def _forget(self, number: int) -> Sent:
-        sent = self.under_way.pop(number)
-        if not sent.moved:
-            self._move(sent)
-        return sent
-
-    def _move(self, sent: Sent) -> Sent:
-        sent.moved = True
-        self.live -= 1
-        self.inflight -= sent.nbytes
-        return sent
-
-    def take_all(self, before: float = math.inf) -> list[Sent]:
-        """Everything under way that left `before`: it has to go again."""
+    def take_all(self) -> list[Sent]:
+        """Everything under way: it has to go again."""
         if (oldest := self.oldest) is not None and self.silent_since is None:
             self.silent_since = oldest
-        return [self._move(sent) for sent in self.under_way.values() if not sent.moved and sent.at < before]
+        found = list(self.under_way)
+        if found and self.moved is None:
+            self.moved = (found[0].number, found[0].at)
+        self.under_way.clear()
+        self.inflight = 0
+        return found
 
     def overdue(self, now: float) -> bool:
         """Whether the oldest frame, or ping, should have been answered."""
@@ -229,9 +234,10 @@ class RailConnection:
     @property
     def oldest(self) -> float | None:
         """When the oldest frame or ping left that waits for an answer."""
-        sent = next((sent for sent in self.under_way.values() if not sent.moved), None) if self.live else None
-        times = [at for at in (sent.at if sent else None, self.pinged) if at is not None]
-        return min(times, default=None)
+        if not self.under_way:
+            return self.pinged
+        oldest = self.under_way[0].at
+        return oldest if self.pinged is None else min(oldest, self.pinged)
 
     def silent_s(self, now: float) -> float:
         """How long the rail has owed an answer (s)."""
@@ -240,52 +246,30 @@ class RailConnection:
 
     # --- receiving
 
-    def came(self, sequence: int) -> bool:
-        """A numbered frame has come; False if it had before, or is not waited for any more. Raises MalformedFrame."""
-        self.ack_due += 1
-        at = bisect.bisect_right(self.ranges, (sequence, 1 << 64)) - 1
-        first, last = self.ranges[at]
-        if sequence <= last:
-            return False
-        after = self.ranges[at + 1] if at + 1 < len(self.ranges) else None
-        if after is not None and after[0] == sequence + 1:
-            end = after[1]
-            del self.ranges[at + 1]
+    def take(self, header: FrameHeader, now: float) -> None:
+        """A numbered frame has come. Raises MalformedFrame if it is not the next one."""
+        self.expect(header)
+        self.came = header.sequence
+        if header.kind is FrameKind.SEGMENT:
+            self.owed += header.body_bytes
+            # much of it paces the sender, who knows by it how fast the rail is
+            by = now + ACK_SEGMENT_S if self.owed < SMALL else now
         else:
-            end = sequence
-        if sequence == last + 1:
-            self.ranges[at] = (first, end)
-        else:
-            self.ranges.insert(at + 1, (sequence, end))
-        if len(self.ranges) > MAX_HOLES:
-            raise MalformedFrame(f"{len(self.ranges)} gaps are in the frames after number {self.cumulative}")
-        return True
+            by = now + ACK_STATE_S
+        if by < self.ack_by:
+            self.ack_by = by
 
-    def ack_through(self, sequence: int) -> None:
-        """The sender does not wait for numbers up to this one any more: they have come, or went another way."""
-        if sequence <= self.cumulative:
-            return
-        rest = [(first, last) for first, last in self.ranges if last > sequence]
-        if rest and rest[0][0] <= sequence + 1:
-            sequence = rest.pop(0)[1]
-        self.ranges = [(0, sequence), *rest]
-
-    @property
-    def cumulative(self) -> int:
-        """All numbers up to this one have come."""
-        return self.ranges[0][1]
-
-    def acknowledgement(self) -> bytes:
-        """Body of an ACK: the newest ranges that came after a missing frame."""
-        self.ack_due = 0
-        return b"".join(RANGE.pack(*item) for item in self.ranges[1:][-_RANGES:])
+    def expect(self, header: FrameHeader) -> None:
+        """Raises MalformedFrame if a numbered frame is not the next one."""
+        if header.sequence != self.came + 1:
+            raise MalformedFrame(f"frame {header.sequence} of a rail came where {self.came + 1} was due")
 
 
-def _ranges(body: bytes) -> Iterable[tuple[int, int]]:
-    if len(body) % RANGE.size or len(body) > _RANGES * RANGE.size:
-        raise MalformedFrame(f"an acknowledgement has a body of {len(body)} bytes")
-    for at in range(0, len(body), RANGE.size):
-        first, last = RANGE.unpack_from(body, at)
-        if not 0 < first <= last:
-            raise MalformedFrame(f"an acknowledgement has the range {first} to {last}")
-        yield first, last
+def seal(header: FrameHeader, body: bytes) -> list[memoryview | bytes]:
+    """Completes the header of a frame that is no segment. The pieces of its body."""
+    if not body:
+        return []
+    header.length = len(body)
+    header.flags |= Flag.VERIFIED
+    header.checksum = checksum_of([body])
+    return [body]

@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import secrets
 import socket
-from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.shortage import explain
-from adaptra_plugin.transport.bind import is_loopback, is_wildcard, listen
-from adaptra_plugin.transport.bridge import (
-    MAX_CONTROL_BACKLOG,
-    MAX_PACKET,
-    MOST_TOGETHER,
-    RECORD,
-    Op,
-    Reader,
-    Writer,
-    packed_time,
-)
+from adaptra_plugin.transport.bind import is_loopback
+from adaptra_plugin.transport.bridge import MAX_CONTROL_BACKLOG, Op, packed_time
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.proxy.endpoint_bridge import EndpointBridge
+from adaptra_plugin.transport.proxy.events import LaneKey, Rings
 from adaptra_plugin.transport.proxy.handshake import Claim, Settings
-from adaptra_plugin.transport.proxy.handshake_connection import Acceptor
 from adaptra_plugin.transport.proxy.health import State
 from adaptra_plugin.transport.proxy.inbox import Incoming
-from adaptra_plugin.transport.proxy.interfaces import address_of
-from adaptra_plugin.transport.proxy.link import TICK_S, LaneKey, Rings
-from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop, Timer
+from adaptra_plugin.transport.proxy.listeners import Listeners
+from adaptra_plugin.transport.proxy.loop import Loop, Timer
 from adaptra_plugin.transport.proxy.peer import LEFT, Neighbour, Peer
 from adaptra_plugin.transport.proxy.peer_prober import ONLY_ITS_HOST
 from adaptra_plugin.transport.proxy.placing import place
 from adaptra_plugin.transport.proxy.rails.base import Rail
 from adaptra_plugin.transport.proxy.rails.faulty import Faults
-from adaptra_plugin.transport.proxy.rdma_setup import Ports
+from adaptra_plugin.transport.proxy.rails.registry import FACTORIES
+from adaptra_plugin.transport.proxy.rails.setup import RailFactory
 from adaptra_plugin.transport.proxy.settings import ProxySettings
+from adaptra_plugin.transport.proxy.silence import TICK_S
 from adaptra_plugin.transport.proxy.tls import Tls
-from adaptra_plugin.transport.types import Address, Direction, EndpointInfo, PeerInfo
+from adaptra_plugin.transport.types import Direction, EndpointInfo, PeerInfo
 
-_BACKLOG = 512
 _IDLE_TICK_S = 0.5
 FAREWELL_S = 0.5
-_LAST_WORDS_S = 1.0
-_PACKETS = 16
-"""Packets of the endpoint before others get their turn."""
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Proxy:
@@ -68,24 +52,22 @@ class Proxy:
 
     def __init__(self, data: socket.socket, control: socket.socket) -> None:
         self.loop = Loop()
-        self.refused = 0
-        self.ports = Ports()
-        self._data, self._control = data, control
-        data.setblocking(False)
-        control.setblocking(False)
-        self._reader, self._writer = Reader(control), Writer(control)
-        self._records: deque[bytes] = deque()
+        self.factories: Sequence[RailFactory] = [make() for make in FACTORIES]
+        self._bridge = EndpointBridge(
+            self.loop,
+            data,
+            control,
+            on_command=self._command,
+            on_records=self._transfers,
+            on_told=self._told,
+            on_gone=self.loop.stop,
+        )
+        self._listeners = Listeners(self, self._authenticated)
         self._peers: dict[int, Peer] | None = None
         self._early: list[tuple[socket.socket, Claim, Settings]] = []  # came before `connect`
         self._memfds: list[Memfd] = []
-        self._controls: list[tuple[int, dict[str, Any]]] = []  # of peers, for the endpoint
-        self._passing: deque[list[int]] = deque()  # descriptors that are on their way to the endpoint
-        self._acceptors: list[Acceptor] = []
         self._connecting: Timer | None = None
         self._closing: Timer | None = None
-        self._orphaned = False
-        self.loop.watch(data, READ, self._data_ready)
-        self.loop.watch(control, READ, self._control_ready)
         self.loop.turn_ended = self._turn_ended
 
     def run(self) -> None:
@@ -93,38 +75,17 @@ class Proxy:
         try:
             self.loop.run()
         except Exception as error:
-            self._last_words(error)
+            self._bridge.last_words(f"{type(error).__name__}: {explain(error)}")
             raise
         finally:
             self._give_back()
 
-    def _last_words(self, error: Exception) -> None:
-        with contextlib.suppress(OSError):
-            self._control.settimeout(_LAST_WORDS_S)
-            self._tell("failed", text=f"{type(error).__name__}: {explain(error)}")
-            self._writer.flush()
-
     def stop(self) -> None:
         """The endpoint is gone: peers see connections that end without goodbye."""
-        self._orphaned = True
+        self._bridge.gone = True
         self.loop.stop()
 
     # --- the endpoint's commands
-
-    def _control_ready(self, mask: int) -> None:
-        if mask & WRITE:
-            self._flush_control()
-        if mask & READ:
-            try:
-                found = self._reader.receive()
-            except BlockingIOError:
-                return
-            except OSError:
-                found = None
-            if found is None:
-                return self.stop()
-            for message, descriptors in found:
-                self._command(message, descriptors)
 
     def _command(self, message: dict[str, Any], descriptors: list[int]) -> None:
         op = message["op"]
@@ -136,17 +97,13 @@ class Proxy:
             self._peer(message["rank"], lambda peer: peer.mapped(message.get("why")))
         elif op == "control":
             data = message["message"].encode()
-            self._peer(message["rank"], lambda peer: self._send_control(peer, data))
+            self._peer(message["rank"], lambda peer: peer.link.send_control(data))
         elif op == "stats":
-            refused = sum(acceptor.refused for acceptor in self._acceptors)
+            refused = self._listeners.refused
             peers = {peer.info.rank: peer.stats() for peer in self._each_peer()}
-            self._tell("stats", id=message["id"], data={"refused_connections": refused, "peers": peers})
+            self._bridge.tell("stats", id=message["id"], data={"refused_connections": refused, "peers": peers})
         elif op == "close":
             self._begin_close(float(message["linger_s"]))
-
-    def _send_control(self, peer: Peer, data: bytes) -> None:
-        peer.link.send_control(data)
-        peer.link.pump()
 
     def _peer(self, rank: int, action: Any) -> None:
         peer = (self._peers or {}).get(rank)
@@ -171,55 +128,16 @@ class Proxy:
         self._faults = Faults(message.get("simulate") or {}, self.me.pp_rank, self.loop)
         try:
             self.tls = Tls(self.settings.tls) if self.settings.tls else None
-            self.ports.find(self.loop, self.settings)
-            self.endpoint_info = self._listen(str(message["bind"]), message.get("shown"))
+            for factory in self.factories:
+                factory.find(self.loop, self.settings)
+            advertised = {name: value for factory in self.factories for name, value in factory.advertised().items()}
+            self.endpoint_info = self._listeners.open(str(message["bind"]), message.get("shown"), advertised)
         except (TransportError, OSError) as error:
-            self._tell("start_failed", text=explain(error))
+            self._bridge.tell("start_failed", text=explain(error))
             return
         self.loop.pulse.stood = self._stood
-        self._tell("ready", endpoint_info=self.endpoint_info.to_text())
+        self._bridge.tell("ready", endpoint_info=self.endpoint_info.to_text())
         self._tick()
-
-    def _listen(self, bind: str, reached_at: str | None) -> EndpointInfo:
-        settings = self.settings
-        addresses = []
-        hosts = dict.fromkeys([bind, *(address_of(name) for name in settings.interfaces)])
-        for host in hosts:
-            sock = listen(host, _BACKLOG)
-            self._add_listener(sock)
-            shown, port = sock.getsockname()[:2]  # the address of a host that was given by name
-            addresses.append(Address(reached_at if is_wildcard(host) and reached_at else shown, port))
-        unix = f"adaptra-{secrets.token_hex(12)}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.bind(b"\0" + unix.encode())  # abstract: nothing in the file system, gone with its last descriptor
-        sock.listen(_BACKLOG)
-        self._add_listener(sock)
-        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-        return EndpointInfo(
-            addresses=tuple(addresses),
-            ring_bytes=settings.ring_bytes,
-            connections=settings.connections_per_direction,
-            boot=boot,
-            unix=unix,
-            rdma=self.ports.infos(),
-        )
-
-    def _add_listener(self, sock: socket.socket) -> None:
-        settings = self.settings
-        known = Settings(settings.connections_per_direction, settings.ring_bytes)
-        self._acceptors.append(
-            Acceptor(
-                self.loop,
-                sock,
-                self.secret,
-                self.me.rank,
-                known,
-                settings.handshake_timeout_s,
-                self._authenticated,
-                tls=None if sock.family == socket.AF_UNIX else self.tls,
-            )
-        )
 
     def _connect(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """Dials, or waits for, every peer. Of two, the coordinator is dialled, else the higher rank."""
@@ -272,7 +190,7 @@ class Proxy:
         else:
             reason = peer.adopt(sock, claim)
         if reason is not None:
-            self._acceptors[0].refuse(sock, reason)
+            self._listeners.refuse(sock, reason)
 
     def _give_up(self, deadline_s: float) -> None:
         only_here = all(is_loopback(address.host) for address in self.endpoint_info.addresses)
@@ -296,7 +214,7 @@ class Proxy:
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
-            self._tell("connect_failed", error=error, text=text, why=why)
+            self._bridge.tell("connect_failed", error=error, text=text, why=why)
 
     def _check_connected(self) -> None:
         if self._connecting is not None and all(peer.up for peer in self._each_peer()):
@@ -311,7 +229,7 @@ class Proxy:
                 for peer in self._each_peer()
                 if peer.near
             }
-            self._tell("connected", links=links)
+            self._bridge.tell("connected", links=links)
 
     # --- what peers report
 
@@ -327,50 +245,46 @@ class Proxy:
     def peer_lost(self, peer: Peer, error: str, reason: str, remedy: str) -> None:
         self._connect_failed(error, f"{peer.info} was lost while connecting: {reason}. {remedy}")
         log.error("lost: %s: %s", peer.info, reason)
-        self._tell("lost", rank=peer.info.rank, error=error, reason=reason, remedy=remedy)
-        self._record(Op.LOST, peer.info.rank)
+        self._bridge.tell("lost", rank=peer.info.rank, error=error, reason=reason, remedy=remedy)
+        self._bridge.record(Op.LOST, peer.info.rank)
 
     def peer_left(self, peer: Peer) -> None:
         error, reason, remedy = LEFT
         self._connect_failed(error, f"{peer.info} was lost while connecting: {reason}. {remedy}")
         log.info("left: %s has ended and closed its connections", peer.info)
-        self._tell("left", rank=peer.info.rank, error=error, reason=reason, remedy=remedy)
-        self._record(Op.LOST, peer.info.rank)
+        self._bridge.tell("left", rank=peer.info.rank, error=error, reason=reason, remedy=remedy)
+        self._bridge.record(Op.LOST, peer.info.rank)
 
     def peer_done(self, peer: Peer) -> None:
         self._check_closed()
 
     def peer_control(self, peer: Peer, message: dict[str, Any]) -> None:
-        self._controls.append((peer.info.rank, message))
-        if len(self._controls) >= MOST_TOGETHER:
-            self._tell_controls()
+        self._bridge.pass_on(peer.info.rank, message)
 
     def peer_rail(self, peer: Peer, rail: Rail, state: State, why: str) -> None:
         level = log.info if state is State.HEALTHY else log.warning
         level("rail %s to %s is %s: %s", rail.describe(), peer.info, state.value, why)
-        self._tell("rail", rank=peer.info.rank, rail=rail.name, state=state.value, why=why)
+        self._bridge.tell("rail", rank=peer.info.rank, rail=rail.name, state=state.value, why=why)
 
     def may_be_direct(self, peer: Peer) -> bool:
         return self.settings.direct and not self._faults.between(peer.info.pp_rank)
 
     def memfds(self, peer: Peer, rings: list[int], direct: int | None) -> None:
         descriptors = rings if direct is None else [*rings, direct]
-        self._tell("memfds", descriptors, rank=peer.info.rank, direct=direct is not None)
-        self._passing.append(descriptors)
-        self._flush_control()
+        self._bridge.tell("memfds", descriptors, rank=peer.info.rank, direct=direct is not None)
 
     def message(self, peer: Peer, direction: Direction, lane: int, found: Incoming) -> None:
         now = self.loop.clock()
-        self._record(
+        self._bridge.record(
             *(Op.ARRIVED, peer.info.rank, direction, lane, int(found.by_reference), found.message, found.total),
             *(peer.clock.delay(found.sent, now) * 1e3, packed_time(now)),
         )
 
     def acked(self, peer: Peer, direction: Direction, lane: int, message: int) -> None:
-        self._record(Op.ACKED, peer.info.rank, direction, lane, 0, message)
+        self._bridge.record(Op.ACKED, peer.info.rank, direction, lane, 0, message)
 
     def consumed(self, peer: Peer, direction: Direction, lane: int, message: int) -> None:
-        self._record(Op.CONSUMED, peer.info.rank, direction, lane, 0, message)
+        self._bridge.record(Op.CONSUMED, peer.info.rank, direction, lane, 0, message)
 
     def _stood(self, seconds: float) -> None:
         """This process stood still, at some time in the last `seconds`: what it measured across that is not the links'."""
@@ -381,76 +295,28 @@ class Proxy:
             peer.stood(now - seconds, now)
 
     def peer_stood(self, rank: int, began: float, ended: float) -> None:
-        self._record(Op.STOOD, rank, total=round((ended - began) * 1e6), value=began)
+        self._bridge.record(Op.STOOD, rank, total=round((ended - began) * 1e6), value=began)
 
     def peer_stuck(self, peer: Peer, direction: Direction, lane: int, stuck: bool) -> None:
-        self._record(Op.PEER_STUCK, peer.info.rank, direction, lane, 0, 0, int(stuck))
+        self._bridge.record(Op.PEER_STUCK, peer.info.rank, direction, lane, 0, 0, int(stuck))
 
     # --- the bridge
 
-    def _tell(self, event: str, descriptors: Sequence[int] = (), **fields: Any) -> None:
-        self._tell_controls()
-        self._writer.put({"event": event, **fields}, descriptors)
-
-    def _tell_controls(self) -> None:
-        """What peers have said comes before whatever becomes of them."""
-        messages, self._controls = self._controls, []
-        if messages:
-            self._writer.put({"event": "control", "messages": messages})
+    def _told(self) -> None:
+        """The endpoint has taken what its peers have said."""
+        for peer in self._each_peer():
+            if not peer.gone:
+                peer.link.control_taken()
 
     def log_line(self, level: int, text: str) -> None:
         """A line for the endpoint's logger."""
-        self._tell("log", level=level, text=text)
+        self._bridge.tell("log", level=level, text=text)
 
-    def _flush_control(self) -> None:
-        self._tell_controls()
-        try:
-            done = self._writer.flush()
-        except OSError:
-            self.stop()
-            return
-        self.loop.watch(self._control, READ | WRITE * (not done), self._control_ready)
-        if done:
-            for peer in self._each_peer():
-                if not peer.gone:
-                    peer.link.control_taken()
-        while done and self._passing:
-            for fd in self._passing.popleft():
-                os.close(fd)
-
-    def _record(
-        self,
-        op: Op,
-        rank: int,
-        direction: int = 0,
-        lane: int = 0,
-        flags: int = 0,
-        message: int = 0,
-        total: int = 0,
-        value: float = 0.0,
-        after: int = 0,
-    ) -> None:
-        self._records.append(RECORD.pack(op, direction, lane, flags, rank, message, total, value, after))
-
-    def _data_ready(self, mask: int) -> None:
-        if mask & WRITE:
-            self._flush_records()
-        if mask & READ:
-            touched: dict[int, Peer] = {}
-            try:
-                for _ in range(_PACKETS):
-                    packet = self._data.recv(MAX_PACKET)
-                    if not packet:
-                        self.stop()
-                        return
-                    for record in RECORD.iter_unpack(packet):
-                        self._transfer(record, touched)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self.stop()
-                return
-            self._pump(touched)
+    def _transfers(self, records: Iterable[tuple[Any, ...]]) -> None:
+        touched: dict[int, Peer] = {}
+        for record in records:
+            self._transfer(record, touched)
+        self._pump(touched)
 
     @staticmethod
     def _pump(touched: dict[int, Peer]) -> None:
@@ -477,36 +343,15 @@ class Proxy:
             peer.link.stuck(direction, lane, bool(total))
         touched[rank] = peer
 
-    def _flush_records(self) -> None:
-        """Several records a packet; what the endpoint does not take now waits."""
-        per_packet = MAX_PACKET // RECORD.size
-        while self._records:
-            batch = [self._records[index] for index in range(min(per_packet, len(self._records)))]
-            try:
-                self._data.send(b"".join(batch))
-            except BlockingIOError:
-                break
-            except OSError:
-                self.stop()
-                return
-            for _ in batch:
-                self._records.popleft()
-        self.loop.watch(self._data, READ | WRITE * bool(self._records), self._data_ready)
-
     def _turn_ended(self) -> None:
         for peer in self._each_peer():
             if not peer.gone:
                 peer.link.flush()
-                self._tell_backlog(peer)
-        if not self._orphaned:
-            self._flush_control()
-            self._flush_records()
-
-    def _tell_backlog(self, peer: Peer) -> None:
-        waiting = peer.link.untaken.waiting
-        if (waiting > MAX_CONTROL_BACKLOG) != peer.full:
-            peer.full = not peer.full
-            self._tell("backlog", rank=peer.info.rank, waiting=waiting)
+                waiting = peer.link.untaken.waiting
+                if (waiting > MAX_CONTROL_BACKLOG) != peer.full:
+                    peer.full = not peer.full
+                    self._bridge.tell("backlog", rank=peer.info.rank, waiting=waiting)
+        self._bridge.flush()
 
     def _tick(self) -> None:
         busy = False
@@ -544,29 +389,26 @@ class Proxy:
         self._finish()
 
     def _finish(self) -> None:
-        self._tell("closed")
-        self._flush_control()
+        self._bridge.tell("closed")
+        self._bridge.flush_control()
         self.loop.stop()
 
     def abandon(self) -> None:
         """In a forked child that does not run it: closes the inherited descriptors, and takes no lock."""
-        self.ports.abandon()
+        for factory in self.factories:
+            factory.abandon()
         self.loop.close()  # first: a child must not unregister sockets from the selector it shares with its parent
         self._give_back()
 
     def _give_back(self) -> None:
         for peer in self._each_peer():
             peer.close()
-        for acceptor in self._acceptors:
-            acceptor.close()
+        self._listeners.close()
         for sock, _, _ in self._early:
             sock.close()
-        for descriptors in self._passing:
-            for fd in descriptors:
-                os.close(fd)
-        self.ports.close()
+        for factory in self.factories:
+            factory.close()
         for memfd in self._memfds:
             memfd.close()
-        self._data.close()
-        self._control.close()
+        self._bridge.close()
         self.loop.close()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaptra_plugin.transport.memfd import extent_of, growth_limit
-from adaptra_plugin.transport.proxy.rails.base import RailKind
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class ProxySettings:
         """See `transport.memfd`."""
         return extent_of(self.segment_kib << 10, grows=isinstance(self.ring_mib, str))
 
-    def wants(self, kind: RailKind) -> bool:
-        """Whether rails of that kind are tried; TCP always is, it brings the others up and is the last resort."""
-        return kind is RailKind.TCP or self.rail in ("auto", kind.word)
+    def wants(self, kind: str) -> bool:
+        """Whether rails of that kind are tried; TCP need not ask, it brings the others up and is the last resort."""
+        return self.rail in ("auto", kind)
 
-    def demands(self, kind: RailKind) -> bool:
+    def demands(self, kind: str) -> bool:
         """Whether a link without a rail of that kind is an error."""
-        return self.rail == kind.word
+        return self.rail == kind
 
     def checked(self, *, same_host: bool) -> bool:
         """Whether segments carry a checksum: what does not leave a host's memory needs none."""

@@ -4,8 +4,8 @@ Everything is little-endian; a header carries its own checksum and is checked ag
 body is touched. No pickle; JSON only in CONTROL and RAIL bodies.
 
 A message is a piece of a sender's ring, `[message, message + total)` in positions. It travels as segments, each of which
-says to which message it belongs, so segments may come in any order, twice, and over different rails. The receiver keeps
-them at the same positions of its own ring, the receive ring.
+says to which message it belongs, so segments may come over different rails, and again after a rail has failed. The receiver
+keeps them at the same positions of its own ring, the receive ring.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.types import Direction
 
-MAGIC = b"AD2\n"
-# magic, kind, flags, direction, lane, after, behind, sequence, message, total, at, length, floor, checksum, sent
-_HEADER = struct.Struct("<4sBBBBIIQQQQQQQd")
+MAGIC = b"AD3\n"
+# magic, kind, flags, direction, lane, after, sequence, ack, message, total, at, length, floor, checksum, sent
+_HEADER = struct.Struct("<4sBBBBIQQQQQQQQd")
 _CHECK = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECK.size
 MAX_BODY_BYTES = 4 << 20
@@ -31,7 +31,6 @@ MAX_NOTE_BYTES = 64 << 10
 UNIT = 64
 """Messages begin at multiples of this (bytes)."""
 POSITIONS = struct.Struct("<BBxxxxxxQ")  # direction, lane, message: an entry of a CONSUMED body
-RANGE = struct.Struct("<QQ")  # first, last sequence number: an entry of an ACK body
 TIMES = struct.Struct("<dd")  # of a pong: when the ping was sent (pinger's clock), when it came (answerer's clock)
 
 
@@ -39,9 +38,9 @@ class FrameKind(enum.IntEnum):
     SEGMENT = 1
     """A piece of a message."""
     ACK = 2
-    """Which numbered frames have come over this rail: all up to `message`, and those of the body. Not numbered."""
+    """Nothing but the acknowledgement that every header has. Not numbered."""
     CONSUMED = 3
-    """Messages whose room in the ring is free again."""
+    """The room of `message` in the ring is free again, and that of the messages of the body."""
     STUCK = 4
     """A producer waits for room in the ring of this lane (`total` 1), or no longer (0); `message` counts the changes."""
     CONTROL = 5
@@ -54,9 +53,14 @@ class FrameKind(enum.IntEnum):
     """The endpoint has taken all control messages up to number `message`."""
     RAIL = 9
     """JSON for the proxy: rails to open and to close."""
+    NACK = 11
+    """What the frame with number `message` of this rail carried has not been kept, because it came damaged: it is to go again.
+    Comes before the acknowledgement of that number. Not numbered."""
 
 
-class Flag(enum.IntFlag):
+class Flag:
+    """Bits of `FrameHeader.flags`; plain numbers, because those of an enumeration are slow."""
+
     REFERENCE = 1
     """The bytes stay in the sender's ring, which the receiver has mapped: the frame has no body."""
     VERIFIED = 2
@@ -69,8 +73,8 @@ class MalformedFrame(TransportError):
 
 @dataclass(slots=True)
 class FrameHeader:
-    """`sequence` numbers the frames of a connection that want an acknowledgement, from 1; 0: none is wanted. `behind`: this
-    many numbers before it, and no older ones, are still waited for. `floor`: all messages of the lane before this position
+    """`sequence` numbers the frames of a connection that want an acknowledgement, from 1 without gaps; 0: none is wanted.
+    `ack`: all frames up to this number have come the other way. `floor`: all messages of the lane before this position
     are done with. `sent`: when the message lay whole in the ring (sender's clock, s). `after`: how far in front of this
     message (in units of `UNIT` bytes) lies one that has to be delivered before it; 0: none. A ping's `message`: which
     connection it is to the pinger."""
@@ -88,7 +92,7 @@ class FrameHeader:
     checksum: int = 0
     sent: float = 0.0
     after: int = 0
-    behind: int = 0
+    ack: int = 0
 
     @property
     def body_bytes(self) -> int:
@@ -97,50 +101,54 @@ class FrameHeader:
 
     def pack(self) -> bytes:
         raw = _HEADER.pack(
-            *(MAGIC, self.kind, self.flags, self.direction, self.lane, self.after, self.behind, self.sequence),
+            *(MAGIC, self.kind, self.flags, self.direction, self.lane, self.after, self.sequence, self.ack),
             *(self.message, self.total, self.at, self.length, self.floor, self.checksum, self.sent),
         )
         return raw + _CHECK.pack(zlib.crc32(raw))
 
 
-def parse(raw: bytes | memoryview, *, limit: int, lanes: int) -> FrameHeader:
-    """Checks and unpacks a header.
+_KINDS = {int(kind): kind for kind in FrameKind}  # a look into a table costs less than a call of the class
+_DIRECTIONS = {int(direction): direction for direction in Direction}
+
+
+def parse(raw: bytes | memoryview, *, limit: int, lanes: int, at: int = 0) -> FrameHeader:
+    """Checks and unpacks the header that begins at `at`.
 
     Args:
-        raw: `HEADER_BYTES` bytes.
+        raw: `HEADER_BYTES` bytes from there on.
         limit: longest message that may be announced (bytes).
         lanes: number of lanes per direction.
 
     Raises:
         MalformedFrame: says which field is wrong, with the numbers.
     """
-    body = bytes(raw[: _HEADER.size])
-    magic, kind, flags, direction, lane, after, behind, sequence, *rest = _HEADER.unpack(body)
+    (magic, code, flags, way, lane, after, sequence, ack, message, total, offset, length, floor, checksum, sent) = (
+        _HEADER.unpack_from(raw, at)
+    )
     if magic != MAGIC:
         raise MalformedFrame(f"a frame starts with {magic.hex()} instead of {MAGIC.hex()}")
-    if zlib.crc32(body) != _CHECK.unpack_from(raw, _HEADER.size)[0]:
+    end = at + _HEADER.size
+    if zlib.crc32(raw[at:end]) != _CHECK.unpack_from(raw, end)[0]:
         raise MalformedFrame("the checksum of a frame's header is wrong")
-    try:
-        message, total, at, length, floor, checksum, sent = rest
-        header = FrameHeader(
-            *(FrameKind(kind), sequence, flags, Direction(direction), lane, message, total),
-            *(at, length, floor, checksum, sent, after, behind),
-        )
-    except ValueError as error:
-        raise MalformedFrame(f"a frame has an unknown kind or direction: {error}") from None
+    kind, direction = _KINDS.get(code), _DIRECTIONS.get(way)
+    if kind is None or direction is None:
+        raise MalformedFrame(f"a frame has an unknown kind or direction: {code}, {way}")
     if lane >= lanes:
         raise MalformedFrame(f"a frame is for lane {lane}; there are {lanes}")
     if not math.isfinite(sent):
         raise MalformedFrame(f"a frame says that it was sent at {sent}")
-    if header.kind == FrameKind.SEGMENT:
-        if not 0 < total <= limit or length < 1 or at + length > total:
+    if kind is FrameKind.SEGMENT:
+        if not 0 < total <= limit or length < 1 or offset + length > total:
             raise MalformedFrame(
-                f"a segment announces bytes {at} to {at + length} of a message of {total}; at most {limit} are accepted"
+                f"a segment announces bytes {offset} to {offset + length} of a message of {total}; "
+                f"at most {limit} are accepted"
             )
         if message + total >= 1 << 63 or floor > message or message % UNIT:
             raise MalformedFrame(f"a segment announces the impossible position {message} with floor {floor}")
         if flags & Flag.REFERENCE and length != total:
             raise MalformedFrame(f"a reference is to {length} bytes of a message of {total}")
-    elif length > (most := MAX_BODY_BYTES if header.kind == FrameKind.CONTROL else MAX_NOTE_BYTES):
-        raise MalformedFrame(f"a {header.kind.name.lower()} frame announces {length} bytes; {most} may come")
-    return header
+    elif length > (most := MAX_BODY_BYTES if kind is FrameKind.CONTROL else MAX_NOTE_BYTES):
+        raise MalformedFrame(f"a {kind.name.lower()} frame announces {length} bytes; {most} may come")
+    return FrameHeader(
+        kind, sequence, flags, direction, lane, message, total, offset, length, floor, checksum, sent, after, ack
+    )

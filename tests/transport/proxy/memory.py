@@ -144,7 +144,6 @@ class MemoryRail(Rail):
             return
         self._busy = bool(self._out)
         if not self._out:
-            self.sink.drained(self)
             return
         batch = [self._out.popleft()]
         while self._out and sum(len(piece) for piece, _ in batch) + len(self._out[0][0]) <= self._cable.piece_bytes:
@@ -205,10 +204,9 @@ class MemoryRail(Rail):
             header, self._header = self._header, None
             self.sink.arrived(self, header, bytes(self._body))
 
-    def discard(self, header: FrameHeader) -> bool:
-        assert self._header is not None and self._header.sequence == header.sequence
+    def discard(self) -> None:
+        assert self._header is not None and self._windows is not None
         self._waste = True
-        return True
 
     # --- the end
 

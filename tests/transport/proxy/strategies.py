@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-KINDS = ["latency", "jitter", "bandwidth", "loss", "duplication", "reordering", "corruption", "death"]
+KINDS = ["latency", "jitter", "bandwidth", "stall", "corruption", "death"]
 names = st.sampled_from(["any", "tcp", "tcp0", "tcp1", "rdma0", "shm"])
 
 
@@ -25,17 +25,17 @@ def faults(draw: st.DrawFn, until_s: float, *, mild: bool = False) -> dict[str, 
     kind = draw(st.sampled_from(KINDS))
     found: dict[str, Any] = {"kind": kind, "src": 0, "dst": 1, "rail": draw(names), "seed": draw(st.integers(0, 99))}
     begins, ends = sorted((draw(moments(until_s)), draw(moments(until_s))))
-    total = kind in ("loss", "death") and draw(st.booleans())
+    total = kind == "stall" or (kind == "death" and draw(st.booleans()))
     if total or draw(st.booleans()):
         found |= {"from_s": begins, "to_s": ends + 0.001}
-    if kind in ("latency", "jitter", "reordering"):
+    if kind in ("latency", "jitter"):
         found["ms"] = draw(st.sampled_from([0.05, 1.0, 5.0] if mild else [0.05, 1.0, 20.0, 300.0]))
     if kind == "bandwidth":
         found["mb_per_s"] = draw(st.sampled_from([50.0, 200.0] if mild else [5.0, 50.0]))
     elif kind == "corruption" and draw(st.booleans()):
         found |= {"part": "header", "rate": draw(st.sampled_from([0.001, 0.01]))}
+    elif kind == "corruption":
+        found["rate"] = draw(st.sampled_from([0.01, 0.1] if mild else [0.01, 0.1, 0.3]))
     elif kind == "death" and not total:
         found["rate"] = draw(st.sampled_from([0.001, 0.01]))
-    elif kind in ("loss", "duplication", "reordering", "corruption"):
-        found["rate"] = 1.0 if total else draw(st.sampled_from([0.01, 0.1] if mild else [0.01, 0.1, 0.3]))
     return found

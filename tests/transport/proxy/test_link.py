@@ -7,6 +7,7 @@ import json
 import pytest
 
 from adaptra_plugin.transport.proxy.rails.base import RailKind
+from adaptra_plugin.transport.proxy.room import FREE_S, FREE_SHARE
 from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind, MalformedFrame
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.ends import content
@@ -171,6 +172,36 @@ def test_small_messages_are_not_held_up_by_a_large_one(pairs):
     pair.settle()
 
 
+def test_free_room_is_told_with_the_next_segment_or_after_a_moment_or_at_once_if_somebody_waits(pairs):
+    pair = pairs()
+    rail, frames = pair.b.link.connections["tcp0"].rail, []
+    submit = rail.submit
+    rail.submit = lambda frame: (frames.append(frame.header.kind), submit(frame))
+    pair.a.send(KIB)
+    pair.world.run(0.001)
+    assert pair.b.delivered == [0] and frames == []
+    pair.b.send(KIB)
+    assert frames == [FrameKind.CONSUMED, FrameKind.SEGMENT]
+    pair.settle()
+    frames.clear()
+    pair.a.send(KIB)
+    pair.world.run(0.001)
+    assert FrameKind.CONSUMED not in frames
+    pair.world.run(FREE_S)
+    assert frames == [FrameKind.CONSUMED]  # with the acknowledgement of the segment
+    pair.a.link.stuck(*ACTIVATION, True)
+    pair.a.send(KIB)
+    pair.world.run(0.001)
+    assert frames == [FrameKind.CONSUMED] * 2
+
+
+def test_much_free_room_is_told_at_once(pairs):
+    pair = pairs(capacity=64 * KIB)
+    pair.a.send(64 * KIB // FREE_SHARE)
+    pair.world.run(0.001)
+    assert not pair.a.allocators[ACTIVATION].letters
+
+
 # --- state
 
 
@@ -252,9 +283,10 @@ def test_a_slow_rail_gets_nothing_of_what_the_fast_one_finishes_sooner(pairs):
     for _ in range(4):
         pair.a.send(16 * MIB)
     pair.settle()  # by now the speeds are known
-    for _ in range(5):
+    for number in range(5):
         pair.a.send(4 * MIB)
-        assert pair.settle() < 0.012
+        assert pair.world.run(0.012, lambda number=number: len(pair.b.delivered) == 5 + number)
+        pair.settle()
 
 
 @pytest.mark.parametrize("when", [0.002, 0.005, 0.01])
@@ -317,25 +349,34 @@ def test_the_last_rail_fails_and_comes_back(pairs):
     ("header", "body", "says"),
     [
         (FrameHeader(FrameKind.SEGMENT, 1, lane=7, message=0, total=64, length=64), b"", "no neighbour"),
-        (FrameHeader(FrameKind.SEGMENT, 0, message=0, total=64, length=64), b"", "no number"),
+        (FrameHeader(FrameKind.SEGMENT, 0, message=0, total=64, length=64), b"", "has no number"),
+        (
+            FrameHeader(FrameKind.SEGMENT, 2, message=0, total=64, length=64),
+            b"",
+            "frame 2 of a rail came where 1 was due",
+        ),
         (FrameHeader(FrameKind.STUCK, 0), b"", "has no number"),
-        (FrameHeader(FrameKind.PONG, 900), b"", "came with a number"),
-        (FrameHeader(FrameKind.ACK, message=1 << 40), b"", "were sent"),
-        (FrameHeader(FrameKind.ACK), b"123", "a body of 3 bytes"),
-        (FrameHeader(FrameKind.CONSUMED, 900), b"12", "has 2 bytes"),
-        (FrameHeader(FrameKind.CONSUMED, 900), bytes([9] * 16), "no such lane"),
-        (FrameHeader(FrameKind.CONTROL, 900, message=1), b"[1]", "instead of an object"),
-        (FrameHeader(FrameKind.RAIL, 900), b"{", "not JSON"),
+        (FrameHeader(FrameKind.STUCK, 3), b"", "frame 3 of a rail came where 1 was due"),
+        (FrameHeader(FrameKind.PONG, 1), b"", "came with a number"),
+        (FrameHeader(FrameKind.ACK, ack=1 << 40), b"", "were sent"),
+        (FrameHeader(FrameKind.STUCK, 1, ack=1 << 40), b"", "were sent"),
+        (FrameHeader(FrameKind.CONSUMED, 1), b"12", "has 2 bytes"),
+        (FrameHeader(FrameKind.CONSUMED, 1), bytes([9] * 16), "no such lane"),
+        (FrameHeader(FrameKind.CONSUMED, 1, lane=7), b"", "no such lane"),
+        (FrameHeader(FrameKind.CONTROL, 1, message=1), b"[1]", "instead of an object"),
+        (FrameHeader(FrameKind.RAIL, 1), b"{", "not JSON"),
     ],
 )
 def test_frames_that_make_no_sense_are_refused(pairs, header, body, says):
     from adaptra_plugin.transport.proxy.control import checksum_of
 
     pair = pairs()
+    connection = pair.a.link.connections["tcp0"]
+    assert connection.came == 0
     if body:
         header.flags, header.length, header.checksum = Flag.VERIFIED, len(body), checksum_of([memoryview(body)])
     with pytest.raises(MalformedFrame, match=says):
-        pair.a.link.arrived(pair.a.link.connections["tcp0"].rail, header, body)
+        pair.a.link.arrived(connection.rail, header, body)
 
 
 def test_what_two_messages_say_differs():

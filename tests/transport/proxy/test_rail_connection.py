@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from adaptra_plugin.transport.proxy.health import CLEAN_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, Health, State
-from adaptra_plugin.transport.proxy.outbox import Item
+from adaptra_plugin.transport.proxy.outbox import SMALL, Item
 from adaptra_plugin.transport.proxy.rail_connection import (
+    ACK_SEGMENT_S,
+    ACK_STATE_S,
     BEST_TRIP_S,
     FIRST_SPEED,
     MAX_WINDOW,
@@ -18,7 +18,7 @@ from adaptra_plugin.transport.proxy.rail_connection import (
     MIN_WINDOW,
     RailConnection,
 )
-from adaptra_plugin.transport.proxy.wire import RANGE, FrameKind, MalformedFrame
+from adaptra_plugin.transport.proxy.wire import FrameHeader, FrameKind, MalformedFrame
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -27,96 +27,87 @@ class _Rail:
     name = "tcp0"
     by_reference = False
 
+    def __init__(self):
+        self.frames = []
+
+    def submit(self, frame):
+        self.frames.append(frame)
+
 
 def item(length=MIB):
     return Item(FrameKind.SEGMENT, length)
 
 
-def ranges(*pairs):
-    return b"".join(RANGE.pack(*pair) for pair in pairs)
+def send(connection, one, now):
+    """The number of the frame."""
+    connection.submit(one, FrameHeader(FrameKind.SEGMENT, length=one.length), [], now)
+    return connection.rail.frames[-1].header.sequence
 
 
-def test_acknowledgements_by_number_and_by_range():
+def test_one_number_acknowledges_all_before_it():
     connection = RailConnection(_Rail())
     items = [item(10) for _ in range(8)]
-    assert [connection.number(one, 0.0) for one in items] == [(n + 1, n) for n in range(8)]
-    arrived, lost = connection.acknowledged(2, ranges((4, 5), (7, 7)), 0.001)
-    assert [sent.item for sent in arrived] == [items[n] for n in (0, 1, 3, 4, 6)]
-    assert lost == [] and connection.inflight == 30 and connection.live == 3
-    assert connection.acknowledged(2, ranges((4, 5), (7, 7)), 0.001) == ([], [])
+    assert [send(connection, one, 0.0) for one in items] == list(range(1, 9))
+    assert [sent.item for sent in connection.acknowledged(3, 0.001)] == items[:3]
+    assert connection.inflight == 50 and len(connection.under_way) == 5
+    assert [sent.item for sent in connection.acknowledged(8, 0.002)] == items[3:]
+    assert connection.inflight == 0 and connection.delivered == 80 and connection.oldest is None
 
 
-def test_a_frame_that_others_have_overtaken_is_lost_after_a_while():
+def test_what_went_another_way_is_not_waited_for_but_its_answer_shows_how_slow_the_rail_is():
+    connection = RailConnection(_Rail())
+    send(connection, one := item(), 0.0)
+    assert [sent.item for sent in connection.take_all()] == [one] and connection.take_all() == []
+    assert connection.inflight == 0 and connection.oldest is None and connection.silent_s(1.0) == 1.0
+    send(connection, item(), 1.0)
+    assert connection.acknowledged(1, 2.0) == [] and connection.silent_s(2.0) == 1.0
+    assert connection.inflight == MIB and connection.round_trip == 2.0
+
+
+def test_a_frame_that_came_damaged_is_taken_back_and_no_longer_acknowledged():
     connection = RailConnection(_Rail())
     items = [item(10) for _ in range(3)]
     for one in items:
-        connection.number(one, 0.0)
-    assert connection.acknowledged(0, ranges((2, 2)), 0.01)[1] == []  # it may only be late
-    _, lost = connection.acknowledged(0, ranges((2, 2)), 0.03)
-    assert [sent.item for sent in lost] == [items[0]]  # nothing is known of the third one
-    assert connection.inflight == 10 and connection.acknowledged(0, ranges((2, 2)), 0.05)[1] == []
+        send(connection, one, 0.0)
+    assert connection.refused(2).item is items[1] and connection.refused(2) is None and connection.inflight == 20
+    assert [sent.item for sent in connection.acknowledged(3, 1.0)] == [items[0], items[2]]
 
 
-def test_a_frame_that_went_another_way_counts_if_it_has_arrived_after_all():
+def test_an_acknowledgement_goes_with_whatever_leaves():
     connection = RailConnection(_Rail())
-    connection.number(one := item(), 0.0)
-    assert [sent.item for sent in connection.take_all()] == [one] and connection.take_all() == []
-    assert connection.inflight == connection.live == 0 and connection.oldest is None and connection.silent_s(1.0) == 1.0
-    arrived, _ = connection.acknowledged(1, b"", 2.0)
-    assert [sent.item for sent in arrived] == [one] and connection.silent_s(2.0) == 0.0
-    assert connection.inflight == connection.live == 0 and connection.round_trip == 2.0
+    for number in (1, 2):
+        connection.take(FrameHeader(FrameKind.STUCK, number), 5.0)
+    assert connection.came == 2 and connection.told == 0 and connection.ack_by == 5.0 + ACK_STATE_S
+    connection.tell(FrameHeader(FrameKind.PING))
+    assert connection.rail.frames[-1].header.ack == connection.told == 2 and connection.ack_by == math.inf
+    send(connection, item(), 6.0)
+    assert connection.rail.frames[-1].header.ack == 2
 
 
-def test_what_went_another_way_and_has_arrived_is_not_waited_for():
-    sender, receiver = RailConnection(_Rail()), RailConnection(_Rail())
-    items = [item() for _ in range(4)]
-    for one in items[:3]:
-        sender.number(one, 0.0)
-    sender.take_all()
-    items[0].done = items[2].done = True
-    number, behind = sender.number(items[3], 1.0)
-    assert (number, behind) == (4, 2)  # the second one still is
-    receiver.ack_through(number - behind - 1)
-    assert receiver.came(4) and receiver.cumulative == 1 and receiver.acknowledgement() == ranges((4, 4))
-    items[1].done = True
-    number, behind = sender.number(item(), 1.0)
-    receiver.ack_through(number - behind - 1)
-    assert receiver.cumulative == 4 and not receiver.came(2) and receiver.came(5)
-    assert receiver.ranges == [(0, 5)]
-
-
-@given(st.lists(st.integers(1, 40), max_size=80), st.integers(0, 45))
-def test_numbers_that_have_come_are_kept_as_ranges(numbers, settled):
-    connection, seen = RailConnection(_Rail()), set()
-    for number in numbers:
-        assert connection.came(number) == (number not in seen)
-        seen.add(number)
-    connection.ack_through(settled)
-    seen |= set(range(1, settled + 1))
-    found = [n for first, last in connection.ranges for n in range(max(1, first), last + 1)]
-    assert found == sorted(seen)
-    assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(connection.ranges))
-    assert connection.ranges[0][0] == 0 and connection.ack_due == len(numbers)
-
-
-def test_only_the_newest_ranges_are_told():
+def test_few_bytes_are_acknowledged_soon_and_many_at_once():
     connection = RailConnection(_Rail())
-    for number in range(2, 202, 2):
-        connection.came(number)
-    assert connection.acknowledgement() == ranges(*((n, n) for n in range(138, 202, 2))) and connection.ack_due == 0
+    connection.take(FrameHeader(FrameKind.STUCK, 1), 5.0)
+    connection.take(FrameHeader(FrameKind.SEGMENT, 2, length=1000), 5.0)
+    assert connection.ack_by == 5.0 + ACK_SEGMENT_S
+    connection.take(FrameHeader(FrameKind.SEGMENT, 3, length=SMALL), 5.001)
+    assert connection.ack_by == 5.001
 
 
-@pytest.mark.parametrize(
-    ("cumulative", "body", "says"),
-    [(9, b"", "frame 9 .* 3 were sent"), (0, ranges((1, 4)), "frame 4"), (0, b"x" * 17, "17 bytes"), (0, ranges((3, 2)), "3 to 2"),
-     (0, ranges((0, 2)), "0 to 2"), (0, ranges(*((n, n) for n in range(1, 34))), "528 bytes")],
-)  # fmt: skip
-def test_acknowledgements_that_make_no_sense(cumulative, body, says):
+@pytest.mark.parametrize("number", [0, 1, 2, 4])
+def test_frames_come_in_order_or_the_rail_is_none(number):
+    connection = RailConnection(_Rail())
+    for expected in (1, 2):
+        connection.take(FrameHeader(FrameKind.STUCK, expected), 0.0)
+    with pytest.raises(MalformedFrame, match=f"frame {number} of a rail came where 3 was due"):
+        connection.take(FrameHeader(FrameKind.STUCK, number), 0.0)
+
+
+def test_an_acknowledgement_of_what_was_never_sent():
     connection = RailConnection(_Rail())
     for _ in range(3):
-        connection.number(item(), 0.0)
-    with pytest.raises(MalformedFrame, match=says):
-        connection.acknowledged(cumulative, body, 1.0)
+        send(connection, item(), 0.0)
+    with pytest.raises(MalformedFrame, match=r"frame 9 .* 3 were sent"):
+        connection.acknowledged(9, 1.0)
 
 
 def carry(connection, speed, trip, seconds, now=0.0):
@@ -125,11 +116,11 @@ def carry(connection, speed, trip, seconds, now=0.0):
     end = now + seconds
     while now < end:
         while not connection.inflight or connection.inflight + MIB <= connection.window:
-            number, _ = connection.number(item(), now)
+            number = send(connection, item(), now)
             free_at = max(free_at, now) + MIB / speed
             acks.append((free_at + trip, number))
         now, number = acks.pop(0)
-        connection.acknowledged(number, b"", now)
+        connection.acknowledged(number, now)
     return now
 
 
@@ -146,16 +137,16 @@ def test_speed_and_window_find_what_the_rail_can_do(speed, trip):
 def test_little_traffic_does_not_make_a_rail_look_slow():
     connection = RailConnection(_Rail())
     for turn in range(100):
-        number, _ = connection.number(item(100 * KIB), 0.1 * turn)
-        connection.acknowledged(number, b"", 0.1 * turn + 0.03)
+        number = send(connection, item(100 * KIB), 0.1 * turn)
+        connection.acknowledged(number, 0.1 * turn + 0.03)
     assert connection.speed >= FIRST_SPEED
     # nor if something is always under way
     waiting = []
     for turn in range(100):
         now = 20.0 + 0.01 * turn
-        waiting.append((now + 0.03, connection.number(item(100 * KIB), now)[0]))
+        waiting.append((now + 0.03, send(connection, item(100 * KIB), now)))
         while waiting[0][0] <= now:
-            connection.acknowledged(waiting.pop(0)[1], b"", now)
+            connection.acknowledged(waiting.pop(0)[1], now)
     assert connection.speed >= FIRST_SPEED
 
 
@@ -164,9 +155,9 @@ def test_bursts_after_a_pause_show_the_speed_of_a_long_way_too():
     connection.ponged(-0.02, 0.0)
     for turn in range(20):
         now = float(turn)
-        numbers = [connection.number(item(), now)[0] for _ in range(2)]
+        numbers = [send(connection, item(), now) for _ in range(2)]
         for part, number in enumerate(numbers):
-            connection.acknowledged(number, b"", now + 0.02 + (part + 1) * MIB / 1e8)
+            connection.acknowledged(number, now + 0.02 + (part + 1) * MIB / 1e8)
     assert 0.9e8 < connection.speed < 1.1e8
 
 
@@ -177,8 +168,8 @@ def test_a_window_opens_with_what_has_been_delivered():
     for turn in range(2, 5):
         numbers = []
         while connection.inflight + MIB <= connection.window:
-            numbers.append(connection.number(item(), 0.036 * turn)[0])
-        connection.acknowledged(numbers[-1], b"", 0.036 * (turn + 1))
+            numbers.append(send(connection, item(), 0.036 * turn))
+        connection.acknowledged(numbers[-1], 0.036 * (turn + 1))
     assert 8 * MIN_WINDOW < connection.window <= MAX_WINDOW
 
 
@@ -195,10 +186,10 @@ def test_patience_follows_the_round_trips_seen():
     connection = RailConnection(_Rail())
     assert connection.patience_s == MIN_PATIENCE_S
     for turn in range(20):
-        number, _ = connection.number(item(0), float(turn))
-        connection.acknowledged(number, b"", turn + 0.5)
+        number = send(connection, item(0), float(turn))
+        connection.acknowledged(number, turn + 0.5)
     assert 1.0 <= connection.patience_s < 1.2
-    number, _ = connection.number(item(0), 30.0)
+    number = send(connection, item(0), 30.0)
     assert not connection.overdue(30.9) and connection.overdue(31.3)
 
 

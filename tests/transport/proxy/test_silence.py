@@ -187,8 +187,7 @@ def test_what_waits_on_a_silent_rail_is_not_waited_for_when_another_one_is_back(
         cable.cut = True
     for _ in range(4):
         pair.a.send(MIB)
-    pair.world.run(30.0)  # by now both are tried only now and then
-    assert min(connection.patience_factor for connection in pair.a.link.connections.values()) > 30
+    pair.world.run(30.0)  # by now both are asked only now and then
     pair.cables["tcp1"].heal()
     assert pair.settle() < 1.0
     pair.check(pair.a, 4)
@@ -210,18 +209,6 @@ def test_the_only_rail_turns_slow(pairs):
         pair.a.send(MIB)
     pair.settle(60.0)
     assert pair.a.link.retries == retries
-
-
-def test_one_lost_ping_is_no_silence(pairs):
-    pair = pairs(Cable("tcp0"), Cable("tcp1"))
-    connection = pair.a.link.connections["tcp0"]
-    rail = connection.rail
-    rail.mute = True
-    pair.a.link.ping("tcp0")
-    pair.world.run(0.01)
-    rail.mute = False
-    pair.world.run(5.0)
-    assert pair.a.lost == pair.b.lost == [] and pair.a.link.health["tcp0"].state is State.HEALTHY
 
 
 def test_a_rail_that_carries_one_way_only_is_given_up(pairs):

@@ -62,8 +62,6 @@ class Sink:
     def failed(self, rail, reason):
         self.lost = reason
 
-    def drained(self, rail): ...
-
 
 class Handshakes:
     """A listener and a dialer in one loop. What becomes of them: `rails`, or `reasons` and the log."""

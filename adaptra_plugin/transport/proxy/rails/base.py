@@ -1,8 +1,8 @@
 """What a rail is: one way for frames to travel to one peer.
 
-A rail carries frames in order and loses none, until it fails. It knows nothing of messages, retries or other rails:
-those are the link's (`proxy/link.py`), which is told of everything through `Sink`. All calls happen on the proxy's
-loop; none blocks.
+A rail carries frames in order and loses none, until it fails; it may stall, be slow, or damage bytes of a body on their
+way. It knows nothing of messages, retries or other rails: those are the link's (`proxy/link.py`), which is told of
+everything through `Sink`. All calls happen on the proxy's loop; none blocks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sink(Protocol):
 
     def place(self, rail: Rail, header: FrameHeader) -> list[memoryview] | None:
         """Where the body of a segment goes (`header.length` bytes in one or two windows of the receive ring); None: it has
-        come before and is to be thrown away. From then on until `arrived` or `failed` the room is not used for anything
+        come before and is to be thrown away. Until `arrived`, `failed` or `Rail.discard` the room is not used for anything
         else. Raises MalformedFrame."""
 
     def arrived(self, rail: Rail, header: FrameHeader, body: bytes = b"") -> None:
@@ -62,9 +62,6 @@ class Sink(Protocol):
 
     def failed(self, rail: Rail, reason: str) -> None:
         """The rail is unusable from now on, and closed. Never called from within `submit` or `close`."""
-
-    def drained(self, rail: Rail) -> None:
-        """All that was submitted has left this process."""
 
 
 class Rail(ABC):
@@ -95,11 +92,13 @@ class Rail(ABC):
     def backlog(self) -> int:
         """Bytes submitted that have not left this process, headers included."""
 
-    def discard(self, header: FrameHeader) -> bool:
-        """The bytes of a segment that is on its way in have come another way: the rail may drop what is still to come, and
-        lets go of the room that `place` gave. True if it has; False (it cannot) leaves all as it was. `arrived` follows at
-        the end either way."""
-        return False
+    def flush(self) -> None:  # noqa: B027  not every rail gathers
+        """What was submitted leaves now: the link calls it at the end of each turn. A rail may have sent it before."""
+
+    def discard(self) -> None:  # noqa: B027  nor is in the middle of something
+        """The segment that is on its way in comes another way: the rest of it is thrown away, and the room that `place` gave
+        is let go of. `arrived` follows at its end all the same. Only a rail that calls `place` before all has come can be
+        in the middle of a segment."""
 
     @abstractmethod
     def close(self) -> None:

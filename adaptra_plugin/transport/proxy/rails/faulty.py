@@ -10,24 +10,18 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
-from adaptra_plugin.transport.proxy.loop import Timer
+from adaptra_plugin.transport.proxy.loop import Clockwork, Timer
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind
 
 SLOW_LINK = "slow link"
 """Kind of the faults that `simulate.links` describes."""
-
-
-class Clockwork(Protocol):
-    """What is needed of the loop."""
-
-    def clock(self) -> float: ...
-    def call_at(self, when: float, run: Callable[[], None]) -> Timer: ...
-    def post(self, run: Callable[[], None]) -> None: ...
+STALL_STEP_S = 0.01
+"""How often to look whether a rail that is stalled goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +121,8 @@ class FaultyRail(Rail):
         self._count = itertools.count()
         self._timer: Timer | None = None
         self._free_at = self._in_order = 0.0
-        self._numbered = [0.0, 0.0]  # when the last frame of state, and the last segment, was due
+        self._numbered_due = 0.0  # when the last frame with a number was due
+        self._acked = 0
         self._dying = False
         loop.post(self._perhaps_die)
 
@@ -138,8 +133,11 @@ class FaultyRail(Rail):
     def backlog(self) -> int:
         return self.inner.backlog + self._held_bytes
 
-    def discard(self, header: FrameHeader) -> bool:
-        return self.inner.discard(header)
+    def flush(self) -> None:
+        self.inner.flush()
+
+    def discard(self) -> None:
+        self.inner.discard()
 
     def close(self) -> None:
         if not self.closed:
@@ -156,18 +154,10 @@ class FaultyRail(Rail):
         self._perhaps_die()
         if self.closed or self._dying:
             return
-        copies = 1
-        for fault, chance in self._of("loss", "corruption", "duplication"):
-            if chance.random() >= (fault.rate or 0.0):
-                continue
-            if fault.kind == "loss":
-                return
-            if fault.kind == "duplication":
-                copies += 1
-            else:
+        for fault, chance in self._of("corruption"):
+            if chance.random() < (fault.rate or 0.0):
                 frame = self._damaged(frame, fault, chance)
-        for _ in range(copies):
-            self._hold(frame, self._due(frame))
+        self._hold(frame, self._due(frame))
 
     def _of(self, *kinds: str) -> list[tuple[RailFault, random.Random]]:
         return [found for found in self._faults if found[0].kind in kinds and self._plan.active(found[0])]
@@ -183,31 +173,39 @@ class FaultyRail(Rail):
             due += fault.ms / 1e3
         for fault, chance in self._of("jitter"):
             due += chance.random() * fault.ms / 1e3
-        for fault, chance in self._of("reordering"):
-            if chance.random() < (fault.rate or 0.0):
-                return due + fault.ms / 1e3  # others overtake it
         due = self._in_order = max(self._in_order, due)
-        if header.sequence and header.kind != FrameKind.RAIL:  # rails come up whatever the link is like
+        return self._behind_transfers(header, due) if header.sequence else due
+
+    def _behind_transfers(self, header: FrameHeader, due: float) -> float:
+        """A slow link delays transfers, and what comes behind them, but neither acknowledgements nor what measures the rail."""
+        if header.kind == FrameKind.SEGMENT:
             # counted from when the message was ready: transfers overlap, only their latency grows
-            segment = header.kind == FrameKind.SEGMENT
-            latency = sum(fault.ms for fault, _ in self._of(SLOW_LINK)) / 1e3
-            # in order among themselves: what a receiver still says of old transfers must not hold up new ones
-            due = max(self._numbered[segment], due, (header.sent if segment else now) + latency)
-            self._numbered[segment] = due
+            due = max(due, header.sent + sum(fault.ms for fault, _ in self._of(SLOW_LINK)) / 1e3)
+        due = self._numbered_due = max(self._numbered_due, due)
+        if due > self._loop.clock() and header.ack > self._acked:
+            self._acked = header.ack
+            self._hold(Frame(FrameHeader(FrameKind.ACK, ack=header.ack)), self._in_order)
         return due
 
     def _hold(self, frame: Frame, due: float) -> None:
-        if due <= self._loop.clock():
+        now = self._loop.clock()
+        if due <= now and not self._stalled and not (self._held and self._held[0][0] <= now):
             self.inner.submit(frame)
             return
         heapq.heappush(self._held, (due, next(self._count), frame))
         self._held_bytes += HEADER_BYTES + frame.header.body_bytes
         self._arm()
 
+    @property
+    def _stalled(self) -> bool:
+        return bool(self._of("stall"))
+
     def _arm(self) -> None:
         if not self._held:
             return
         due = self._held[0][0]
+        if self._stalled:
+            due = max(due, self._loop.clock() + STALL_STEP_S)
         if self._timer is not None:
             if self._timer.when <= due:
                 return
@@ -216,7 +214,7 @@ class FaultyRail(Rail):
 
     def _let_go(self) -> None:
         self._timer = None
-        while self._held and self._held[0][0] <= self._loop.clock():
+        while self._held and self._held[0][0] <= self._loop.clock() and not self._stalled:
             _, _, frame = heapq.heappop(self._held)
             self._held_bytes -= HEADER_BYTES + frame.header.body_bytes
             self.inner.submit(frame)
@@ -256,10 +254,6 @@ class FaultyRail(Rail):
             self.garbled = self.inner.garbled
             self.close()
             self.sink.failed(self, reason)
-
-    def drained(self, rail: Rail) -> None:
-        if not self._held:
-            self.sink.drained(self)
 
 
 class _DamagedHeader(FrameHeader):

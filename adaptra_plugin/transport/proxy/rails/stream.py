@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, Frame
 
 _ROUNDS = 8
 """System calls for one rail before others get their turn."""
-_PIECES = 24
+_PIECES = 64
 """Pieces handed over in one system call."""
 _PIECE_BYTES = 8 << 20
+_AT_ONCE = 128 << 10
+"""Bytes that do not wait for the end of the turn."""
 _SCRATCH = 64 << 10
 """Bytes read at a time where small frames are expected."""
 _LOW_WATER = 512 << 10
@@ -31,7 +34,7 @@ class StreamRail(Rail):
         self.by_reference = kind is RailKind.SHM
         self._loop = loop
         self._sock = sock
-        self._out: deque[memoryview] = deque()
+        self._out: deque[memoryview | bytes] = deque()
         self._backlog = 0
         self._writing = False
         self._broken: str | None = None
@@ -62,14 +65,19 @@ class StreamRail(Rail):
     def submit(self, frame: Frame) -> None:
         if self.closed or self._broken is not None:
             return
-        head = memoryview(frame.header.pack())
-        pieces = [head, *(memoryview(piece).cast("B") for piece in frame.body)]
-        nbytes = sum(len(piece) for piece in pieces)
-        if frame.header.body_bytes != nbytes - HEADER_BYTES:
-            raise ValueError(f"a frame announces {frame.header.body_bytes} bytes and has {nbytes - HEADER_BYTES}")
-        self._out.extend(pieces)
-        self._backlog += nbytes
-        if not self._writing:
+        length = 0
+        self._out.append(frame.header.pack())
+        for piece in frame.body:
+            length += len(piece)
+            self._out.append(piece)
+        if frame.header.body_bytes != length:
+            raise ValueError(f"a frame announces {frame.header.body_bytes} bytes and has {length}")
+        self._backlog += HEADER_BYTES + length
+        if self._backlog >= _AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._out and not self._writing and self._broken is None:
             self._pump()
 
     @property
@@ -80,13 +88,14 @@ class StreamRail(Rail):
         for _ in range(_ROUNDS):
             if not self._out:
                 break
-            views = []
+            views: list[memoryview | bytes] = []
             room = _PIECE_BYTES
-            for index in range(min(_PIECES, len(self._out))):
-                views.append(self._out[index][:room])
-                room -= len(views[-1])
-                if room <= 0:
+            for piece in itertools.islice(self._out, _PIECES):
+                if len(piece) >= room:
+                    views.append(memoryview(piece)[:room])
                     break
+                views.append(piece)
+                room -= len(piece)
             try:
                 nbytes = self._sock.sendmsg(views)
             except BlockingIOError:
@@ -99,16 +108,14 @@ class StreamRail(Rail):
             while nbytes:
                 head = self._out[0]
                 if nbytes < len(head):
-                    self._out[0] = head[nbytes:]
+                    self._out[0] = memoryview(head)[nbytes:]
                     break
                 nbytes -= len(head)
                 self._out.popleft()
         if self._out:
             self._watch(writing=True)
             return
-        if self._writing:
-            self._watch(writing=False)
-            self.sink.drained(self)
+        self._watch(writing=False)
 
     def _watch(self, *, writing: bool) -> None:
         if writing != self._writing and not self.closed and self._broken is None:
@@ -152,25 +159,26 @@ class StreamRail(Rail):
 
     def _read_once(self) -> bool:
         """One system call; True if there may be more."""
-        if self._header is None or not (self._windows or self._waste):
-            limit = HEADER_BYTES if self._bulk else _SCRATCH
-            nbytes = self._sock.recv_into(self._scratch[self._held : max(limit, self._held + 1)])
+        if self._header is None:
+            wanted = self._scratch[self._held : max(HEADER_BYTES if self._bulk else _SCRATCH, self._held + 1)]
+            nbytes = self._sock.recv_into(wanted)
             if nbytes:
                 self._held += nbytes
                 self._parse()
         elif self._waste:
-            nbytes = len(self._sock.recv(min(self._waste, _PIECE_BYTES)))
+            wanted = self._scratch[: self._waste]
+            nbytes = self._sock.recv_into(wanted)
             self._waste -= nbytes
         else:
-            window = self._windows[0]
-            nbytes = self._sock.recv_into(window[:_PIECE_BYTES])
+            wanted = self._windows[0][:_PIECE_BYTES]
+            nbytes = self._sock.recv_into(wanted)
             self._filled(nbytes)
         if not nbytes:
             self._fail(_CLOSED)
             return False
         if self._header is not None and not (self._windows or self._waste):
             self._complete()
-        return True
+        return nbytes == len(wanted) or self._pending is not None  # TLS gives a record at a time
 
     def _filled(self, nbytes: int) -> None:
         window = self._windows.popleft()
@@ -179,42 +187,56 @@ class StreamRail(Rail):
 
     def _parse(self) -> None:
         """Takes frames out of the scratch; the rest of the last one, if it is long, is read to where it belongs."""
-        at = 0
+        scratch, sink, at = self._scratch, self.sink, 0
         while self._held - at >= HEADER_BYTES and not self.closed:
-            header = parse(self._scratch[at : at + HEADER_BYTES], limit=self.sink.limit, lanes=self.sink.lanes)
+            header = parse(scratch, limit=sink.limit, lanes=sink.lanes, at=at)
             at += HEADER_BYTES
-            self._header = header
             length = header.body_bytes
             self._bulk = length > _SCRATCH
-            if header.kind == FrameKind.SEGMENT and length:
-                windows = self.sink.place(self, header)
-                self._waste = length if windows is None else 0
-                self._windows.extend(windows or ())
-            elif length:
-                self._body = bytearray(length)
-                self._windows.append(memoryview(self._body))
-            while at < self._held and (self._windows or self._waste):
-                if self._waste:
-                    step = min(self._waste, self._held - at)
-                    self._waste -= step
-                else:
-                    step = min(len(self._windows[0]), self._held - at)
-                    self._windows[0][:step] = self._scratch[at : at + step]
-                    self._filled(step)
-                at += step
-            if self._windows or self._waste:
+            if self._held - at < length:
+                self._begin(header, length)
+                self._spread(scratch[at : self._held])
+                at = self._held
                 break
-            self._complete()
+            body = b""
+            if header.kind is not FrameKind.SEGMENT:
+                body = bytes(scratch[at : at + length])
+            elif length and (windows := sink.place(self, header)) is not None:
+                self._windows.extend(windows)
+                self._spread(scratch[at : at + length])
+            at += length
+            sink.arrived(self, header, body)
         rest = self._held - at
         if rest and at:
-            self._scratch[:rest] = bytes(self._scratch[at : self._held])
+            scratch[:rest] = bytes(scratch[at : self._held])
         self._held = rest
+
+    def _begin(self, header: FrameHeader, length: int) -> None:
+        """Of a frame, only the header has come, or not all of the body."""
+        self._header = header
+        if header.kind is not FrameKind.SEGMENT:
+            self._body = bytearray(length)
+            self._windows.append(memoryview(self._body))
+        elif (windows := self.sink.place(self, header)) is not None:
+            self._windows.extend(windows)
+        else:
+            self._waste = length
+
+    def _spread(self, piece: memoryview) -> None:
+        """What has come of a body goes where it belongs."""
+        if self._waste:
+            self._waste -= len(piece)
+            return
+        while len(piece):
+            step = min(len(self._windows[0]), len(piece))
+            self._windows[0][:step] = piece[:step]
+            self._filled(step)
+            piece = piece[step:]
 
     def _complete(self) -> None:
         header, body = self._header, bytes(self._body)
         assert header is not None
         self._header, self._body = None, bytearray()
-        self._expect()
         self.sink.arrived(self, header, body)
 
     def _expect(self) -> None:
@@ -225,13 +247,9 @@ class StreamRail(Rail):
             self._low = low
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
 
-    def discard(self, header: FrameHeader) -> bool:
-        current = self._header
-        if current is None or current.sequence != header.sequence or current.kind != FrameKind.SEGMENT:
-            return False
+    def discard(self) -> None:
         self._waste += sum(map(len, self._windows))
         self._windows.clear()
-        return True
 
     # --- the end
 
@@ -250,6 +268,7 @@ class StreamRail(Rail):
 
     def close(self) -> None:
         if not self.closed:
+            self.flush()  # last words of this turn
             self.closed = True
             self._loop.watch(self._sock, 0, self._ready)
             self._sock.close()

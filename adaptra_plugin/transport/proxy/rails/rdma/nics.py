@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.proxy import verbs
-from adaptra_plugin.transport.proxy.arp import ArpQuery
 from adaptra_plugin.transport.proxy.loop import READ, Descriptor, Loop, Timer
-from adaptra_plugin.transport.proxy.verbs import Device, Gid, Port, QueuePair, Region, VerbsError
+from adaptra_plugin.transport.proxy.rails.rdma import verbs
+from adaptra_plugin.transport.proxy.rails.rdma.arp import ArpQuery
+from adaptra_plugin.transport.proxy.rails.rdma.verbs import Device, Gid, Port, QueuePair, Region, VerbsError
 
 RETIRED_S = 5.0
 """Until a queue pair that is out of service is destroyed (s)."""

@@ -14,27 +14,26 @@ end accepts only once it knows the way to the other one (`arp`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.memfd import Memfd
-from adaptra_plugin.transport.proxy import nics
-from adaptra_plugin.transport.proxy.arp import ArpQuery
-from adaptra_plugin.transport.proxy.link import Link
 from adaptra_plugin.transport.proxy.loop import Loop, Timer
-from adaptra_plugin.transport.proxy.nics import Nic
-from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind
-from adaptra_plugin.transport.proxy.rails.rdma import LANDING_BYTES, RdmaRail
+from adaptra_plugin.transport.proxy.rails.base import Rail, RailKind, Sink
+from adaptra_plugin.transport.proxy.rails.rdma import nics
+from adaptra_plugin.transport.proxy.rails.rdma.arp import ArpQuery
+from adaptra_plugin.transport.proxy.rails.rdma.nics import Nic
+from adaptra_plugin.transport.proxy.rails.rdma.rail import LANDING_BYTES, RdmaRail
+from adaptra_plugin.transport.proxy.rails.rdma.verbs import VerbsError
+from adaptra_plugin.transport.proxy.rails.setup import Local, RailFactory, RailSetup, Remote
 from adaptra_plugin.transport.proxy.settings import ProxySettings
-from adaptra_plugin.transport.proxy.verbs import VerbsError
 from adaptra_plugin.transport.proxy.wire import FrameHeader, MalformedFrame
-from adaptra_plugin.transport.types import Direction
 
 MAX_TEXT = 500
+_WITH_TLS = "adaptra.transport.tls is set, and RDMA does not encrypt"
 
 
-class Ports:
+class RdmaFactory(RailFactory):
     """The RDMA ports that a proxy uses, open; `why_none` if there are none."""
 
     def __init__(self) -> None:
@@ -42,11 +41,11 @@ class Ports:
         self.why_none = "adaptra.transport.rail rules it out"
 
     def find(self, loop: Loop, settings: ProxySettings) -> None:
-        """Opens what the configuration wants and the machine has. Never raises: what is missing is a reason."""
-        if not settings.wants(RailKind.RDMA):
+        """What is missing is a reason."""
+        if not settings.wants(RailKind.RDMA.word):
             return
         if settings.tls:
-            self.why_none = "adaptra.transport.tls is set, and RDMA does not encrypt"
+            self.why_none = _WITH_TLS
             return
         if not settings.rdma_devices:
             self.why_none = "adaptra.transport.rdma_devices is empty"
@@ -57,17 +56,18 @@ class Ports:
             for problem in problems:
                 log.warning("an RDMA port is not used: %s", problem)
 
-    def infos(self) -> tuple[dict[str, Any], ...]:
-        """For `EndpointInfo.rdma`."""
-        return tuple(nic.info() for nic in self.nics)
+    def advertised(self) -> dict[str, Any]:
+        return {"rdma": tuple(nic.info() for nic in self.nics)}
+
+    def setup(self, local: Local, peer: Remote) -> RailSetup:
+        return RdmaRails(self, local, peer)
 
     def abandon(self) -> None:
-        """In a forked child: what is open belongs to the parent, and closing it here would close it there."""
+        """Closing here what is open would close it there."""
         for nic in self.nics:
             nic.device.abandon()
 
     def close(self) -> None:
-        """After all rails over them."""
         for nic in self.nics:
             nic.close()
         self.nics.clear()
@@ -80,7 +80,7 @@ class _Attempt:
     arp_query: ArpQuery
     timer: Timer
 
-    def __init__(self, number: int, link: Link, on_failed: Callable[[str], None]) -> None:
+    def __init__(self, number: int, link: Sink, on_failed: Callable[[str], None]) -> None:
         self.number = number
         self.answered = False
         self.limit, self.lanes = link.limit, link.lanes
@@ -95,8 +95,6 @@ class _Attempt:
     def failed(self, rail: Rail, reason: str) -> None:
         self._on_failed(reason)
 
-    def drained(self, rail: Rail) -> None: ...
-
     def end(self) -> None:
         """It is no attempt any more."""
         self.arp_query.close()
@@ -107,66 +105,49 @@ class _Attempt:
         self.rail.close()
 
 
-class RdmaSetup:
-    """Makes the RDMA rails to one neighbour; one attempt a rail at a time.
+class RdmaRails(RailSetup):
+    """The RDMA rails to one neighbour; one attempt a rail at a time. The other rails carry the notes."""
 
-    Args:
-        link: carries the notes, and is the sink of rails that stand.
-        mine, theirs: this proxy's ports, and the other one's as its card has them.
-        rings: what is sent from.
-        segment_bytes: longest segment; the landing holds several.
-        timeout_s: for an attempt, from the offer to the first word of the other end.
-        dials: whether this end makes the offers.
-        on_up: a rail stands. on_failed: `(name, why)`, at the dialling end: this attempt will not succeed.
-    """
+    kind = RailKind.RDMA
 
-    def __init__(
-        self,
-        loop: Loop,
-        link: Link,
-        mine: Sequence[Nic],
-        theirs: Sequence[Mapping[str, Any]],
-        rings: Mapping[tuple[Direction, int], Memfd],
-        *,
-        segment_bytes: int,
-        timeout_s: float,
-        dials: bool,
-        on_up: Callable[[RdmaRail], None],
-        on_failed: Callable[[str, str], None],
-    ) -> None:
-        self._loop = loop
-        self._link = link
-        self._nics = list(mine)
-        self._rings = dict(rings)
-        self._timeout_s = timeout_s
-        self._dials = dials
-        self._on_up, self._on_failed = on_up, on_failed
-        self._theirs = list(theirs)
-        self._pairs = nics.pairs([nic.info() for nic in mine], theirs)
-        self.names = [f"rdma{index}" for index in range(len(self._pairs))]
-        """The same at both ends, though they may number their ports differently."""
+    def __init__(self, factory: RdmaFactory, local: Local, peer: Remote) -> None:
+        super().__init__(local, peer)
+        settings = local.settings
+        self._nics = factory.nics
+        self._timeout_s = settings.handshake_timeout_s
+        self._theirs = peer.endpoint_info.rdma
+        self._pairs = nics.pairs([nic.info() for nic in self._nics], self._theirs)
         self._attempts: dict[str, _Attempt] = {}
         self._numbers: dict[str, int] = {}  # of the newest attempt: notes may overtake each other
-        self._begun = self._closed = False
+        self._closed = False
         # never more under way than the peer's rings hold; room for a segment must always come free
-        rings_bytes = sum(ring.capacity for ring in self._rings.values())
-        self._landing_bytes = max(min(LANDING_BYTES, rings_bytes), 4 * segment_bytes)
+        rings_bytes = sum(ring.capacity for ring in peer.rings.values())
+        self._landing_bytes = max(min(LANDING_BYTES, rings_bytes), 4 * (settings.segment_kib << 10))
+        if not peer.near or peer.by_reference or not settings.wants(self.kind.word):
+            return
+        # the same at both ends, though they may number their ports differently
+        self.names = tuple(f"{self.kind.word}{index}" for index in range(len(self._pairs)))
+        if local.tls is not None:
+            self._rule_out(_WITH_TLS)
+        elif not factory.nics:
+            self._rule_out(factory.why_none)
+        elif not self._theirs:
+            self._rule_out("the other end offers none, see its log")
+        elif not self._pairs:
+            self._rule_out("its ports are of another kind")
+
+    @property
+    def needs_carrier(self) -> bool:
+        return True
 
     # --- the dialling end
-
-    def begin(self) -> None:
-        """A rail stands that can carry notes; the first call counts."""
-        if self._dials and not self._begun:
-            self._begun = True
-            for name in self.names:
-                self.dial(name)
 
     def dial(self, name: str) -> None:
         """Offers a rail, in place of an attempt that is being made."""
         if self._closed:
             return
         number = self._numbers[name] = self._numbers.get(name, 0) + 1
-        mine, theirs = self._pairs[int(name.removeprefix("rdma"))]
+        mine, theirs = self._pairs[self.names.index(name)]
         try:
             offer = self._attempt(name, number, self._nics[mine], theirs).rail.offer()
         except VerbsError as error:
@@ -194,8 +175,10 @@ class RdmaSetup:
         if self._closed or self._numbers.get(name) != number:
             return
         self._forget(name)
-        if self._dials:
-            self._on_failed(name, why)
+        if self._peer.dials and not self._peer.over:
+            self._peer.later(name)
+            if not self._peer.announced:
+                self._peer.skip(name, why)
 
     # --- the other end
 
@@ -208,7 +191,7 @@ class RdmaSetup:
             if type(port) is not int or not 0 <= port < len(self._nics):
                 raise VerbsError(f"the offer of rail {name} is for port {str(port)[:20]}; there are {len(self._nics)}")
             # it offers anew because its end has failed, which this end may not have noticed yet
-            self._link.drop_rail(name, "the other end has connected anew")
+            self._peer.link.drop_rail(name, "the other end has connected anew")
             theirs = next((theirs for mine, theirs in self._pairs if mine == port), None)
             attempt = self._attempt(name, number, self._nics[port], theirs)
         except VerbsError as error:
@@ -232,12 +215,16 @@ class RdmaSetup:
 
     # --- both
 
-    def message(self, message: Mapping[str, Any]) -> None:
-        """A note of the other end about one of these rails."""
-        name, number = message.get("rdma"), message.get("attempt")
-        if self._closed or not isinstance(name, str) or name not in self.names or type(number) is not int:
+    def message(self, message: dict[str, Any]) -> None:
+        name, number = message.get(self.kind.word), message.get("attempt")
+        if isinstance(name, str) and name in self.names and type(number) is int:
+            # not from here: the link is in the middle of a frame
+            self._loop.post(functools.partial(self._note, name, number, message))
+
+    def _note(self, name: str, number: int, message: Mapping[str, Any]) -> None:
+        if self._closed:
             return
-        if not self._dials:
+        if not self._peer.dials:
             self._offered(name, number, message)
         elif isinstance(why := message.get("refused"), str):
             self._give_up(name, number, f"the other end says: {why[:MAX_TEXT]}")
@@ -247,8 +234,8 @@ class RdmaSetup:
     def _attempt(self, name: str, number: int, nic: Nic, theirs: int | None) -> _Attempt:
         """`theirs`: which of the other end's ports. Raises VerbsError."""
         self._forget(name)
-        attempt = _Attempt(number, self._link, functools.partial(self._give_up, name, number))
-        attempt.rail = RdmaRail(name, attempt, nic, self._rings, landing_bytes=self._landing_bytes)
+        attempt = _Attempt(number, self._peer.link, functools.partial(self._give_up, name, number))
+        attempt.rail = RdmaRail(name, attempt, nic, self._peer.rings, landing_bytes=self._landing_bytes)
         attempt.rail.on_heard = functools.partial(self._stands, name, attempt)
         attempt.arp_query = nic.arp_query(self._theirs[theirs] if theirs is not None else {})
         attempt.timer = self._loop.call_later(self._timeout_s, functools.partial(self._late, name, attempt))
@@ -266,19 +253,21 @@ class RdmaSetup:
         if self._attempts.get(name) is attempt:
             del self._attempts[name]
             attempt.end()
-            attempt.rail.sink = self._link
-            self._on_up(attempt.rail)
+            attempt.rail.sink = self._peer.link
+            if self._peer.over:
+                attempt.rail.close()
+            else:
+                self._peer.stands(attempt.rail)
 
     def _forget(self, name: str) -> None:
         if (attempt := self._attempts.pop(name, None)) is not None:
             attempt.close()
 
     def _tell(self, name: str, number: int, **fields: Any) -> None:
-        self._link.send_rail_message({"rdma": name, "attempt": number, **fields})
-        self._link.pump()
+        self._peer.link.send_rail_message({self.kind.word: name, "attempt": number, **fields})
+        self._peer.link.pump()
 
     def close(self) -> None:
-        """No more attempts. Idempotent."""
         self._closed = True
         for name in list(self._attempts):
             self._forget(name)

@@ -18,8 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptra_plugin.transport.proxy.queues import MTUS, Completion, Completions, QueuePair, Region, Work
-from adaptra_plugin.transport.proxy.verbs_library import Gid, VerbsError, event_descriptors, load, status_text, told
+from adaptra_plugin.transport.proxy.rails.rdma.queues import MTUS, Completion, Completions, QueuePair, Region, Work
+from adaptra_plugin.transport.proxy.rails.rdma.verbs_library import (
+    Gid,
+    VerbsError,
+    event_descriptors,
+    load,
+    status_text,
+    told,
+)
 
 __all__ = [
     "Completion",

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from adaptra_plugin.transport.proxy.verbs_library import Gid, VerbsError, event_descriptors, load, told
+from adaptra_plugin.transport.proxy.rails.rdma.verbs_library import Gid, VerbsError, event_descriptors, load, told
 
 MTUS = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
 """ibv_mtu -> bytes."""

@@ -17,7 +17,6 @@ wrong (no acknowledgement after all retries, the port down, an error of the queu
 from __future__ import annotations
 
 import functools
-import mmap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,11 @@ from typing import Any
 
 from adaptra_plugin.transport.memfd import Memfd
 from adaptra_plugin.transport.proxy.loop import READ, Timer
-from adaptra_plugin.transport.proxy.nics import Nic
 from adaptra_plugin.transport.proxy.rails.base import Frame, Rail, RailKind, Sink
-from adaptra_plugin.transport.proxy.rails.slots import (
+from adaptra_plugin.transport.proxy.rails.rdma.nics import Nic
+from adaptra_plugin.transport.proxy.rails.rdma.offer import check, offer_of
+from adaptra_plugin.transport.proxy.rails.rdma.queue_memory import SLOT_BYTES, Pieces, QueueMemory
+from adaptra_plugin.transport.proxy.rails.rdma.slots import (
     IMMEDIATES,
     PREFIX_BYTES,
     Budget,
@@ -36,34 +37,17 @@ from adaptra_plugin.transport.proxy.rails.slots import (
     SlotKind,
     parse_prefix,
 )
-from adaptra_plugin.transport.proxy.verbs import Completion, Region, VerbsError, Work, status_text
+from adaptra_plugin.transport.proxy.rails.rdma.verbs import Completion, VerbsError, status_text
 from adaptra_plugin.transport.proxy.wire import HEADER_BYTES, FrameHeader, FrameKind, MalformedFrame, parse
 from adaptra_plugin.transport.types import Direction
 
-VERSION = 2
 SLOTS = 256
 """Receives that are posted, and sends that may be under way."""
-SLOT_BYTES = 4096
 LANDING_BYTES = 64 << 20
 """Bodies that may be under way: as many as a link ever has on one rail."""
-GATHER = 3
-"""Pieces of a segment: its header, and its body in two, where its ring or an extent of it ends."""
 _HEAD = PREFIX_BYTES + HEADER_BYTES  # in front of a body in the landing
 SLOWEST = 1e6
 """A wire that moves fewer bytes per second counts as dead, if nothing else is acknowledged meanwhile."""
-_RECEIVE = 1 << 32  # bit of the request numbers of receives
-_OFFER: dict[str, tuple[int, int]] = {  # field -> smallest and largest value
-    "version": (VERSION, VERSION),
-    "number": (0, (1 << 24) - 1),
-    "psn": (0, (1 << 24) - 1),
-    "lid": (0, (1 << 16) - 1),
-    "mtu": (256, 4096),
-    "slots": (4, 1 << 16),
-    "slot_bytes": (512, 1 << 16),
-    "landing": (SLOT_BYTES, 1 << 31),  # positions in it are told by their last 32 bits
-    "address": (1, (1 << 64) - 1),
-    "key": (0, (1 << 32) - 1),
-}
 
 
 @dataclass(slots=True)
@@ -72,8 +56,8 @@ class _Waiting:
 
     header: FrameHeader
     rest: memoryview
-    body: tuple[tuple[Region, int, int], ...] = ()
-    """(region, offset, bytes) of a segment's body in its ring."""
+    body: Pieces = ()
+    """Of a segment, in its ring."""
 
     @property
     def nbytes(self) -> int:
@@ -113,9 +97,8 @@ class RdmaRail(Rail):
         self._watchdog: Timer | None = None
         self._progress = 0.0  # when the oldest send that is under way became the oldest
         self._memfds = dict(rings)
-        self._count = slots
         self._broken: str | None = None
-        self._offered = self._connected = False
+        self._offered = False
         self._open = False  # the other end is known to be ready
         self._heard = False
         self.on_heard: Callable[[], None] = lambda: None
@@ -124,47 +107,16 @@ class RdmaRail(Rail):
         self._slot_bytes = SLOT_BYTES
         self._budget = Budget(slots, landing_bytes)
         self._debt = Debt(slots, landing_bytes)
-        self._target = (0, 0)  # address and key of the other end's landing
+        self._target = (0, 0, 0)  # address, key and size of the other end's landing
         self._waiting: deque[_Waiting] = deque()
         self._posted: deque[tuple[int, int]] = deque()  # (slot, bytes) under way, oldest first
         self._free = deque(range(slots))
         self._backlog = 0
         self._partial: tuple[FrameHeader, bytearray] | None = None
-        device = nic.device
-        self._parts: list[Any] = []
-        if not nic.up():
-            raise VerbsError(f"{nic.name}: its port is down")
-        try:
-            for memfd in rings.values():
-                nic.ring(memfd)
-            self._send_memory = self._memory(slots * SLOT_BYTES)
-            self._send_region = self._owned(device.register(self._send_memory))
-            self._receive_memory = self._memory(slots * SLOT_BYTES)
-            self._receive_region = self._owned(device.register(self._receive_memory))
-            self._landing = self._memory(landing_bytes)
-            self._landing_region = self._owned(device.register(self._landing, remote_write=True))
-            # one request a segment, or as many as it has pieces where the device gathers none
-            self._gather = min(GATHER, device.max_gather)
-            self._completions = self._owned(device.completions((GATHER + 2) * slots))
-            wanted = (GATHER * slots, slots, nic.port.number, self._gather)
-            self._pair = self._owned(device.queue_pair(self._completions, *wanted))
-            for index in range(slots):
-                self._post_receive(index)
-        except BaseException:
-            self.close()
-            raise
+        self._memory = QueueMemory(nic, rings, slots, landing_bytes)
+        self._pair = self._memory.pair
         nic.listen(self._event)
-        self._loop.watch(self._completions, READ, self._ready)
-
-    @staticmethod
-    def _memory(nbytes: int) -> memoryview:
-        area = mmap.mmap(-1, nbytes)
-        area.madvise(mmap.MADV_DONTFORK)  # the device writes to these pages, not to a copy that a fork makes
-        return memoryview(area)
-
-    def _owned(self, part: Any) -> Any:
-        self._parts.append(part)
-        return part
+        self._loop.watch(self._memory.completions, READ, self._ready)
 
     def describe(self) -> str:
         return f"{self.name} ({self._nic.name} - {self._peer_text or 'not connected'})"
@@ -174,35 +126,14 @@ class RdmaRail(Rail):
     def offer(self) -> dict[str, Any]:
         """What the other end has to `accept`; plain values."""
         self._offered = True
-        gid = self._nic.gid
-        return {
-            "version": VERSION,
-            "name": self._nic.name,
-            "number": self._pair.number,
-            "psn": self._pair.psn,
-            "gid": gid.raw if gid else "",
-            "lid": self._nic.port.lid,
-            "mtu": self._nic.port.mtu,
-            "slots": self._count,
-            "slot_bytes": SLOT_BYTES,
-            "landing": self._landing_region.nbytes,
-            "address": self._landing_region.address,
-            "key": self._landing_region.rkey,
-        }
+        return offer_of(self._nic, self._memory)
 
     def accept(self, offer: Mapping[str, Any]) -> None:
         """Connects with the end that made the offer. Raises VerbsError, also for offers that make no sense."""
-        for field, (least, most) in _OFFER.items():
-            value = offer.get(field)
-            if type(value) is not int or not least <= value <= most:
-                raise VerbsError(f"the offer of rail {self.name} has {field} {value!r}; {least} to {most} is possible")
-        gid = offer.get("gid")
-        if not isinstance(gid, str) or bool(gid) != (self._nic.gid is not None):
-            raise VerbsError(
-                f"the offer of rail {self.name} has the address {gid!r}, which {self._nic.name} cannot reach"
-            )
+        check(offer, self.name, self._nic)
+        gid = offer["gid"]
         timeout_exponent, retries = self._patience
-        self._connected = True
+        self._memory.connected = True
         self._pair.connect(
             self._nic.gid if gid else None,
             number=offer["number"],
@@ -216,7 +147,7 @@ class RdmaRail(Rail):
         self._peer_text = str(offer.get("name", ""))[:80]
         self._slot_bytes = min(SLOT_BYTES, offer["slot_bytes"])
         self._budget = Budget(offer["slots"], offer["landing"])
-        self._target = (offer["address"], offer["key"])
+        self._target = (offer["address"], offer["key"], offer["landing"])
         if self._offered:
             self._open = True
             self._post(SlotKind.CREDIT, b"", 0)  # the other end waits to hear from this one
@@ -297,7 +228,7 @@ class RdmaRail(Rail):
         payload: bytes | memoryview,
         nbytes: int,
         *,
-        body: tuple[tuple[Region, int, int], ...] = (),
+        body: Pieces = (),
         at: int = 0,
         more: bool = False,
     ) -> None:
@@ -305,11 +236,7 @@ class RdmaRail(Rail):
         it has. Raises VerbsError."""
         slot = self._free.popleft()
         emptied, landed = self._debt.told()
-        prefix = Prefix(kind, len(payload), self._budget.sent, emptied, landed, at, more)
-        start = slot * SLOT_BYTES
-        total = PREFIX_BYTES + len(payload)
-        self._send_memory[start : start + PREFIX_BYTES] = prefix.pack()
-        self._send_memory[start + PREFIX_BYTES : start + total] = payload
+        prefix = Prefix(kind, len(payload), self._budget.sent, emptied, landed, at, more).pack()
         self._budget.sent += 1
         if not self._posted:
             self._progress = self._loop.clock()
@@ -317,31 +244,15 @@ class RdmaRail(Rail):
                 self._watchdog = self._loop.call_later(self._silence_s, self._watch_progress)
         self._posted.append((slot, nbytes))
         if body:
-            self._pair.post(self._writes(slot, ((self._send_region, start, total), *body), at))
+            self._memory.write(slot, prefix, payload, body, at, self._target)
         else:
-            self._pair.post([Work(slot, self._send_region, start, total)])
-
-    def _writes(self, slot: int, parts: Sequence[tuple[Region, int, int]], at: int) -> list[Work]:
-        """As few requests as the device can make of these pieces; the last one tells, of both ends, that all is done."""
-        address, key = self._target
-        target = address + at % self._budget.landing
-        works = []
-        for index in range(0, len(parts), self._gather):
-            first, *more = parts[index : index + self._gather]
-            last = index + self._gather >= len(parts)
-            immediate = at % IMMEDIATES if last else None
-            works.append(Work(slot, *first, (target, key), immediate, signaled=last, more=tuple(more)))
-            target += first[2] + sum(nbytes for _, _, nbytes in more)
-        return works
-
-    def _post_receive(self, index: int) -> None:
-        self._pair.post_receive(_RECEIVE | index, self._receive_region, index * SLOT_BYTES, SLOT_BYTES)
+            self._memory.post(slot, prefix, payload)
 
     # --- completions
 
     def _ready(self, mask: int) -> None:
         try:
-            for completion in self._completions.drain():
+            for completion in self._memory.completions.drain():
                 if self.closed or self._broken is not None:
                     return
                 if completion.status:
@@ -355,8 +266,6 @@ class RdmaRail(Rail):
             self._pump()
             if self._debt.due and self._open and self._free and self._budget.free_slots:
                 self._post(SlotKind.CREDIT, b"", 0)
-            if not self._posted and not self._waiting:
-                self.sink.drained(self)
         except VerbsError as error:
             self._fail(str(error))
         except MalformedFrame as error:
@@ -389,19 +298,16 @@ class RdmaRail(Rail):
             self._watchdog = self._loop.call_later(patience - silent, self._watch_progress)
 
     def _received(self, completion: Completion) -> None:
-        index = completion.request & (_RECEIVE - 1)
-        if completion.immediate is None:
-            start = index * SLOT_BYTES
-            slot = self._receive_memory[start : start + completion.nbytes]
-        else:
+        index, slot = self._memory.received(completion)
+        if completion.immediate is not None:
             start, stop = self._debt.window(self._debt.position(completion.immediate), _HEAD)
-            slot = self._landing[start:stop]
+            slot = self._memory.landing[start:stop]
         prefix = parse_prefix(slot, self._debt.emptied)
         if (prefix.kind is SlotKind.SEGMENT) != (completion.immediate is not None):
             raise MalformedFrame(f"a slot of kind {prefix.kind.name.lower()} came the wrong way")
         payload = bytes(slot[PREFIX_BYTES:])
         self._debt.emptied += 1
-        self._post_receive(index)
+        self._memory.post_receive(index)
         self._budget.returned(prefix)
         if not self._heard:
             self._heard = True
@@ -446,7 +352,7 @@ class RdmaRail(Rail):
             raise MalformedFrame(f"a {header.kind.name.lower()} frame has a body in the landing")
         start, stop = self._debt.window(at, _HEAD + header.length)
         try:
-            self._deliver(header, self._landing[start + _HEAD : stop])
+            self._deliver(header, self._memory.landing[start + _HEAD : stop])
         finally:
             self._debt.landed = at + _HEAD + header.length
 
@@ -477,7 +383,7 @@ class RdmaRail(Rail):
         """Tells the link from the loop, not from here: it may be in the middle of using this rail."""
         if not self.closed and self._broken is None:
             self._broken = reason
-            self._loop.watch(self._completions, 0, self._ready)
+            self._loop.watch(self._memory.completions, 0, self._ready)
             self._loop.post(functools.partial(self._report, reason))
 
     def _report(self, reason: str) -> None:
@@ -493,10 +399,8 @@ class RdmaRail(Rail):
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
-        if hasattr(self, "_completions"):
-            self._loop.watch(self._completions, 0, self._ready)
-        self._nic.retire(self._pair if self._connected else None, self._parts[::-1])
-        self._parts.clear()
+        self._loop.watch(self._memory.completions, 0, self._ready)
+        self._memory.close()
         self._waiting.clear()
         self._posted.clear()
         self._partial = None
