@@ -4,7 +4,7 @@
 
 Four stages x 12 microbatches of a byte-level GPT that is so small that what is not compute shows. As it is, or **paced** (F/I/W 12/12/8 ms:
 a stage really trains, then sleeps to its budget), then with a slow link 1-2 (36 ms) as well, against the plan that ran. Printed are
-medians over the last half of the iterations, and CPU time of all processes: of a longer run less that of a shorter one.
+medians over the second half of the iterations: time, and CPU time of the ranks with all their threads and proxies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,10 +27,10 @@ LATENCY_MS = 36
 DEADLINE_S = 400.0
 
 
-def train(folder: Path, options: argparse.Namespace, iterations: int, *, adaptra: bool, slow: bool) -> dict[str, Any]:
-    """One run: iteration times (ms), CPU time of all its processes (s), the makespan (ms) that the last plan predicts, losses."""
+def train(folder: Path, options: argparse.Namespace, *, adaptra: bool, slow: bool) -> dict[str, Any]:
+    """One run: an iteration's time and its CPU time over all processes (ms), the makespan (ms) that the last plan predicts, losses."""
     folder.mkdir(parents=True)
-    links = [{"src": 1, "dst": 2, "latency_ms": LATENCY_MS, "from_iteration": iterations // 4}]
+    links = [{"src": 1, "dst": 2, "latency_ms": LATENCY_MS, "from_iteration": options.iterations // 4}]
     block = {
         "enabled": adaptra,
         "report": {"directory": str(folder / "events"), "wandb": "off"},
@@ -56,44 +55,25 @@ def train(folder: Path, options: argparse.Namespace, iterations: int, *, adaptra
             str(free_port()),
         ),
         *("--module", "adaptra_plugin.launch.train_gpt", "--deepspeed_config", str(path), "--stages", str(STAGES)),
-        *("--iterations", str(iterations), "--width", str(options.width), "--result", str(folder / "result")),
+        *("--iterations", str(options.iterations), "--width", str(options.width), "--result", str(folder / "result")),
     ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     log = folder / "log"
     with log.open("w") as sink:
         code = subprocess.run(command, env=environment, stdout=sink, stderr=sink, timeout=DEADLINE_S).returncode
     if code:
         raise SystemExit(f"{folder.name} ended with code {code}:\n{log.read_text()[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = json.loads((folder / "result" / f"rank{STAGES - 1}.json").read_text())
-    predicted = (
-        [
-            record["predicted_ms"]
-            for line in (folder / "events" / "rank00000.jsonl").read_text().splitlines()
-            if (record := json.loads(line))["type"] == "plan"
-        ]
-        if adaptra
-        else []
-    )
+    results = [json.loads((folder / "result" / f"rank{rank}.json").read_text()) for rank in range(STAGES)]
+    half = options.iterations // 2
+    plans: list[float] = []
+    if adaptra:
+        records = map(json.loads, (folder / "events" / "rank00000.jsonl").read_text().splitlines())
+        plans = [record["plan"]["makespan_ms"] for record in records if record["type"] == "plan"]
     return {
-        "ms": result["iteration_ms"],
-        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "plan_ms": predicted[-1] if predicted else None,
-        "losses": result["losses"],
-    }
-
-
-def measure(folder: Path, options: argparse.Namespace, *, adaptra: bool, slow: bool) -> dict[str, Any]:
-    """A long run, and a short one for what it costs to start."""
-    long = train(folder / "long", options, options.iterations, adaptra=adaptra, slow=slow)
-    short = train(folder / "short", options, options.iterations // 2, adaptra=adaptra, slow=slow)
-    cpu_ms = (long["cpu_s"] - short["cpu_s"]) * 1e3 / (options.iterations - options.iterations // 2)
-    return {
-        "iteration_ms": round(statistics.median(long["ms"][options.iterations // 2 :]), 1),
-        "cpu_ms": round(cpu_ms, 1),
-        "plan_ms": long["plan_ms"],
-        "losses": long["losses"],
+        "iteration_ms": round(statistics.median(results[-1]["iteration_ms"][half:]), 1),
+        "cpu_ms": round(sum(statistics.median(r["cpu_ms"][half:]) + r["helpers_cpu_ms"] for r in results), 1),
+        "plan_ms": plans[-1] if plans else None,
+        "losses": results[-1]["losses"],
     }
 
 
@@ -110,7 +90,7 @@ def main() -> None:
         for slow in (False, True) if options.paced else (False,):
             for adaptra in (False, True) if not slow else (True,):
                 name = f"{'adaptra' if adaptra else 'stock'}, {'slow link' if slow else 'healthy'}"
-                rows[name] = row = measure(
+                rows[name] = row = train(
                     Path(folder) / name.replace(", ", "-").replace(" ", "-"), options, adaptra=adaptra, slow=slow
                 )
                 against = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 
 from adaptra_plugin.config import parse_config
@@ -50,7 +51,10 @@ def main() -> None:
     torch.manual_seed(SEED)
     data = Windows(read_corpus(), engine.train_micro_batch_size_per_gpu(), size.sequence, SEED)
     losses, times, computed = [], [], []
+    helpers_s = 0.0  # CPU time of processes that this one has started, in the second half
     for iteration in range(arguments.iterations):
+        if iteration == arguments.iterations // 2:
+            helpers_s -= children_cpu_s()
         if simulation is not None:
             simulation.set_iteration(iteration)
         begun, computed_before = time.perf_counter(), time.process_time()
@@ -61,11 +65,13 @@ def main() -> None:
         if engine.global_rank == 0:
             Progress(iteration + 1, losses[-1], times[-1]).say()
 
+    helpers_s += children_cpu_s()
     result = {
         "engine": type(engine).__name__,
         "losses": losses,
         "iteration_ms": times,
         "cpu_ms": computed,
+        "helpers_cpu_ms": helpers_s * 1e3 / max(1, arguments.iterations - arguments.iterations // 2),
         "parameters_sha256": hash_parameters(model),
         "parameter_count": sum(p.numel() for p in parameters),
     }
@@ -73,6 +79,12 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
     torch.distributed.barrier()
+
+
+def children_cpu_s() -> float:
+    """CPU time of the processes that this one has started and that run: the proxy."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(spent.user + spent.system for spent in times)
 
 
 def stock_simulation(engine: Any, config_path: str) -> StockSimulation | None:
