@@ -52,9 +52,7 @@ class Rank(Half):
         return {"host": me.host, "endpoint_info": self.endpoint.endpoint_info.to_text()}
 
     def connect(self, **options: Any) -> Rank:
-        mine = self.create(**options)
-        self.meet(mine)
-        self.channel = self.endpoint.channel(1 - self.rank)
+        self.meet(self.create(**options))
         return self
 
     def meet(self, mine: dict[str, Any]) -> None:
@@ -65,6 +63,7 @@ class Rank(Half):
             peer.rank: (peer, EndpointInfo.parse(other["endpoint_info"])),
         }
         self.endpoint.connect(peers, neighbours=[peer.rank], coordinator=0)
+        self.channel = self.endpoint.channel(peer.rank)
 
     def close(self) -> None:
         if hasattr(self, "endpoint"):
