@@ -62,7 +62,7 @@ class DirectPath:
         record = self._packed(Op.CONSUMED, direction, lane, position, 0)
         with self._lock:
             self._late.append(record)
-        if urgent or len(self._late) >= _MOST_LATE:
+        if urgent or len(self._late) % _MOST_LATE == 0:  # a socket that was full is not tried each time
             self.flush()
 
     def flush(self) -> bool:
