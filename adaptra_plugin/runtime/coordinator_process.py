@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import threading
@@ -33,6 +34,7 @@ from adaptra_plugin.shortage import told
 
 logger = logging.getLogger("adaptra")
 
+LOOK_S = 1.0
 STUCK_S = 60.0
 """A process that takes nothing for so long is given up. So no more than that waits for it."""
 _WORKER = "adaptra_plugin.runtime.coordinator_worker"
@@ -73,6 +75,8 @@ class CoordinatorProcess:
         self._bell = threading.Event()
         self._prepared: Prepare | None = None  # the newest plan that the ranks were sent
         self._undecided = False  # whether they wait for commit or abort of it
+        self._asked_at = 0.0  # when they were sent it
+        self._patience_s = min(STUCK_S, config.transport.deadline_s / 2)  # well before theirs ends
         self._complete = -1
         self._closing = self._over = False
         self._sock = socket.socket(socket.AF_UNIX)  # until `start`
@@ -136,7 +140,7 @@ class CoordinatorProcess:
         """On a thread of its own: what waits goes in one piece, because each call lets go of the interpreter."""
         ended = False
         try:
-            self._sock.sendall(json_frame(Frame.HELLO, self._hello))
+            self._write_all(json_frame(Frame.HELLO, self._hello))
             while not ended:
                 ended = self._write_waiting()
         except OSError as error:
@@ -153,8 +157,14 @@ class CoordinatorProcess:
         frames += message_frames([item for item in items if isinstance(item, tuple)])
         if None in items:
             frames.append(frame(Frame.CLOSE))
-        self._sock.sendall(b"".join(frames))
+        self._write_all(b"".join(frames))
         return None in items
+
+    def _write_all(self, data: bytes) -> None:
+        """Raises TimeoutError: nothing is taken for `STUCK_S`."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._sock.send(rest) :]
 
     def _put(self, item: tuple[int, dict[str, Any]] | bytes | None) -> None:
         self._waiting.append(item)
@@ -165,14 +175,17 @@ class CoordinatorProcess:
 
     def _listen(self) -> None:
         reader = FrameReader(self._sock)
+        news = select.poll()
+        news.register(self._sock, select.POLLIN)
         why: Exception | str = "its process has ended"
         while True:
             try:
+                if not news.poll(LOOK_S * 1e3):
+                    self._look_after()
+                    continue
                 for kind, number, payload in reader.receive():
                     with self._parts.guard("news of the coordinator", "one is passed over"):
                         self._take(kind, number, payload)
-            except TimeoutError:
-                continue  # nothing is slow
             except (EOFError, OSError):
                 break
             except ValueError as error:
@@ -181,6 +194,19 @@ class CoordinatorProcess:
         self._over = True
         if not self._closing:
             self._lost(why)
+
+    def _look_after(self) -> None:
+        """Ranks that wait for commit or abort would do so in vain if the process stood still. Raises EOFError: it has ended, and its
+        end of the socket is held by a child that was forked from this process meanwhile."""
+        process = self._process
+        assert process is not None
+        if process.poll() is not None:
+            raise EOFError
+        if self._undecided and time.monotonic() - self._asked_at > self._patience_s:
+            logger.error(
+                "the coordinator's process has not decided on a plan for %.0f s and is ended", self._patience_s
+            )
+            process.kill()
 
     def _take(self, kind: Frame, number: int, payload: bytes) -> None:
         if kind is Frame.COMPLETE:
@@ -202,7 +228,7 @@ class CoordinatorProcess:
 
     def _send_all(self, message: Message, ranks: list[int]) -> None:
         if isinstance(message, Prepare):
-            self._prepared, self._undecided = message, True
+            self._prepared, self._undecided, self._asked_at = message, True, time.monotonic()
         elif isinstance(message, Commit | Abort):
             self._undecided = False
         for rank in ranks:

@@ -57,7 +57,8 @@ class Worker:
                             return
                         self._take(kind, number, payload)
                 except TimeoutError:
-                    self._coordinator.turn(None)
+                    if hasattr(self, "_coordinator"):
+                        self._coordinator.turn(None)
                 self._flush()
         except (EOFError, BrokenPipeError):
             return

@@ -116,9 +116,11 @@ class Iteration:
 
     def _waited_ms(self) -> float:
         """For messages, and for room to send them."""
-        return self.wait_ms + sum(
-            link.blocked_ms for link in (self.links.previous, self.links.next) if link is not None
-        )
+        return self.wait_ms + sum(channel.blocked_ms for channel in self._channels())
+
+    def _channels(self) -> set[Channel]:
+        """Of two ranks with several chunks, both neighbours are one."""
+        return {channel for channel in (self.links.previous, self.links.next) if channel is not None}
 
     def send(self, action: Action, tensors: Sequence[Tensor], *, is_tuple: bool = False) -> None:
         """Hands what an action has made for a neighbour to the proxy and returns at once; blocks only while the staging ring
@@ -172,6 +174,8 @@ class Iteration:
 
     def finish(self) -> None:
         """The schedule has been executed."""
+        for channel in self._channels():
+            channel.flush()  # whatever this rank waits for from now on is not here
         self.total_ms = (time.perf_counter() - self._started) * 1e3
         self.mark_times_ms = self.stopwatch.times_ms()
 

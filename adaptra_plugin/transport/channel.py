@@ -27,6 +27,7 @@ from adaptra_plugin.transport.shared import BackpressureDrainer, Loss, Shared
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 from adaptra_plugin.transport.works import RecvWork, SendWork
 
+_MOST_HELD_BYTES = 256 << 10
 _REINSTALL = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
 
 
@@ -133,28 +134,35 @@ class Link:
 
     def adopt(self, sock: socket.socket, me: int) -> None:
         """The peer, whose rings are mapped, can tell this rank of messages directly. A pair that came before was never used."""
-        if self._path is not None:
+        pump = self._shared.pump
+        if self._path is not None and self._source is not None:
             if self.sending[Direction.ACTIVATION][0].direct is not None:
                 sock.close()
                 return
+            pump.remove(self._source)
             self._path.close()
-        self._path = path = DirectPath(sock, me, self._shared.pump, self._shared.config.deadline_s)
+        held_bytes = min(_MOST_HELD_BYTES, next(self.send_lanes()).capacity // 8)
+        self._path = path = DirectPath(sock, me, pump, self._shared.config.deadline_s, held_bytes)
+        for lane in self.recv_lanes():
+            lane.direct = path
         self._source = Source(sock, self._direct_record, functools.partial(self._path_ended, path), path.flush)
-        self._shared.pump.add(self._source)
+        pump.add(self._source)
 
     def go_direct(self) -> None:
         """The peer listens at its end: what is sent from now on goes directly."""
-        for lane in self.lanes():
-            lane.direct = self._path
+        if not self.path_ended:
+            for lane in self.send_lanes():
+                lane.direct = self._path
 
     def _path_ended(self, path: DirectPath) -> None:
         path.ended = True
-        path.shut()  # the peer may not have noticed
-        for lane in self.lanes():
-            if isinstance(lane, SendLane):
-                lane.fall_back()
-            else:
-                lane.direct = None
+        path.end()  # the peer may not have noticed
+        if path is self._path:
+            for receiver in self.recv_lanes():
+                receiver.direct = None
+                receiver.peer_stuck = False  # it says so again
+            for sender in self.send_lanes():
+                sender.fall_back()
 
     @property
     def path_ended(self) -> bool:
@@ -168,6 +176,8 @@ class Link:
 
     def _direct_record(self, packet: bytes) -> None:
         """What the peer itself says."""
+        if self.path_ended:
+            return
         if len(packet) != RECORD.size:
             self._nonsense("directly", f"{len(packet)} bytes are no record")
             return
@@ -185,9 +195,20 @@ class Link:
         elif op == Op.CONSUMED:
             self.sending[code][index].consumed(position)
         elif op == Op.PEER_STUCK:
-            self.record(op, code, index, 0, position, total, 0.0, 0)
+            self.receiving[code][index].peer_stuck = bool(total)
+            self.flush()
         else:
             self._nonsense("directly", f"a record with op {op} came")
+
+    def flush(self) -> None:
+        """The peer hears now what room it has."""
+        if self._path is not None and not self._path.ended:
+            self._path.flush()
+
+    def _read_path(self) -> None:
+        """What the peer has told directly before it had to tell its proxy comes first."""
+        while self._source is not None and self._source.read():
+            pass
 
     # --- records
 
@@ -197,9 +218,7 @@ class Link:
         """Enters what the proxy says into the books."""
         if op == Op.ARRIVED:
             receiver = self.receiving[Direction(direction)][lane]
-            # what the peer has told directly before it had to tell its proxy comes first
-            while self._source is not None and self._source.read():
-                pass
+            self._read_path()
             try:
                 reference, came_s = bool(flags & 1), unpacked_time(after)
                 receiver.deliver(position, total, by_reference=reference, delay_ms=value, came_s=came_s)
@@ -210,9 +229,9 @@ class Link:
         elif op == Op.CONSUMED:
             self.sending[Direction(direction)][lane].consumed(position)
         elif op == Op.PEER_STUCK:
-            self.receiving[Direction(direction)][lane].peer_stuck = bool(total)
-            if self._path is not None:
-                self._path.flush()
+            self._read_path()
+            self.receiving[direction][lane].peer_stuck = bool(total)
+            self.flush()
         elif op == Op.STOOD:
             self.pauses.add(value, value + total / 1e6)
         elif op == Op.LOST:
@@ -230,15 +249,18 @@ class Link:
 
     def abort(self, loss: Loss) -> None:
         """Nothing more goes or comes; what has arrived stays readable. `EventPump.wake` has to follow."""
+        if self._path is not None:
+            self._path.ended = True
+            self._path.end()
         for lane in self.lanes():
             lane.abort(loss)
 
     def close(self) -> None:
         """Gives the memory back."""
-        for lane in self.lanes():
-            lane.close()
         if self._path is not None:
             self._path.close()
+        for lane in self.lanes():
+            lane.close()
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -266,6 +288,10 @@ class Channel:
     def __init__(self, link: Link) -> None:
         self.peer = link.info
         self._link = link
+
+    def flush(self) -> None:
+        """The peer hears of room that is free here now, and not only when there is time."""
+        self._link.flush()
 
     @property
     def blocked_ms(self) -> float:

@@ -31,9 +31,12 @@ class DirectPath:
         sock: this end; taken over.
         me: this rank.
         deadline_s: longest wait for a peer that does not read.
+        held_bytes: room that the peer may be without although it is free.
     """
 
-    def __init__(self, sock: socket.socket, me: int, pump: EventPump, deadline_s: float) -> None:
+    def __init__(
+        self, sock: socket.socket, me: int, pump: EventPump, deadline_s: float, held_bytes: int = 256 << 10
+    ) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         self.sock = sock
@@ -43,6 +46,8 @@ class DirectPath:
         self._pump = pump
         self._deadline_s = deadline_s
         self._late: deque[bytes] = deque()  # news of room that has not been sent
+        self._held_bytes = held_bytes
+        self._held_back = 0  # bytes of room in them
         self._lock = threading.Lock()  # of the order in which they go
 
     def arrived(self, direction: Direction, lane: int, position: int, total: int) -> None:
@@ -56,13 +61,16 @@ class DirectPath:
         """A producer waits for room in a lane, or no longer."""
         self._put(Op.PEER_STUCK, direction, lane, 0, int(stuck))
 
-    def consumed(self, direction: Direction, lane: int, position: int, *, urgent: bool) -> None:
-        """A message has been copied out. Unless it is `urgent`, the peer, which a packet would wake, hears of that with the next
-        record, or when this rank has nothing else to do. Never blocks: a peer that reads nothing now may wait for this rank elsewhere."""
+    def consumed(self, direction: Direction, lane: int, position: int, total: int, *, urgent: bool) -> None:
+        """A message of `total` bytes has been copied out. Unless it is `urgent`, the peer, which a packet would wake, hears of that with
+        the next record, when this rank has nothing else to do, or when it is much (`held_bytes`). Never blocks: a peer that reads
+        nothing now may wait for this rank elsewhere."""
         record = self._packed(Op.CONSUMED, direction, lane, position, 0)
         with self._lock:
             self._late.append(record)
-        if urgent or len(self._late) % _MOST_LATE == 0:  # a socket that was full is not tried each time
+            self._held_back += total
+            much = self._held_back >= self._held_bytes
+        if urgent or much or len(self._late) % _MOST_LATE == 0:  # a socket that was full is not tried each time
             self.flush()
 
     def flush(self) -> bool:
@@ -77,8 +85,9 @@ class DirectPath:
                     self.sock.send(b"".join(itertools.islice(late, count)))
                 except BlockingIOError:
                     return False
-                except OSError:  # the peer is gone, and hears it from the proxies if it is not
+                except OSError:
                     late.clear()
+                    self.end()
                     return True
                 self._sent(count)
         return True
@@ -87,23 +96,31 @@ class DirectPath:
         # after the packet: an exception in between has it sent once more, which does nothing
         for _ in range(count):
             self._late.popleft()
+        self._held_back = 0
 
     def _packed(self, op: Op, direction: Direction, lane: int, position: int, total: int) -> bytes:
         return RECORD.pack(op, direction, lane, 1, self._me, position, total, 0.0, packed_time(time.monotonic()))
 
     def _put(self, op: Op, direction: Direction, lane: int, position: int, total: int) -> None:
-        record = self._packed(op, direction, lane, position, total)
-        with self._lock:
-            count = min(len(self._late), _PACKET_RECORDS - 1)
-            try:
-                self.sock.send(b"".join((*itertools.islice(self._late, count), record)) if count else record)
-                self._sent(count)
-                return
-            except BlockingIOError:
-                pass
-            except OSError:
-                return  # as above
-        if not put(self.sock, record, self._deadline_s, self._pump.drain):
+        try:
+            self._insist(self._packed(op, direction, lane, position, total))
+        except BaseException:
+            self.end()
+            raise
+
+    def _insist(self, record: bytes) -> None:
+        try:
+            with self._lock:
+                count = min(len(self._late), _PACKET_RECORDS - 1)
+                try:
+                    self.sock.send(b"".join((*itertools.islice(self._late, count), record)) if count else record)
+                    return self._sent(count)
+                except BlockingIOError:
+                    pass
+            taken = put(self.sock, record, self._deadline_s, self._pump.drain)
+        except OSError:
+            return self.end()
+        if not taken:
             raise TransportError(
                 f"the peer has taken no record for {self._deadline_s:g} s: its process is stopped, or computes for longer than "
                 "adaptra.transport.deadline_s"
@@ -111,8 +128,14 @@ class DirectPath:
 
     def shut(self) -> None:
         """Nothing more is sent: the peer can read what has been, until its end."""
+        self.flush()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
+
+    def end(self) -> None:
+        """A record may not have gone out, and none must be left out: both ends see the end of the path, and do without it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.sock.close()

@@ -407,8 +407,11 @@ class Endpoint:
             for fd in descriptors:
                 os.close(fd)
             return
-        path = socket.socket(fileno=descriptors.pop()) if with_path and descriptors else None
+        path: socket.socket | None = None
+        end = descriptors.pop() if with_path and descriptors else None
         try:
+            if end is not None:
+                path = socket.socket(fileno=end)
             link.map_remote(descriptors)
         except (ValueError, OSError) as error:
             why = str(error) if descriptors else "this process has no room for more descriptors (ulimit -n)"

@@ -75,7 +75,7 @@ class Source:
             self.ended()
             self.over = True
             pending.clear()
-            return False
+            return True  # whoever waits looks again
         while len(packet) > RECORD.size:
             self.dispatch(packet[: RECORD.size])
             pending[0] = packet = packet[RECORD.size :]
@@ -133,8 +133,11 @@ class EventPump:
         """Sends one record. One that cannot be delivered, because the proxy is gone, is dropped: whoever waits for its
         effect hears why."""
         record = RECORD.pack(op, direction, lane, 0, rank, position, total, value, after)
-        if not put(self._sock, record, SEND_DEADLINE_S):
-            raise TransportError(f"the proxy has taken no record for {SEND_DEADLINE_S:g} s: its host is starved of CPU")
+        with contextlib.suppress(OSError):
+            if not put(self._sock, record, SEND_DEADLINE_S):
+                raise TransportError(
+                    f"the proxy has taken no record for {SEND_DEADLINE_S:g} s: its host is starved of CPU"
+                )
 
     def drain(self) -> None:
         """Handles what has come, without waiting; nothing if another thread does it already."""
@@ -213,7 +216,7 @@ class EventPump:
         found, sources = False, self._sources
         for source in list(sources.values()):
             if source.pending:  # the rest of what an exception has interrupted
-                found = source.read()
+                found = source.read() or found
             elif patience_s and not source.flush():
                 patience_s = min(patience_s, _LOOK_S)
         for fd, _ in self._poll.poll(0 if found else min(patience_s, 3600.0) * 1e3):
@@ -232,6 +235,10 @@ class EventPump:
             with self._lock:
                 self._changed.notify_all()
         return found
+
+    def remove(self, source: Source) -> None:
+        """It is read no more, and may be closed."""
+        self._forget(source.sock.fileno(), source)
 
     def _forget(self, fd: int, source: Source) -> None:
         with self._lock:
@@ -264,18 +271,15 @@ class EventPump:
 
 
 def put(sock: socket.socket, record: bytes, patience_s: float, meanwhile: Callable[[], None] | None = None) -> bool:
-    """Writes to a socket whose other end reads, sooner or later; False if it has taken nothing for `patience_s`. What cannot be
-    delivered, because the other end is gone, is dropped: whoever waits for its effect hears why.
+    """Writes to a socket whose other end reads, sooner or later; False if it has taken nothing for `patience_s`.
 
-    `meanwhile`: is called now and then, because the other end may wait for this one.
+    `meanwhile`: is called now and then, because the other end may wait for this one. Raises OSError: the other end is gone.
     """
     try:
         sock.send(record)
         return True
     except BlockingIOError:
         pass
-    except OSError:
-        return True
     until = time.monotonic() + patience_s
     writable = select.poll()
     writable.register(sock, select.POLLOUT)
@@ -287,6 +291,4 @@ def put(sock: socket.socket, record: bytes, patience_s: float, meanwhile: Callab
         except BlockingIOError:
             if meanwhile is not None:
                 meanwhile()
-        except OSError:
-            return True
     return False

@@ -141,32 +141,33 @@ class SendLane(Lane):
         self._tell(outgoing, after)
         with self._lock:
             self._copying -= 1
+        self.pump.wake()  # the work may be done
 
     def _tell(self, outgoing: RingEntry, after: int) -> None:
         """A message lies in the ring: the peer hears of it, or the proxy."""
-        if self.direct is not None:
-            with self._lock:
-                direct = self.direct
-                if direct is not None:
-                    outgoing.told = True
-                    outgoing.work.arrived(outgoing.position)  # it lies where the peer reads it
+        with self._lock:
+            direct = self.direct
             if direct is not None:
-                direct.arrived(self.direction, self.index, outgoing.position, outgoing.total)
-                return
+                outgoing.told = True
+                outgoing.work.arrived(outgoing.position)  # it lies where the peer reads it
+            elif after and self.allocator.find(after - 1) is None:
+                after = 0  # consumed since, maybe without the proxies' knowledge
+        if direct is not None:
+            direct.arrived(self.direction, self.index, outgoing.position, outgoing.total)
+            return
         # stamped last: neither the wait for room nor that for the device is the link's doing
         self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), after)
 
     def fall_back(self) -> None:
         """The direct path is broken: the proxy is told all that the peer has not consumed, as far as anybody knows."""
         with self._lock:  # whoever sends meanwhile comes after that
-            if self.direct is None:
-                return
             self.direct = None
             before: dict[Key, int] = {}
             for outgoing in self.allocator.waiting():
                 key = outgoing.work.key
                 if outgoing.told:
                     self._post(Op.SEND, outgoing.position, outgoing.total, self.clock(), before.get(key, 0))
+                    outgoing.told = False  # after it: interrupted in between, it is told twice, which does nothing
                 before[key] = outgoing.position + 1
             if self._stuck:
                 self._post(Op.STUCK, total=1)
@@ -320,6 +321,12 @@ class RecvLane(Source):
         """The same of a message that lies in the peer's ring, and that no link was in the way of."""
         if position < self._direct_through:
             raise MalformedMessage(f"a message at {position} came after one at {self._direct_through}")
+        with self._lock:
+            oldest = next(iter(self._held), position)
+        if position + total > oldest + self.capacity:
+            raise MalformedMessage(
+                f"a message of {total} bytes at {position} does not fit into a ring of {self.capacity} with one at {oldest}"
+            )
         self._deliver(position, total, True, 0.0, came_s, direct=True)
         self._direct_through = position
 
@@ -439,7 +446,7 @@ class RecvLane(Source):
         elif direct is not None:
             # a long message's room is wanted back while it is in the caches
             urgent = self.peer_stuck or arrived.total >= DRAIN_FROM
-            direct.consumed(self.direction, self.index, arrived.position, urgent=urgent)
+            direct.consumed(self.direction, self.index, arrived.position, arrived.total, urgent=urgent)
 
     def copied(self) -> None:
         """Caller: it has copied a message, and lets others."""

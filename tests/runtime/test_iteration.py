@@ -30,6 +30,10 @@ class Posting:
         self.messages = messages
         self.wait = wait
         self.blocked_ms = 0.0
+        self.flushed = 0
+
+    def flush(self):
+        self.flushed += 1
 
     def recv(self, key, device):
         assert (key.direction, key.stage) == (Direction.ACTIVATION, 1)
@@ -65,8 +69,11 @@ def test_the_delay_of_a_link_is_the_median_over_its_messages():
     assert received([]).link_delays() == ()
 
 
+@pytest.mark.parametrize("wraps", [False, True])
 @pytest.mark.parametrize("beside_host", [False, True])
-def test_a_plan_leaves_time_for_what_the_thread_does_around_a_computation_but_not_for_waiting(monkeypatch, beside_host):
+def test_a_plan_leaves_time_for_what_the_thread_does_around_a_computation_but_not_for_waiting(
+    monkeypatch, beside_host, wraps
+):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -74,7 +81,7 @@ def test_a_plan_leaves_time_for_what_the_thread_does_around_a_computation_but_no
         now[0] += ms / 1e3
 
     before = Posting([Message((), 0, 0.0)] * 3, wait=lambda: take(100))
-    made = iteration(before.messages, Links(before, None))
+    made = iteration(before.messages, Links(before, before if wraps else None))
     made.stopwatch.beside_host = beside_host
     for forward in made.actions:
         take(1)
@@ -88,3 +95,4 @@ def test_a_plan_leaves_time_for_what_the_thread_does_around_a_computation_but_no
     (times,) = made.stage_times()
     assert times.forward_ms == pytest.approx(10 if beside_host else 10 + 1 + 2 + 3)
     assert made.report("h").compute_ms == pytest.approx(30)
+    assert before.flushed == 1

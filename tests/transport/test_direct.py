@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -14,10 +15,13 @@ import torch
 
 from adaptra_plugin.config import SlowLink
 from adaptra_plugin.errors import PeerLostError, TransportError
-from adaptra_plugin.transport import Endpoint, direct
+from adaptra_plugin.transport import Direction, Endpoint, direct
 from adaptra_plugin.transport.bridge import RECORD, Op
 from adaptra_plugin.transport.direct import DirectPath
 from adaptra_plugin.transport.event_pump import EventPump, Source, put
+from adaptra_plugin.transport.frames import split
+from adaptra_plugin.transport.memfd import Memfd
+from adaptra_plugin.transport.tensors import describe
 
 from .support import activation, config, connect_line, endpoint, everywhere, gradient, heard, line, until
 
@@ -206,7 +210,7 @@ def test_news_of_room_never_blocks_and_comes_when_there_is_time():
     pump.add(Source(near, lambda packet: None, flush=path.flush))
     try:
         for position in range(5000):
-            path.consumed(0, 0, position * 64, urgent=True)
+            path.consumed(0, 0, position * 64, 64, urgent=True)
         assert path._late  # more than the socket holds
         got: list[int] = []
         far.setblocking(False)
@@ -236,7 +240,7 @@ def test_news_of_room_never_blocks_and_comes_when_there_is_time():
         ((Op.LOST, 0, 0, 1, 0, 0, 200, 0.0, 0), "op 20 came"),
         ((99, 0, 0, 1, 0, 0, 200, 0.0, 0), "op 99 came"),
         ((Op.ARRIVED, 0, 0, 1, 0, 1 << 63, 200, 0.0, 0), "starts with"),
-        ((Op.ARRIVED, 0, 0, 1, 0, 0, 1 << 62, 0.0, 0), "at most"),
+        ((Op.ARRIVED, 0, 0, 1, 0, 0, 1 << 62, 0.0, 0), "does not fit"),
     ],
 )
 def test_nonsense_of_a_peer_ends_that_link_only(record, says):
@@ -331,3 +335,92 @@ def _play(rank: int, settings, addresses, ready: int, go: int) -> None:
         end.channel(0).send(gradient(number), [SMALL], tag=number)
     os.write(ready, b"x")
     os.read(go, 1)
+
+
+def test_a_pair_that_came_before_makes_way_and_room_is_told_where_messages_come_from(fake_pair):
+    """The exchange of rings may be made twice before the links stand; and the peer may go directly where this rank does not."""
+    first, fake = fake_pair()
+    channel = first.channel(1)
+    rings = [Memfd.create(1 << 20) for _ in Direction]
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    for mine, _ in pairs:
+        before = len([told for told in fake.heard if told["op"] == "mapped"])
+        fake.tell("memfds", [*(ring.fd for ring in rings), mine.fileno()], rank=1, direct=True)
+        until(lambda before=before: len([t for t in fake.heard if t["op"] == "mapped"]) > before, "mapped")
+    far = pairs[1][1]
+    far.settimeout(10)
+    position = 0
+    for number in range(3):
+        meta, payload = describe([SMALL])
+        (part,) = split(gradient(number), 0, 1, len(meta), payload, payload)
+        raw = part.pack() + meta + SMALL.numpy().tobytes().ljust(payload, b"\0")
+        rings[Direction.GRADIENT].write(position, raw)
+        far.send(RECORD.pack(Op.ARRIVED, Direction.GRADIENT, 0, 1, 1, position, len(raw), 0.0, 0))
+        assert torch.equal(channel.recv(gradient(number)).wait().tensors[0], SMALL)
+        first._links[1].flush()
+        (record,) = RECORD.iter_unpack(far.recv(4096))
+        assert (record[0], record[1], record[5]) == (Op.CONSUMED, Direction.GRADIENT, position)
+        position += len(raw)
+    channel.send(activation(0), [SMALL])
+    assert fake.expect(Op.SEND)[5] == 0  # this rank was not told that it may go directly
+    for ring in rings:
+        ring.close()
+    for mine, theirs in pairs:
+        mine.close()
+        theirs.close()
+
+
+class Failing:
+    """A socket that fails to send, once."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.failures = 1
+
+    def send(self, data: bytes) -> int:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.ENOBUFS, "no buffer space")
+        return self._sock.send(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)
+
+
+def test_a_record_that_does_not_go_out_ends_the_path_and_nothing_is_left_out():
+    with line(2, connections_per_direction=1) as (first, second):
+        path = first._links[1]._path
+        works = [second.channel(0).recv(activation(number)) for number in range(6)]
+        for number in range(6):
+            if number == 2:
+                path.sock = Failing(path.sock)
+            first.channel(1).send(activation(number), [SMALL + number])
+        for number, work in enumerate(works):
+            until(lambda work=work: first._pump.drain() or work.ready(), "arrival")
+            assert torch.equal(work.wait().tensors[0], SMALL + number)
+        assert first._links[1].path_ended
+        (lane,) = [lane for lane in first._links[1].send_lanes() if lane.direction == Direction.ACTIVATION]
+        until(heard(first, lambda: idle(second) or not len(lane.allocator)), "room of all")
+
+
+def test_free_room_is_not_held_back_until_it_is_much():
+    """The receiver reads nothing after it has taken the messages, and says nothing else."""
+    with line(2, ring_mib=1, connections_per_direction=1) as (first, second):
+        (lane,) = [lane for lane in first._links[1].send_lanes() if lane.direction == Direction.ACTIVATION]
+        for number in range(8):
+            first.channel(1).send(activation(number), [torch.zeros(5000)])
+        for number in range(8):
+            second.channel(0).recv(activation(number)).wait()
+        until(heard(first, lambda: len(lane.allocator) < 8), "room of some")
+
+
+def test_a_message_that_no_ring_of_that_size_could_hold_is_refused():
+    with line(2, ring_mib=1, connections_per_direction=1) as (first, second):
+        first.channel(1).send(activation(0), [SMALL])
+        until(heard(second, lambda: second._links[0].receiving[0][0]._held), "arrival")
+        second._links[0].receiving[0][0].remote.memfd.write(
+            1 << 20, second._links[0].receiving[0][0].remote.memfd.read(0, 192)
+        )
+        first._links[1]._path.arrived(Direction.ACTIVATION, 0, 1 << 20, 192)
+        with pytest.raises(TransportError, match="does not fit into a ring"):
+            second.channel(0).recv(activation(1)).wait()

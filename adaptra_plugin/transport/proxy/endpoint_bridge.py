@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from adaptra_plugin.errors import TransportError
 from adaptra_plugin.transport.bridge import MAX_PACKET, MOST_TOGETHER, RECORD, Op, Reader, Writer
 from adaptra_plugin.transport.proxy.loop import READ, WRITE, Loop
 
@@ -75,8 +76,13 @@ class EndpointBridge:
     def _put_controls(self) -> None:
         """What peers have said comes before whatever becomes of them."""
         messages, self._controls = self._controls, []
-        if messages:
+        if not messages:
+            return
+        try:
             self._writer.put({"event": "control", "messages": messages})
+        except TransportError:  # numbers that are longer here than the peer has written them: too long together
+            for message in messages:
+                self._writer.put({"event": "control", "messages": [message]})
 
     def record(
         self,

@@ -8,6 +8,7 @@ once, whatever a rail damages, holds up or takes with it. No I/O here: rails tak
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import deque
@@ -34,6 +35,8 @@ from adaptra_plugin.transport.proxy.wire import (
 )
 from adaptra_plugin.transport.types import Direction
 
+MOST_REFUSED = 8
+"""Frames that may come damaged in a row, before a rail is left if there is another one."""
 ANSWERS_BACKLOG = 2 * MAX_WINDOW
 """A peer that reads nothing gets no more answers beyond so many waiting bytes: they must not fill this process."""
 
@@ -304,12 +307,23 @@ class Link:
                     f"frame {header.message} is asked for again, and more waits than is ever under way"
                 )
             if (refused := connection.refused(header.message)) is not None:
+                if connection.refusals >= MOST_REFUSED:
+                    self._loop.post(functools.partial(self._leave_damaging, connection))
                 self.again([refused])
                 self.pump()
         elif kind is FrameKind.RAIL:
             self._note(connection.rail, parse_object(body))
         else:
             raise MalformedFrame(f"a {kind.name.lower()} frame of {header.length} bytes has no number")
+
+    def _leave_damaging(self, connection: RailConnection) -> None:
+        """What it carries comes damaged again and again, while it answers in time: others do better."""
+        name = connection.rail.name
+        others = (other for other in self.connections.values() if other is not connection and other.ready)
+        if self.connections.get(name) is connection and any(
+            self.health[other.rail.name].state is State.HEALTHY for other in others
+        ):
+            self.drop_rail(name, f"it has damaged {connection.refusals} frames in a row")
 
     def _note(self, rail: Rail, message: dict[str, Any]) -> None:
         """The peer speaks of rails. A connection that it has closed may have been replaced meanwhile."""
@@ -357,7 +371,9 @@ class Link:
             self._events.consumed(*key, message)
 
     def _acknowledged(self, connection: RailConnection, number: int) -> None:
-        for sent in connection.acknowledged(number, self._loop.clock()):
+        arrived = connection.acknowledged(number, self._loop.clock())
+        self._well(connection)  # first: what has arrived may have been the last thing that this link had to say
+        for sent in arrived:
             item = sent.item
             if item.done:
                 continue
@@ -370,7 +386,6 @@ class Link:
             self._unacked_state -= 1
             if item is self._goodbye:
                 self._events.finished()
-        self._well(connection)
         self.pump()
 
     def _well(self, connection: RailConnection) -> None:
@@ -413,5 +428,6 @@ class Link:
         self._silence.look()
 
     def ping(self, name: str) -> None:
-        """Asks for a sign of life, and compares clocks."""
-        self._silence.ask(self.connections[name])
+        """Asks for a sign of life, and compares clocks, if the rail is there."""
+        if (connection := self.connections.get(name)) is not None:
+            self._silence.ask(connection)

@@ -62,7 +62,9 @@ class Outbox:
         """Messages of which not all has arrived."""
 
     def add(self, direction: Direction, lane: int, message: int, total: int, sent: float, after: int) -> None:
-        """`after`: 1 + position of a message that has to be delivered before, 0: none."""
+        """`after`: 1 + position of a message that has to be delivered before, 0: none. One that is known already changes nothing."""
+        if message in self.lanes[direction, lane]:
+            return
         units = (message - (after - 1)) // UNIT if after else 0
         found = Outgoing(direction, lane, message, total, sent, units)
         self.lanes[direction, lane][message] = found

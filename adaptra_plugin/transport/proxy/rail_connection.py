@@ -74,6 +74,8 @@ class RailConnection:
     """Mean deviation of the round trip (s)."""
     trips: tuple[float, float, float] = (math.inf, math.inf, 0.0)
     """Shortest round trip of this period, of the one before, and when this one ends."""
+    refusals: int = 0
+    """Frames that have come damaged since one with a segment has come whole."""
     delivered: int = 0
     delivered_at: float = 0.0
     """When the newest acknowledgement came, or, after a time without anything under way, the first frame left."""
@@ -153,6 +155,8 @@ class RailConnection:
             nbytes += sent.nbytes
         self.inflight -= nbytes
         self.delivered += nbytes
+        if nbytes:
+            self.refusals = 0
         if self.moved is not None and number >= self.moved[0]:
             self._timed(now - self.moved[1], now)
             self.moved = None
@@ -168,6 +172,7 @@ class RailConnection:
             if sent.number == number:
                 self.under_way.remove(sent)
                 self.inflight -= sent.nbytes
+                self.refusals += 1
                 return sent
         return None
 

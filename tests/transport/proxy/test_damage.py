@@ -74,6 +74,29 @@ def test_damaged_segments_come_again(pairs):
     assert pair.b.link.corrupt > 5 and pair.a.link.retries == pair.b.link.corrupt
 
 
+def test_a_rail_that_damages_all_it_carries_is_left_while_it_answers_in_time(pairs):
+    pair = pairs(Cable("tcp0"), Cable("tcp1", bytes_per_s=3e8), capacity=4 * MIB)
+    for end in (pair.a, pair.b):
+        rail = end.link.connections["tcp0"].rail
+        submit = rail.submit
+
+        def spoil(frame, submit=submit):
+            if frame.header.kind == FrameKind.SEGMENT:
+                body = bytearray(b"".join(frame.body))
+                body[len(body) // 2] ^= 1
+                frame.body = [memoryview(body)]
+            submit(frame)
+
+        rail.submit = spoil
+    for _ in range(4):
+        pair.a.send(300 * KIB)
+    pair.world.run(0.5)
+    assert len(pair.b.delivered) == 4
+    assert pair.b.link.corrupt < 200
+    assert any(name == "tcp0" and "damaged" in why for _, name, _, why in pair.a.states)
+    pair.check(pair.a, 4)
+
+
 def test_a_damaged_copy_beside_a_good_one_does_not_spoil_what_is_verified(pairs):
     """Two rails write the same segment; the one that comes first is right, the other one is damaged later on its way."""
     pair = pairs(

@@ -53,6 +53,19 @@ def test_a_black_hole_beside_a_rail_that_works(pairs):
     assert pair.a.link.connections["tcp0"].delivered > 0
 
 
+def test_a_goodbye_that_is_answered_late_is_the_end_and_nothing_more(pairs):
+    pair = pairs(Cable("tcp0"))
+    ended = []
+    pair.a.finished = lambda: (ended.append(pair.world.now), pair.a.link.close())
+    pair.cables["tcp0"].cut = True
+    pair.a.link.say_goodbye()
+    pair.world.run(0.6)
+    assert pair.a.states[-1][1:3] == ("tcp0", State.SUSPECT) and not ended
+    pair.cables["tcp0"].heal()
+    pair.world.run(1.0)
+    assert ended and not pair.a.link.connections
+
+
 def test_pauses_grow_until_a_rail_has_worked_well(pairs):
     pair = pairs(Cable("tcp0"), Cable("tcp1"))
     pauses = []

@@ -17,6 +17,9 @@ from adaptra_plugin.transport.proxy.rails.stream import StreamRail
 from adaptra_plugin.transport.proxy.tls import Tls
 from adaptra_plugin.transport.types import Address
 
+_UNANSWERED_MS = 60_000
+"""The kernel ends a TCP connection whose other host acknowledges nothing for so long; a busy process does not matter."""
+
 
 class _Sockets(RailSetup):
     """Dials, and hears what became of it."""
@@ -101,6 +104,8 @@ class TcpRails(_Sockets):
             self._peer.not_listening()
 
     def taken(self, sock: socket.socket, claim: Claim) -> None:
+        # a host that answers to nothing, on what may be the last rail, which is never closed for being silent
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNANSWERED_MS)
         self._peer.stands(StreamRail(self.kind, claim.rail, self._peer.link, self._loop, sock))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,3 +52,8 @@ def check(offer: Mapping[str, Any], rail: str, nic: Nic) -> None:
     gid = offer.get("gid")
     if not isinstance(gid, str) or bool(gid) != (nic.gid is not None):
         raise VerbsError(f"the offer of rail {rail} has the address {gid!r}, which {nic.name} cannot reach")
+    try:
+        if gid:
+            ipaddress.IPv6Address(gid)
+    except ValueError:
+        raise VerbsError(f"the offer of rail {rail} has the address {gid!r:.80}, which is none") from None
