@@ -59,9 +59,13 @@ def test_rings_grow_with_the_messages(monkeypatch):
         rank.connect(ring_mib="auto", ring_max_mib=64)
         for sizes in ((1000, MIB), (3 * MIB, 100_000), (7 * MIB, MIB), (7 * MIB, 7 * MIB, 5 * MIB)):
             rank.round(sizes)
-        rank.swap()
-        got = rank.delivered()
-        assert min(got["rdma0"], got["rdma1"]) > 4 * MIB, got
+        for _ in range(40):  # a rail whose first answers came late gets less until it is measured anew
+            got = rank.delivered()
+            enough = min(got["rdma0"], got["rdma1"]) > 4 * MIB
+            if rank.swap(enough) and enough:
+                break
+            rank.round((7 * MIB, 7 * MIB, 5 * MIB))
+        assert enough, got
         for nic in next(factory.nics for factory in rank.endpoint._proxy._proxy.factories if hasattr(factory, "nics")):
             used = [sorted(extents) for extents in nic._rings.values()]
             assert max(map(len, used)) >= 7 and all(numbers[-1] <= 32 for numbers in used), used
