@@ -29,7 +29,7 @@ pytestmark = pytest.mark.multiprocess
 def test_rings_that_hold_one_message(pipeline, more):
     job = GptJob(pipeline=pipeline, chunks=2, layers=2 * pipeline, width=64, sequence=16, micro_batch=128, **more)
     block = {
-        "simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 10}]},
+        "simulate": {"links": [{"src": 0, "dst": 1, "latency_ms": 60}]},
         "detector": {"warmup_iterations": 1, "min_history": 2},
         "transport": {"ring_mib": 1, "connections_per_direction": 1, "deadline_s": 8.0, "bind": "127.0.0.1"},
     }
