@@ -18,11 +18,12 @@ from adaptra_plugin.transport.direct import DirectPath
 from adaptra_plugin.transport.event_pump import Source
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lane import Lane
-from adaptra_plugin.transport.lanes import RecvLane, SendLane
 from adaptra_plugin.transport.log import log
 from adaptra_plugin.transport.memfd import Memfd, extent_of
 from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.pauses import Pauses
+from adaptra_plugin.transport.recv_lane import RecvLane
+from adaptra_plugin.transport.send_lane import SendLane
 from adaptra_plugin.transport.shared import BackpressureDrainer, Loss, Shared
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 from adaptra_plugin.transport.works import RecvWork, SendWork

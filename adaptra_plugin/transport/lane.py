@@ -1,4 +1,8 @@
-"""What both kinds of lanes have: one direction of one connection to a peer."""
+"""What both kinds of lanes have. A lane is one of the parallel ways in one direction to or from one neighbour.
+
+Callers and the records of the proxy meet in lanes and nowhere else. A lane's lock is held for moments only: never while bytes are
+copied, while anybody waits, nor around a call into the event pump that may wait for somebody else.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,10 @@ from adaptra_plugin.transport.direct import DirectPath
 from adaptra_plugin.transport.memory import MIB, Memory
 from adaptra_plugin.transport.shared import BackpressureDrainer, Counters, Loss, Shared
 from adaptra_plugin.transport.types import Direction, PeerInfo
+
+DRAIN_FROM = 64 << 10
+"""Before a message of so many bytes is staged, the books are brought up to date, which costs a system call: an empty ring
+is filled from its start again, where it is in the caches."""
 
 
 class Lane(ABC):

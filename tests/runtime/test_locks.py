@@ -94,7 +94,7 @@ def test_locks_of_copies_from_and_to_a_device(monkeypatch):
     """Both ends send more than the rings hold, from a device and from host memory, before either waits for anything."""
     device = FakeDevice(pins=True)
     device.upload_s = 0.0
-    monkeypatch.setattr("adaptra_plugin.transport.lanes.PART_SEGMENTS", 1)
+    monkeypatch.setattr("adaptra_plugin.transport.send_lane.PART_SEGMENTS", 1)
     with watched_locks(monkeypatch) as order, pair(device) as ends:
 
         def exchange(mine: int) -> None:

@@ -40,7 +40,7 @@ def test_the_copy_waits_for_the_computation_and_the_caller_does_not(device):
 
 @pytest.mark.parametrize("part_segments", [1, 4])
 def test_every_tensor_arrives_bit_by_bit_over_and_over_the_end_of_the_ring(device, part_segments, monkeypatch):
-    monkeypatch.setattr("adaptra_plugin.transport.lanes.PART_SEGMENTS", part_segments)
+    monkeypatch.setattr("adaptra_plugin.transport.send_lane.PART_SEGMENTS", part_segments)
     device.upload_s = 0.0
     with pair(device) as ends:
         out, into = channels(ends)
