@@ -98,8 +98,7 @@ class RecvLane(Source):
         if position == self._entered:
             return
         if self._entering is None or self._entering.position != position:
-            self._entering = arrived = self._understand(position, total, by_reference, delay_ms, came_s)
-            arrived.direct = direct
+            self._entering = arrived = self._understand(position, total, by_reference, delay_ms, came_s, direct)
             self.counters.messages += arrived.is_last
             self.counters.bytes += total
         arrived = self._entering
@@ -112,7 +111,9 @@ class RecvLane(Source):
         self._entered = position
         self._entering = None
 
-    def _understand(self, position: int, total: int, by_reference: bool, delay_ms: float, came_s: float) -> Arrived:
+    def _understand(
+        self, position: int, total: int, by_reference: bool, delay_ms: float, came_s: float, direct: bool
+    ) -> Arrived:
         memory = self.remote if by_reference else self.memory
         if memory is None:
             raise MalformedMessage("a message came by reference, and the peer's ring is not mapped")
@@ -133,7 +134,7 @@ class RecvLane(Source):
         except BadLayout as error:
             raise MalformedMessage(f"{header.key}: {error}") from None
         payload_at = position + HEADER_BYTES + header.meta_bytes
-        return Arrived(position, total, memory, payload_at, specs, header, delay_ms, came_s)
+        return Arrived(position, total, memory, payload_at, specs, header, delay_ms, came_s, direct)
 
     def _enter(self, arrived: Arrived) -> None:
         """Under the lock. Each step leaves what another run of all of them completes; meanwhile others may have taken the
