@@ -214,11 +214,6 @@ class MemoryRail(Rail):
         self._broken = True
         self._world.post(functools.partial(self._report, reason))
 
-    def _report(self, reason: str) -> None:
-        if not self.closed:
-            self.close()
-            self.sink.failed(self, reason)
-
     def close(self) -> None:
         if not self.closed:
             self.closed = True

@@ -104,6 +104,12 @@ class Rail(ABC):
     def close(self) -> None:
         """Gives back all resources at once; nothing more is heard of it. Idempotent."""
 
+    def _report(self, reason: str) -> None:
+        """Tells the link that it has failed; from the loop, as the link may be in the middle of using it."""
+        if not self.closed:
+            self.close()
+            self.sink.failed(self, reason)
+
     def describe(self) -> str:
         """Its two ends, in words for logs."""
         return self.name

@@ -261,11 +261,6 @@ class StreamRail(Rail):
         self._loop.watch(self._sock, 0, self._ready)
         self._loop.post(functools.partial(self._report, reason))
 
-    def _report(self, reason: str) -> None:
-        if not self.closed:
-            self.close()
-            self.sink.failed(self, reason)
-
     def close(self) -> None:
         if not self.closed:
             self.flush()  # last words of this turn

@@ -386,11 +386,6 @@ class RdmaRail(Rail):
             self._loop.watch(self._memory.completions, 0, self._ready)
             self._loop.post(functools.partial(self._report, reason))
 
-    def _report(self, reason: str) -> None:
-        if not self.closed:
-            self.close()
-            self.sink.failed(self, reason)
-
     def close(self) -> None:
         if self.closed:
             return
