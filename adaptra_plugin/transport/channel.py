@@ -19,7 +19,7 @@ from adaptra_plugin.transport.event_pump import Source
 from adaptra_plugin.transport.frames import MalformedMessage
 from adaptra_plugin.transport.lane import Lane
 from adaptra_plugin.transport.log import log
-from adaptra_plugin.transport.memfd import Memfd, extent_of
+from adaptra_plugin.transport.memfd import Memfd, extent_of, most_untold
 from adaptra_plugin.transport.memory import Memory
 from adaptra_plugin.transport.pauses import Pauses
 from adaptra_plugin.transport.recv_lane import RecvLane
@@ -28,7 +28,6 @@ from adaptra_plugin.transport.shared import BackpressureDrainer, Loss, Shared
 from adaptra_plugin.transport.types import Direction, Key, PeerInfo
 from adaptra_plugin.transport.works import RecvWork, SendWork
 
-_MOST_HELD_BYTES = 256 << 10
 _REINSTALL = "Install the same release of adaptra_plugin on all ranks; if it is, the network corrupts data."
 
 
@@ -142,8 +141,8 @@ class Link:
                 return
             pump.remove(self._source)
             self._path.close()
-        held_bytes = min(_MOST_HELD_BYTES, next(self.send_lanes()).capacity // 8)
-        self._path = path = DirectPath(sock, me, pump, self._shared.config.deadline_s, held_bytes)
+        untold = most_untold(next(self.recv_lanes()).capacity)
+        self._path = path = DirectPath(sock, me, pump, self._shared.config.deadline_s, untold)
         for lane in self.recv_lanes():
             lane.direct = path
         self._source = Source(sock, self._direct_record, functools.partial(self._path_ended, path), path.flush)
@@ -218,7 +217,7 @@ class Link:
     ) -> None:
         """Enters what the proxy says into the books."""
         if op == Op.ARRIVED:
-            receiver = self.receiving[Direction(direction)][lane]
+            receiver = self.receiving[direction][lane]
             self._read_path()
             try:
                 reference, came_s = bool(flags & 1), unpacked_time(after)
@@ -226,9 +225,9 @@ class Link:
             except MalformedMessage as error:
                 self._nonsense(f"on connection {receiver.direction.word} {receiver.index}", str(error))
         elif op == Op.ACKED:
-            self.sending[Direction(direction)][lane].acked(position)
+            self.sending[direction][lane].acked(position)
         elif op == Op.CONSUMED:
-            self.sending[Direction(direction)][lane].consumed(position)
+            self.sending[direction][lane].consumed(position)
         elif op == Op.PEER_STUCK:
             self._read_path()
             self.receiving[direction][lane].peer_stuck = bool(total)

@@ -31,12 +31,10 @@ class DirectPath:
         sock: this end; taken over.
         me: this rank.
         deadline_s: longest wait for a peer that does not read.
-        held_bytes: room that the peer may be without although it is free.
+        untold: room (bytes) that may be free here without the peer knowing.
     """
 
-    def __init__(
-        self, sock: socket.socket, me: int, pump: EventPump, deadline_s: float, held_bytes: int = 256 << 10
-    ) -> None:
+    def __init__(self, sock: socket.socket, me: int, pump: EventPump, deadline_s: float, untold: int) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         self.sock = sock
@@ -46,7 +44,7 @@ class DirectPath:
         self._pump = pump
         self._deadline_s = deadline_s
         self._late: deque[bytes] = deque()  # news of room that has not been sent
-        self._held_bytes = held_bytes
+        self._untold = untold
         self._held_back = 0  # bytes of room in them
         self._lock = threading.Lock()  # of the order in which they go
 
@@ -63,13 +61,13 @@ class DirectPath:
 
     def consumed(self, direction: Direction, lane: int, position: int, total: int, *, urgent: bool) -> None:
         """A message of `total` bytes has been copied out. Unless it is `urgent`, the peer, which a packet would wake, hears of that with
-        the next record, when this rank has nothing else to do, or when it is much (`held_bytes`). Never blocks: a peer that reads
+        the next record, when this rank has nothing else to do, or when it is much (`untold`). Never blocks: a peer that reads
         nothing now may wait for this rank elsewhere."""
         record = self._packed(Op.CONSUMED, direction, lane, position, 0)
         with self._lock:
             self._late.append(record)
             self._held_back += total
-            much = self._held_back >= self._held_bytes
+            much = self._held_back >= self._untold
         if urgent or much or len(self._late) % _MOST_LATE == 0:  # a socket that was full is not tried each time
             self.flush()
 

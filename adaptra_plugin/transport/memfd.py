@@ -36,6 +36,14 @@ def growth_limit(wanted: int) -> int:
     return wanted
 
 
+_UNTOLD_BYTES, _UNTOLD_SHARE = 256 << 10, 8
+
+
+def most_untold(capacity: int) -> int:
+    """So much room (bytes) of a ring may be free without its sender knowing: news of it waits for company."""
+    return min(_UNTOLD_BYTES, capacity // _UNTOLD_SHARE)
+
+
 class Memfd:
     """`capacity` bytes of shared memory, mapped at first use and touched page by page.
 

@@ -206,7 +206,7 @@ def test_news_of_room_never_blocks_and_comes_when_there_is_time():
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     bell, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pump = EventPump(bell, lambda packet: None)
-    path = DirectPath(near, 0, pump, 5.0)
+    path = DirectPath(near, 0, pump, 5.0, 1 << 18)
     pump.add(Source(near, lambda packet: None, flush=path.flush))
     try:
         for position in range(5000):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from adaptra_plugin.transport.memfd import most_untold
 from adaptra_plugin.transport.proxy.outbox import Item
 from adaptra_plugin.transport.proxy.wire import MAX_NOTE_BYTES, POSITIONS, FrameKind
 from adaptra_plugin.transport.types import Direction
 
 FREE_S = 0.002
 """Longest time for which it is kept back."""
-FREE_BYTES, FREE_SHARE = 256 << 10, 8
-"""So much, or this part of a ring, is told at once."""
 _TOGETHER = MAX_NOTE_BYTES // POSITIONS.size
 
 
@@ -24,7 +23,7 @@ class FreeRoom:
         """When it has to be told (s)."""
         self._entries: list[tuple[Direction, int, int]] = []
         self._bytes = 0
-        self._most = min([FREE_BYTES, *(capacity // FREE_SHARE for capacity in capacities)])
+        self._most = min(map(most_untold, capacities), default=0)
 
     def __bool__(self) -> bool:
         return bool(self._entries)

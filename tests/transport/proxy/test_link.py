@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from adaptra_plugin.transport.memfd import most_untold
 from adaptra_plugin.transport.proxy.rails.base import RailKind
-from adaptra_plugin.transport.proxy.room import FREE_S, FREE_SHARE
+from adaptra_plugin.transport.proxy.room import FREE_S
 from adaptra_plugin.transport.proxy.wire import Flag, FrameHeader, FrameKind, MalformedFrame
 from adaptra_plugin.transport.types import Direction
 from tests.transport.proxy.ends import content
@@ -197,7 +198,7 @@ def test_free_room_is_told_with_the_next_segment_or_after_a_moment_or_at_once_if
 
 def test_much_free_room_is_told_at_once(pairs):
     pair = pairs(capacity=64 * KIB)
-    pair.a.send(64 * KIB // FREE_SHARE)
+    pair.a.send(most_untold(64 * KIB))
     pair.world.run(0.001)
     assert not pair.a.allocators[ACTIVATION].letters
 
