@@ -214,7 +214,7 @@ class EventPump:
     def _turn(self, patience_s: float) -> bool:
         """Handles a packet of each socket that has one, or has one within `patience_s`; False if none has."""
         found, sources = False, self._sources
-        for source in list(sources.values()):
+        for source in sources.values():
             if source.pending:  # the rest of what an exception has interrupted
                 found = source.read() or found
             elif patience_s and not source.flush():

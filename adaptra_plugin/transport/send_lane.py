@@ -153,6 +153,8 @@ class SendLane(Lane):
         """The direct path is broken: the proxy is told all that the peer has not consumed, as far as anybody knows."""
         with self._lock:  # whoever sends meanwhile comes after that
             self.direct = None
+            if self.loss is not None:  # nothing goes out any more
+                return
             before: dict[Key, int] = {}
             for outgoing in self.allocator.waiting():
                 key = outgoing.work.key
