@@ -76,6 +76,8 @@ class Iteration:
     """When the newest computation ended (s), and how long this rank had waited by then (ms)."""
 
     def __post_init__(self) -> None:
+        # of two ranks with several chunks, both neighbours are one
+        self._neighbours = {channel for channel in (self.links.previous, self.links.next) if channel is not None}
         # all receives at once: what arrives early finds its place
         for action in self.actions:
             key = self._incoming(action)
@@ -112,15 +114,12 @@ class Iteration:
         with self.throttle.pace(action.kind):
             yield
         self._marks.append((action, start, self.stopwatch.mark()))
-        self._left = time.perf_counter(), self._waited_ms()
+        if not self.stopwatch.beside_host:
+            self._left = time.perf_counter(), self._waited_ms()
 
     def _waited_ms(self) -> float:
         """For messages, and for room to send them."""
-        return self.wait_ms + sum(channel.blocked_ms for channel in self._channels())
-
-    def _channels(self) -> set[Channel]:
-        """Of two ranks with several chunks, both neighbours are one."""
-        return {channel for channel in (self.links.previous, self.links.next) if channel is not None}
+        return self.wait_ms + sum(channel.blocked_ms for channel in self._neighbours)
 
     def send(self, action: Action, tensors: Sequence[Tensor], *, is_tuple: bool = False) -> None:
         """Hands what an action has made for a neighbour to the proxy and returns at once; blocks only while the staging ring
@@ -174,7 +173,7 @@ class Iteration:
 
     def finish(self) -> None:
         """The schedule has been executed."""
-        for channel in self._channels():
+        for channel in self._neighbours:
             channel.flush()  # whatever this rank waits for from now on is not here
         self.total_ms = (time.perf_counter() - self._started) * 1e3
         self.mark_times_ms = self.stopwatch.times_ms()
@@ -208,8 +207,7 @@ class Iteration:
         """Medians over the microbatches, for each stage of this rank; an unsplit backward counts as backward-input. Where the device
         computes on this thread, with what the thread has to do around each of them: a plan has to leave time for that, too."""
         parts: dict[Action, float] = {}  # a computation may have waited in the middle
-        if not self.stopwatch.beside_host:
-            parts.update({action: max(0.0, around) for action, around in self._around.items()})
+        parts.update({action: max(0.0, around) for action, around in self._around.items()})
         for action, start, end in self._marks:
             parts[action] = parts.get(action, 0.0) + self.mark_times_ms[end] - self.mark_times_ms[start]
         durations: dict[tuple[int, Kind], list[float]] = {}
