@@ -7,6 +7,7 @@ and metrics. All that can be lost with the process is what a job can do without:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from adaptra_plugin.shortage import told
 logger = logging.getLogger("adaptra")
 
 LOOK_S = 1.0
+"""How often it is looked whether the process is still there, while it says nothing."""
 STUCK_S = 60.0
 """A process that takes nothing for so long is given up. So no more than that waits for it."""
 _WORKER = "adaptra_plugin.runtime.coordinator_worker"
@@ -115,7 +117,8 @@ class CoordinatorProcess:
                 self._process.wait(deadline_s)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel does not let go of it
+                    self._process.wait(deadline_s)
         for thread in self._threads:
             thread.join(deadline_s)
         self._sock.close()
@@ -241,7 +244,9 @@ class CoordinatorProcess:
         process = self._process
         assert process is not None
         process.kill()  # in case it only says nonsense
-        code = process.wait()
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(STUCK_S)
         if self._undecided and self._prepared is not None:
             self._send_all(Abort(version=self._prepared.version), list(range(self._topology.world_size)))
         instead = "nothing is detected or planned any more, and training goes on with the running plan"
