@@ -127,6 +127,20 @@ class Side:
                 self.channel.send(back, [data])
         return taken
 
+    def gloo_round_trip(self, repeats: int) -> list[float]:
+        """The same by gloo."""
+        taken = []
+        data = torch.zeros(1)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            if self.rank == 0:
+                dist.send(data, 1)
+            dist.recv(data, 1 - self.rank)
+            if self.rank == 1:
+                dist.send(data, 0)
+            taken.append((time.perf_counter() - start) * 1e6)
+        return taken
+
     def send_call(self, repeats: int) -> list[float]:
         """Microseconds until `send` of 4 KiB returns while 64 MiB wait in the staging rings."""
         taken = []
@@ -184,13 +198,21 @@ class Side:
         dist.barrier()
         trips = self.round_trip(options.trips)
         dist.barrier()
+        gloo_trips = self.gloo_round_trip(options.trips)
+        dist.barrier()
         calls = self.send_call(options.repeats)
         dist.barrier()
         cpu = self.cpu(options.messages)
         dist.barrier()
         self.endpoint.close()
         dist.destroy_process_group()
-        return {"rows": rows, "round_trip_us": trips, "send_call_us": calls, "cpu_us": cpu}
+        return {
+            "rows": rows,
+            "round_trip_us": trips,
+            "gloo_round_trip_us": gloo_trips,
+            "send_call_us": calls,
+            "cpu_us": cpu,
+        }
 
 
 def _cpu_s() -> float:
@@ -266,7 +288,7 @@ def summarise(result: dict[str, Any], options: argparse.Namespace, rail: str) ->
         )
     latency = {
         name: {"p50": round(_quantile(result[name], 0.5), 1), "p99": round(_quantile(result[name], 0.99), 1)}
-        for name in ("round_trip_us", "send_call_us")
+        for name in ("round_trip_us", "gloo_round_trip_us", "send_call_us")
     }
     return {
         "rail": rail,
@@ -298,8 +320,11 @@ def table(summary: dict[str, Any]) -> str:
     for row in summary["sizes"]:
         limits = ", ".join(f"{name} {value:.2f}" for name, value in row["of_gloo"].items())
         lines.append(f"{row['kib'] / 1024:>6g} MiB {limits}")
-    trip, call = summary["round_trip_us"], summary["send_call_us"]
-    lines.append(f"round trip of 4 B: p50 {trip['p50']} us, p99 {trip['p99']} us")
+    trip, gloo, call = (summary[name] for name in ("round_trip_us", "gloo_round_trip_us", "send_call_us"))
+    lines.append(
+        f"round trip of 4 B: p50 {trip['p50']} us, p99 {trip['p99']} us; gloo p50 {gloo['p50']} us: "
+        f"{trip['p50'] / gloo['p50']:.2f} times as long"
+    )
     lines.append(f"send() of 4 KiB with 64 MiB queued returns after: p50 {call['p50']} us, p99 {call['p99']} us")
     sender, receiver = summary["cpu_us_of_4_kib"]
     lines.append(f"CPU time of a message of 4 KiB: {sender} us at its sender, {receiver} us at its receiver")
